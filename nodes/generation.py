@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -171,3 +172,31 @@ def decode_event(fields: Any) -> GenerateEvent:
         )
     except (TypeError, IndexError) as exc:
         raise ValueError(f"undecodable generation event: {exc!r}") from exc
+
+
+# Words for errors on a peer link.
+CODE_INVALID = "invalid"
+CODE_DEADLINE = "deadline"
+CODE_FAILED = "failed"
+
+
+def encode_error(error: GenerationError) -> tuple[str, str]:
+    """(code, message) under which a peer link carries the error to the node that asked."""
+    if isinstance(error, RequestInvalid):
+        return CODE_INVALID, json.dumps([str(error), error.param, error.code, error.status])
+    if isinstance(error, DeadlineExceeded):
+        return CODE_DEADLINE, str(error)
+    return CODE_FAILED, str(error)
+
+
+def decode_error(code: str, message: str) -> GenerationError:
+    """The error that encode_error was given; GenerationFailed for a code this version does not know."""
+    if code == CODE_INVALID:
+        try:
+            text, param, word, status = json.loads(message)
+            return RequestInvalid(str(text), param=param, code=word, status=int(status))
+        except (ValueError, TypeError):
+            return GenerationFailed("a peer refused the request in a form this version cannot read")
+    if code == CODE_DEADLINE:
+        return DeadlineExceeded(message)
+    return GenerationFailed(message)

@@ -1,0 +1,51 @@
+"""The HTTP application: routes, and the one place where errors become OpenAI's error objects."""
+
+from __future__ import annotations
+
+import logging
+
+from quart import Quart, Response, jsonify, request
+from quart_trio import QuartTrio
+from werkzeug.exceptions import HTTPException
+
+from nodes.api import chat, operations
+from nodes.api.accounting import Accounting, exchange_of
+from nodes.api.errors import api_error
+from nodes.api.services import Services
+
+logger = logging.getLogger(__name__)
+
+# A client that takes longer than this to send its body is answered 408.
+BODY_TIMEOUT_S = 60
+
+
+def build_app(services: Services) -> Accounting:
+    """The ASGI application of one node."""
+    app: Quart = QuartTrio("ai_cluster", static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = services.body_bytes_max
+    app.config["BODY_TIMEOUT"] = BODY_TIMEOUT_S
+    app.config["RESPONSE_TIMEOUT"] = None  # streams last as long as their deadline
+    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
+
+    @app.before_request
+    async def note_route() -> None:
+        if request.url_rule is not None:
+            exchange = exchange_of(request.scope)
+            exchange.route = request.url_rule.rule
+
+    @app.errorhandler(Exception)
+    async def answer_error(error: Exception) -> tuple[Response, int, dict[str, str]]:
+        known = api_error(error)
+        exchange = exchange_of(request.scope)
+        exchange.log_fields |= {"error.type": type(error).__name__, "error.message": known.message}
+        if known.status == 500:
+            logger.error("unexpected error", exc_info=error, extra={"request_id": exchange.request_id})
+        headers = known.headers()
+        if isinstance(error, HTTPException):
+            # What the status obliges to, such as Allow with 405; the body is ours.
+            headers |= {name: value for name, value in error.get_headers() if name.lower() == "allow"}
+        return jsonify(known.body()), known.status, headers
+
+    chat.register(app, services)
+    operations.register(app, services)
+    return Accounting(app, services.metrics)  # type: ignore[arg-type]

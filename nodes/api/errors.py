@@ -1,0 +1,65 @@
+"""OpenAI's error object, and the one place where an exception becomes a status code."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from http import HTTPStatus
+
+from werkzeug.exceptions import HTTPException
+
+from mesh.errors import ModelUnknown, NoCapacity, PeerUnavailable
+from nodes.generation import DeadlineExceeded, GenerationFailed, RequestInvalid
+
+
+class Unauthorized(Exception):
+    """The client showed no API key that this address takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApiError:
+    """One error as clients see it. type and code: OpenAI's words, which its clients match on."""
+
+    status: int
+    message: str
+    type: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+    retry_after_s: float | None = None
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after_s is None else {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}
+
+
+def api_error(error: Exception) -> ApiError:
+    """What the client is told. Texts of unexpected errors stay in the log: they may hold what is not the client's."""
+    match error:
+        case RequestInvalid():
+            return ApiError(error.status, str(error), param=error.param, code=error.code)
+        case Unauthorized():
+            return ApiError(401, str(error), code="invalid_api_key")
+        case ModelUnknown():
+            return ApiError(404, str(error), param="model", code="model_not_found")
+        case NoCapacity():
+            return ApiError(503, str(error), "server_error", code="no_capacity", retry_after_s=error.retry_after_s)
+        case DeadlineExceeded():
+            return ApiError(504, str(error), "server_error", code="deadline_exceeded")
+        case GenerationFailed() | PeerUnavailable():
+            return ApiError(502, str(error), "server_error", code="generation_failed")
+        case HTTPException():
+            status = error.code or 500
+            return ApiError(
+                status, _http_message(error, status), code=HTTPStatus(status).phrase.lower().replace(" ", "_")
+            )
+    return ApiError(500, "internal error; the log has it under this request id", "server_error", code="internal_error")
+
+
+def _http_message(error: HTTPException, status: int) -> str:
+    if status == HTTPStatus.NOT_FOUND:
+        return "no such path; the API is under /v1, for example POST /v1/chat/completions"
+    if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        return "the request body is larger than this node accepts (body_bytes_max)"
+    return (error.description or HTTPStatus(status).phrase).strip()

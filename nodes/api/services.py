@@ -1,0 +1,36 @@
+"""What the API needs of the node around it, handed over once by the composition root."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from mesh.view import ClusterView
+from nodes.api.auth import Access
+from nodes.dispatch import Dispatch
+
+
+class ApiMetrics(Protocol):
+    """The counters that the entry node keeps; observability.metrics.Metrics is the real one."""
+
+    def http_request(self, method: str, path: str, status: int, seconds: float) -> None: ...
+    def api_key_request(self, key_id: str, status: str) -> None: ...
+    def streaming_finished(self, model: str, status: str, seconds: float) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """view is instant; render_metrics takes an Accept header and returns (content type, body)."""
+
+    node_id: str
+    version: str
+    cluster_name: str
+    access: Access
+    dispatch: Dispatch
+    view: Callable[[], ClusterView]
+    metrics: ApiMetrics
+    render_metrics: Callable[[str], Awaitable[tuple[str, bytes]]]
+    deadline_s: float
+    body_bytes_max: int
+    nodes_expected: int | None

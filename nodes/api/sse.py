@@ -1,0 +1,35 @@
+"""Server-sent events: how a stream of chunks becomes a response body that ends honestly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+from types import TracebackType
+
+from quart.wrappers.response import ResponseBody
+
+KEEP_ALIVE = b": keep-alive\n\n"
+DONE = b"data: [DONE]\n\n"
+
+HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # nginx passes events on at once
+}
+
+
+def data_event(payload: object) -> bytes:
+    return b"data: " + json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class EventStreamBody(ResponseBody):
+    """A response body over an async generator of encoded events, closed with the response."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        self._events = events
+
+    async def __aenter__(self) -> AsyncGenerator[bytes, None]:
+        return self._events
+
+    async def __aexit__(self, exc_type: type, exc_value: BaseException, tb: TracebackType) -> None:
+        await self._events.aclose()

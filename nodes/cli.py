@@ -1,0 +1,212 @@
+"""The `ai-cluster` command: starts nodes, and talks to running ones over HTTP."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mesh.seal import new_key
+from nodes.config import ConfigInvalid, load_config
+
+EXIT_USAGE = 2  # a fault of configuration or environment that starting again does not mend
+
+app = typer.Typer(
+    name="ai-cluster",
+    help="A masterless mesh of nodes that serve language models behind one OpenAI-compatible API.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+keyring_app = typer.Typer(help="Cluster keys, which authenticate nodes to each other.", no_args_is_help=True)
+config_app = typer.Typer(help="The configuration of a node.", no_args_is_help=True)
+app.add_typer(keyring_app, name="keyring")
+app.add_typer(config_app, name="config")
+
+Url = Annotated[
+    str, typer.Option("--url", envvar="AI_CLUSTER_URL", help="HTTP address of any node of the mesh", metavar="URL")
+]
+DEFAULT_URL = "http://127.0.0.1:8080"
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="TOML file with the same keys (dashes become underscores)", metavar="FILE"),
+]
+
+
+@app.command(
+    epilog="Every option is also a TOML key (--config) and an environment variable AI_CLUSTER_NAME; flags win over "
+    "environment, environment over file. Example of a second node: "
+    "ai-cluster serve --http 127.0.0.1:8081 --mesh 127.0.0.1:7947 --join 127.0.0.1:7946 --data-dir data/two"
+)
+def serve(
+    http: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="for users [127.0.0.1:8080]")] = None,
+    mesh: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="for other nodes [127.0.0.1:7946]")] = None,
+    join: Annotated[
+        list[str] | None, typer.Option(metavar="HOST:PORT", help="mesh address of a running node; repeatable")
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FOLDER[=NAME]", help="model to serve; repeatable [the built-in model]"),
+    ] = None,
+    no_model: Annotated[bool | None, typer.Option("--no-model", help="serve no model: an entry that forwards")] = None,
+    slots: Annotated[int | None, typer.Option(metavar="N", help="sequences decoded together, per model [8]")] = None,
+    queue: Annotated[int | None, typer.Option(metavar="N", help="requests that may wait, per model [512]")] = None,
+    capacity: Annotated[
+        int | None, typer.Option(metavar="TOKENS", help="prompt and answer of one slot [model's context, <= 8192]")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", help="ONNX Runtime threads [0: all cores]")] = None,
+    spinning: Annotated[
+        bool | None, typer.Option("--spinning/--no-spinning", help="let idle threads spin [--spinning]")
+    ] = None,
+    provider: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="where models run [auto]")] = None,
+    name: Annotated[str | None, typer.Option(metavar="ID", help="node id, unique [host name and mesh port]")] = None,
+    advertise: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="mesh address others use [the bound one]")
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="this node's own state [./data]")] = None,
+    log_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="combined.log, error.log [./logs]")] = None,
+    log_level: Annotated[str | None, typer.Option(metavar="LEVEL", help="debug, info, warning, error [info]")] = None,
+    log_console: Annotated[
+        str | None, typer.Option(metavar="KIND", help="log on stderr: auto, plain, json, none [auto]")
+    ] = None,
+    cluster_name: Annotated[str | None, typer.Option(metavar="NAME", help="keeps meshes apart [ai-cluster]")] = None,
+    cluster_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="cluster key, needed off loopback (see: keyring new)")
+    ] = None,
+    open_: Annotated[
+        bool | None, typer.Option("--open", help="serve /v1 to everyone, also off loopback; put a proxy before it")
+    ] = None,
+    deadline_s: Annotated[float | None, typer.Option(metavar="S", help="longest time of a request [600]")] = None,
+    drain_s: Annotated[float | None, typer.Option(metavar="S", help="time for streams to finish at stop [30]")] = None,
+    nodes_expected: Annotated[int | None, typer.Option(metavar="N", help="nodes there should be, for alerts")] = None,
+    body_bytes_max: Annotated[int | None, typer.Option(metavar="BYTES", help="largest request [4194304]")] = None,
+    config: ConfigFile = None,
+) -> None:
+    """Run one node until SIGTERM or Ctrl-C, which let running streams finish first."""
+    given = dict(locals())
+    given.pop("config")
+    given["open"] = given.pop("open_")
+    flags = {key: value for key, value in given.items() if value is not None and value != []}
+    raise typer.Exit(_run_node(config, flags))
+
+
+def _run_node(config_file: Path | None, flags: dict[str, Any]) -> int:
+    from nodes.node import run_node  # imports the runtime, which the other commands do without
+
+    try:
+        run_node(load_config(config_file, os.environ, flags))
+    except ConfigInvalid as exc:
+        print(f"ai-cluster: {exc}", file=sys.stderr)
+        return EXIT_USAGE
+    return 0
+
+
+@app.command()
+def up(
+    nodes: Annotated[int, typer.Option("--nodes", "-n", min=1, max=64, help="how many nodes")] = 3,
+    http_port: Annotated[
+        int, typer.Option(min=1, max=65000, help="HTTP port of the first; the next take the next")
+    ] = 8080,
+    mesh_port: Annotated[int, typer.Option(min=1, max=65000, help="mesh port of the first")] = 7946,
+    model: Annotated[
+        list[str] | None, typer.Option(metavar="FOLDER[=NAME]", help="model to serve; repeatable [the built-in model]")
+    ] = None,
+    slots: Annotated[int | None, typer.Option(metavar="N", help="sequences decoded together, per model [8]")] = None,
+    data_dir: Annotated[Path, typer.Option(metavar="DIR", help="each node gets DIR/<name>")] = Path("data"),
+    log_dir: Annotated[Path, typer.Option(metavar="DIR", help="all nodes' lines, merged")] = Path("logs"),
+    config: ConfigFile = None,
+) -> None:
+    """Run a local mesh of several nodes until Ctrl-C: node-1 on 8080, node-2 on 8081, and so on."""
+    from nodes.local_mesh import LocalMesh, run_local_mesh
+
+    mesh = LocalMesh(
+        nodes=nodes,
+        http_port=http_port,
+        mesh_port=mesh_port,
+        models=tuple(model or ()),
+        slots=slots,
+        data_dir=data_dir,
+        log_dir=log_dir,
+        config=config,
+    )
+    try:
+        raise typer.Exit(run_local_mesh(mesh))
+    except ConfigInvalid as exc:
+        print(f"ai-cluster: {exc}", file=sys.stderr)
+        raise typer.Exit(EXIT_USAGE) from exc
+
+
+@app.command()
+def status(
+    url: Url = DEFAULT_URL,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="refresh each second until Ctrl-C")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="the node's answer as it is")] = False,
+) -> None:
+    """Show every node of the mesh as one of them sees it."""
+    from nodes.client import show_status
+
+    raise typer.Exit(show_status(url, watch=watch, as_json=as_json))
+
+
+@app.command()
+def chat(
+    question: Annotated[
+        list[str] | None, typer.Argument(help="the question; without it, one is read from stdin")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="model name [the first one served]")] = None,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0: always the likeliest token")] = 0.0,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="longest answer")] = None,
+    api_key: Annotated[str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY", help="sent as bearer")] = None,
+) -> None:
+    """Ask a model, and print the answer while it is made."""
+    from nodes.client import stream_chat
+
+    text = " ".join(question) if question else sys.stdin.read().strip()
+    if not text:
+        print('ai-cluster: no question; try: ai-cluster chat "How do I add a node?"', file=sys.stderr)
+        raise typer.Exit(EXIT_USAGE)
+    raise typer.Exit(
+        stream_chat(url, text, model=model, temperature=temperature, max_tokens=max_tokens, api_key=api_key)
+    )
+
+
+@app.command()
+def models(url: Url = DEFAULT_URL) -> None:
+    """List the models that the mesh serves."""
+    from nodes.client import list_models
+
+    raise typer.Exit(list_models(url))
+
+
+@keyring_app.command("new")
+def keyring_new() -> None:
+    """Print a new cluster key. Put it into a file of mode 0600 and give that to every node."""
+    print(new_key())
+
+
+@config_app.command("check")
+def config_check(config: Annotated[Path | None, typer.Argument(help="TOML file", metavar="[FILE]")] = None) -> None:
+    """Check a configuration file together with the environment, and print what a node would use."""
+    try:
+        checked = load_config(config, os.environ, {})
+        checked.cluster_key()
+        checked.models()
+    except ConfigInvalid as exc:
+        print(f"ai-cluster: {exc}", file=sys.stderr)
+        raise typer.Exit(EXIT_USAGE) from exc
+    for key, value in checked.model_dump(exclude={"key"}).items():
+        print(f"{key} = {value}")
+
+
+def main() -> None:
+    """The script's entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

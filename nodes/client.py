@@ -1,0 +1,182 @@
+"""The commands that talk to a running node: status, chat, models; over HTTP with the standard library alone."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+TIMEOUT_S = 10.0
+# A stream is silent for as long as its request waits in a queue; keep-alives come each 5 s.
+STREAM_TIMEOUT_S = 60.0
+_COLOURS = {"healthy": "green", "degraded": "yellow", "offline": "red"}
+
+
+class NodeAnswered(Exception):
+    """The node refused, or could not be reached. The message is one line for the terminal."""
+
+
+def show_status(url: str, *, watch: bool, as_json: bool) -> int:
+    """Print the member table; 0 when all members are healthy, 1 when some are not or the node is out of reach."""
+    console = Console()
+    try:
+        status = _get(url, "/cluster/status")
+        if as_json:
+            print(json.dumps(status, indent=2))
+        elif watch:
+            _watch(console, url, status)
+        else:
+            console.print(_table(status))
+    except NodeAnswered as exc:
+        print(f"ai-cluster: {exc}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 0
+    return 0 if status["nodes"]["degraded"] == status["nodes"]["offline"] == 0 else 1
+
+
+def _watch(console: Console, url: str, status: dict[str, Any]) -> None:
+    with Live(_table(status), console=console, auto_refresh=False) as live:
+        while True:
+            time.sleep(1)
+            try:
+                live.update(_table(_get(url, "/cluster/status")), refresh=True)
+            except NodeAnswered as exc:  # the node may come back; the last picture stays with the reason below it
+                live.update(Group(_table(status), Text(str(exc), style="red")), refresh=True)
+
+
+def _table(status: dict[str, Any]) -> Table:
+    counts = ", ".join(f"{count} {name}" for name, count in status["nodes"].items() if count)
+    table = Table(title=f"{status['cluster_name']} as {status['node_id']} sees it: {counts}", title_justify="left")
+    for heading in ("node", "status", "seen", "http", "mesh", "models"):
+        table.add_column(heading, no_wrap=heading != "models", overflow="fold")
+    for heading in ("active", "queued", "free slots", "tokens/s"):
+        table.add_column(heading, justify="right")
+    for member in status["members"]:
+        table.add_row(*_row(member))
+    for warning in status["warnings"]:
+        table.caption = f"warning: {warning}"
+    return table
+
+
+def _row(member: dict[str, Any]) -> list[str]:
+    colour = _COLOURS.get(member["status"], "white")
+    why = "" if member["status"] == "healthy" else f" ({member['membership']}, {member['readiness']})"
+    models = member["models"]
+    return [
+        member["node_id"] + (" (asked)" if member["is_self"] else ""),
+        f"[{colour}]{member['status']}[/{colour}]{why}",
+        "now" if member["is_self"] else f"{member['age_s']:.1f} s ago",
+        member["http"],
+        member["mesh"],
+        ", ".join(model["name"] for model in models) or "-",
+        str(member["active_requests"]),
+        str(sum(model.get("queued", 0) for model in models)),
+        str(sum(model.get("free_slots", 0) for model in models)),
+        f"{member['tokens_per_s']:.1f}",
+    ]
+
+
+def list_models(url: str) -> int:
+    try:
+        for model in _get(url, "/v1/models")["data"]:
+            print(model["id"])
+    except NodeAnswered as exc:
+        print(f"ai-cluster: {exc}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def stream_chat(
+    url: str, question: str, *, model: str | None, temperature: float, max_tokens: int | None, api_key: str | None
+) -> int:
+    """Print the answer token by token. 1 when it could not be had whole."""
+    try:
+        if model is None:
+            served = _get(url, "/v1/models", api_key)["data"]
+            if not served:
+                raise NodeAnswered("no node of this mesh serves a model yet; see: ai-cluster status")
+            model = served[0]["id"]
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": question}],
+            "stream": True,
+            "temperature": temperature,
+        }
+        if max_tokens is not None:
+            body["max_tokens"] = max_tokens
+        for text in _stream(url, body, api_key):
+            print(text, end="", flush=True)
+        print()
+    except NodeAnswered as exc:
+        print(f"\nai-cluster: {exc}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print()
+        return 130
+    return 0
+
+
+def _stream(url: str, body: dict[str, Any], api_key: str | None) -> Iterator[str]:
+    request = _request(url, "/v1/chat/completions", api_key, json.dumps(body).encode())
+    with _open(request, STREAM_TIMEOUT_S) as response:
+        try:
+            for line in response:
+                if not line.startswith(b"data: "):
+                    continue
+                if line.strip() == b"data: [DONE]":
+                    return
+                event = json.loads(line.removeprefix(b"data: "))
+                if "error" in event:
+                    raise NodeAnswered(event["error"]["message"])
+                for choice in event["choices"]:
+                    yield choice["delta"].get("content") or ""
+        except (OSError, http.client.HTTPException) as exc:
+            raise NodeAnswered(f"the connection to {url} broke: {exc}") from exc
+    raise NodeAnswered(f"{url} ended the answer before it was complete")
+
+
+def _get(url: str, path: str, api_key: str | None = None) -> dict[str, Any]:
+    with _open(_request(url, path, api_key), TIMEOUT_S) as response:
+        try:
+            answer: dict[str, Any] = json.load(response)
+        except (OSError, ValueError) as exc:
+            raise NodeAnswered(f"{url}{path} answered something that is no JSON; is it an AI Cluster node?") from exc
+    return answer
+
+
+def _request(url: str, path: str, api_key: str | None, body: bytes | None = None) -> urllib.request.Request:
+    if not url.startswith(("http://", "https://")):
+        raise NodeAnswered(f"{url!r} is no URL; try --url http://127.0.0.1:8080")
+    headers = {"content-type": "application/json"} if body is not None else {}
+    if api_key:
+        headers["authorization"] = f"Bearer {api_key}"
+    return urllib.request.Request(url.rstrip("/") + path, data=body, headers=headers)  # noqa: S310 (checked above)
+
+
+def _open(request: urllib.request.Request, timeout_s: float) -> http.client.HTTPResponse:
+    try:
+        response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=timeout_s)  # noqa: S310
+    except urllib.error.HTTPError as exc:
+        raise NodeAnswered(_refusal(exc)) from exc
+    except (urllib.error.URLError, OSError) as exc:
+        reason = getattr(exc, "reason", exc)
+        raise NodeAnswered(f"no node answers at {request.full_url}: {reason}; is one running? (ai-cluster up)") from exc
+    return response
+
+
+def _refusal(error: urllib.error.HTTPError) -> str:
+    try:
+        return str(json.load(error)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"{error.url} answered {error.code} {error.reason}"

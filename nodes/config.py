@@ -1,0 +1,218 @@
+"""The configuration of one node: a TOML file, then AI_CLUSTER_* environment variables, then flags; each later one wins.
+
+Each field below is a TOML key, an environment variable (AI_CLUSTER_ and the name in capitals) and, where
+`ai-cluster serve --help` lists it, a flag. docs/configuration.md explains them all.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import socket
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from mesh.seal import DEVELOPMENT_KEY, parse_key
+from mesh.view import Address
+
+ENV_PREFIX = "AI_CLUSTER_"
+# Variables of this prefix that other commands read; a node does not refuse them.
+ENV_OF_OTHERS = {"URL"}
+BUILTIN_MODEL = Path(__file__).parent / "models" / "demo"
+BUILTIN_MODEL_NAME = "demo"
+
+
+class ConfigInvalid(Exception):
+    """A configuration that no node can run with. The message is one line: what is wrong, where, and the fix."""
+
+
+def parse_address(value: object) -> Address:
+    """HOST:PORT, [IPV6]:PORT. Raises ValueError."""
+    if isinstance(value, Address):
+        return value
+    text = str(value).strip()
+    host, separator, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not separator or not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"{text!r} is no HOST:PORT, such as 127.0.0.1:8080")
+    return Address(host, int(port))
+
+
+def _split(value: object) -> object:
+    """Lists come as lists from TOML and flags, and comma-separated from the environment."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+ConfiguredAddress = Annotated[Address, BeforeValidator(parse_address)]
+
+
+class NodeConfig(BaseModel):
+    """Everything a node can be told. Field descriptions are the help texts and the configuration page's source."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    http: ConfiguredAddress = Field(
+        Address("127.0.0.1", 8080), description="HOST:PORT where users, clients and Prometheus reach this node"
+    )
+    mesh: ConfiguredAddress = Field(
+        Address("127.0.0.1", 7946), description="HOST:PORT for other nodes: UDP gossip and TCP peer links"
+    )
+    join: Annotated[tuple[ConfiguredAddress, ...], BeforeValidator(_split)] = Field(
+        (), description="HOST:PORT of the mesh port of a running node; repeatable, any one that answers is enough"
+    )
+    model: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
+        (), description="FOLDER or FOLDER=NAME of a model to serve; repeatable; without it the built-in model"
+    )
+    no_model: bool = Field(False, description="serve no model: an entry that forwards every request")
+    slots: int = Field(8, ge=1, le=256, description="sequences decoded together, per model")
+    queue: int = Field(512, ge=0, le=100_000, description="requests that may wait for a slot on this node, per model")
+    capacity: int | None = Field(
+        None,
+        ge=64,
+        description="tokens a slot holds, prompt and answer together; default: the model's context, at most 8192",
+    )
+    threads: int = Field(0, ge=0, le=1024, description="threads of ONNX Runtime; 0: all cores")
+    provider: Literal["auto", "cpu", "cuda"] = Field("auto", description="where models run: auto, cpu or cuda")
+    spinning: bool = Field(True, description="let ONNX Runtime's threads spin while idle; off where nodes share cores")
+    name: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,63}$", description="node id; default: host name and mesh port"
+    )
+    advertise: ConfiguredAddress | None = Field(
+        None, description="HOST:PORT at which other nodes reach the mesh port, where it is not the bound one"
+    )
+    data_dir: Path = Field(Path("data"), description="folder of this node's own state; one per node")
+    log_dir: Path = Field(Path("logs"), description="folder of combined.log and error.log")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
+    log_console: Literal["auto", "plain", "json", "none"] = Field(
+        "auto",
+        description="log lines on stderr: plain for people, none, json for a collector (then no files are written); "
+        "auto is plain on a terminal, else none",
+    )
+    stop_with_stdin: bool = Field(
+        False, description="stop when standard input ends, so that a parent that dies leaves no node behind"
+    )
+    cluster_name: str = Field("ai-cluster", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="keeps two meshes apart")
+    cluster_key_file: Path | None = Field(
+        None, description="file with the cluster key, the same on every node; `ai-cluster keyring new` makes one"
+    )
+    key: str | None = Field(None, repr=False, description="the cluster key itself; prefer cluster_key_file")
+    open: bool = Field(False, description="answer /v1/* to everyone, also on an HTTP address off loopback")
+    deadline_s: float = Field(600.0, gt=0, le=86_400, description="longest time a request may take, seconds")
+    drain_s: float = Field(30.0, ge=0, le=3_600, description="how long running streams may finish at shutdown, seconds")
+    nodes_expected: int | None = Field(
+        None, ge=1, description="nodes this cluster should have, for alerts; default: members known and not left"
+    )
+    body_bytes_max: int = Field(
+        4 * 1024 * 1024, ge=1024, le=6 * 1024 * 1024, description="largest HTTP request body accepted, bytes"
+    )
+
+    def node_id(self) -> str:
+        return self.name or f"{socket.gethostname()[:50]}:{self.mesh.port}"
+
+    def cluster_key(self) -> bytes:
+        """The 32-byte cluster key; the public development key where none is configured and the mesh is on loopback."""
+        if self.cluster_key_file is not None:
+            try:
+                text = self.cluster_key_file.read_text()
+            except (OSError, UnicodeDecodeError) as exc:
+                reason = exc.strerror if isinstance(exc, OSError) else "it is not text"
+                raise ConfigInvalid(
+                    f"cluster_key_file {self.cluster_key_file}: {reason}; "
+                    "make one with: ai-cluster keyring new > cluster.key"
+                ) from exc
+            source = f"cluster_key_file {self.cluster_key_file}"
+        elif self.key is not None:
+            text, source = self.key, "AI_CLUSTER_KEY"
+        elif is_loopback(self.mesh.host):
+            return DEVELOPMENT_KEY
+        else:
+            raise ConfigInvalid(
+                f"mesh address {self.mesh} is off loopback and needs a cluster key; make one with "
+                "`ai-cluster keyring new > cluster.key` and pass --cluster-key-file cluster.key on every node"
+            )
+        try:
+            return parse_key(text)
+        except ValueError as exc:
+            raise ConfigInvalid(f"{source}: {exc}") from exc
+
+    def models(self) -> list[tuple[str, Path]]:
+        """(name, folder) of each model to serve. Raises ConfigInvalid for a name given twice."""
+        if self.no_model:
+            if self.model:
+                raise ConfigInvalid("no_model and model contradict each other; give one of them")
+            return []
+        if not self.model:
+            return [(BUILTIN_MODEL_NAME, BUILTIN_MODEL)]
+        found: dict[str, Path] = {}
+        for entry in self.model:
+            folder, _, name = entry.partition("=")
+            path = Path(folder).expanduser()
+            name = name or path.resolve().name
+            if name in found:
+                raise ConfigInvalid(f"model name {name!r} is given twice; name one with --model FOLDER=NAME")
+            found[name] = path
+        return list(found.items())
+
+
+def is_loopback(host: str) -> bool:
+    """True for localhost and loopback addresses. Other names are not resolved: a name may point anywhere."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def load_config(file: Path | None, environment: Mapping[str, str], flags: Mapping[str, Any]) -> NodeConfig:
+    """Merge the three sources. flags: only those given. Raises ConfigInvalid with one line per fault's first."""
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for source, entries in (
+        (f"in {file}", _read_toml(file) if file else {}),
+        ("in the environment", _read_environment(environment)),
+        ("on the command line", flags),
+    ):
+        for key, value in entries.items():
+            if key not in NodeConfig.model_fields:
+                raise ConfigInvalid(_unknown_key(key, source))
+            values[key], origin[key] = value, source
+    try:
+        return NodeConfig(**values)
+    except ValidationError as exc:
+        fault = exc.errors()[0]
+        key = str(fault["loc"][0])
+        reason = str(fault.get("ctx", {}).get("error", "")) or _lower_first(fault["msg"])
+        shown = "" if key == "key" else f" = {values.get(key)!r}"
+        raise ConfigInvalid(f"{key}{shown} {origin.get(key, '')}: {reason}") from exc
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text())
+    except OSError as exc:
+        raise ConfigInvalid(f"configuration file {file}: {exc.strerror}") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigInvalid(f"configuration file {file} is no TOML: {exc}") from exc
+
+
+def _read_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    found = {}
+    for variable, value in environment.items():
+        name = variable.removeprefix(ENV_PREFIX)
+        if name != variable and name not in ENV_OF_OTHERS:
+            found[name.lower()] = value
+    return found
+
+
+def _unknown_key(key: str, source: str) -> str:
+    close = difflib.get_close_matches(key, NodeConfig.model_fields, n=1)
+    hint = f"; did you mean {close[0]}?" if close else "; docs/configuration.md lists the keys"
+    shown = ENV_PREFIX + key.upper() if source == "in the environment" else key
+    return f"unknown configuration key {shown} {source}{hint}"
+
+
+def _lower_first(message: str) -> str:
+    return message[:1].lower() + message[1:]

@@ -1,0 +1,79 @@
+"""A node's own folder: held by one process at a time, and keeper of the counter that tells its lives apart."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from nodes.config import ConfigInvalid
+
+try:
+    import fcntl
+except ImportError:  # no flock outside POSIX; there two nodes in one folder go unnoticed
+    fcntl = None  # type: ignore[assignment]
+
+
+class DataDirectory:
+    """`with DataDirectory(path) as data`: creates and locks the folder. Raises ConfigInvalid when it cannot."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / "lock", "a+")
+        except OSError as exc:
+            raise ConfigInvalid(
+                f"data_dir {self.path}: {exc.strerror}; give a writable folder with --data-dir"
+            ) from exc
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            lock.seek(0)
+            holder = lock.read(20).strip() or "unknown"
+            lock.close()
+            raise ConfigInvalid(
+                f"data_dir {self.path} is in use by process {holder}; give this node its own with --data-dir"
+            ) from exc
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        self._lock = lock
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            self._lock.close()  # and with it the lock
+
+    def next_generation(self) -> int:
+        """One more than at any earlier start from this folder. On disk before it returns, so no two lives share one."""
+        file = self.path / "generation"
+        try:
+            last = int(file.read_text())
+        except FileNotFoundError:
+            last = 0
+        except ValueError as exc:
+            raise ConfigInvalid(f"{file} holds no number; delete it, peers will tell this node its generation") from exc
+        _write_durably(file, f"{last + 1}\n")
+        return last + 1
+
+
+def _write_durably(file: Path, text: str) -> None:
+    temporary = file.with_suffix(".new")
+    with open(temporary, "w") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, file)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

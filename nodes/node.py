@@ -1,0 +1,1 @@
+"""One node, put together: sockets, mesh, engines, API; and the order in which they start and end."""

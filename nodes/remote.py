@@ -1,0 +1,83 @@
+"""Generations over a peer link: the Generator whose tokens a peer makes, and the other end, which makes them."""
+
+from __future__ import annotations
+
+import logging
+
+import trio
+from mesh.forwarder import Forwarder, IncomingStream, RemoteError, StreamRefused
+
+from mesh.errors import PeerUnavailable
+from mesh.view import MemberView
+from nodes.generation import (
+    REQUEST_BYTES_MAX,
+    GenerateEvent,
+    GenerateRequest,
+    GenerationError,
+    Generator,
+    RequestInvalid,
+    decode_error,
+    decode_event,
+    decode_request,
+    encode_error,
+    encode_event,
+    encode_request,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class RemoteGenerator:
+    """The Generator of one peer."""
+
+    def __init__(self, forwarder: Forwarder, peer: MemberView) -> None:
+        self._forwarder = forwarder
+        self._peer = peer
+
+    async def open(self, request: GenerateRequest) -> trio.abc.ReceiveChannel[GenerateEvent]:
+        """Raises PeerUnavailable, or RequestInvalid for a request too large for a link."""
+        data = encode_request(request)
+        if len(data) > REQUEST_BYTES_MAX:
+            message = f"the request has {len(data)} bytes, which exceeds {REQUEST_BYTES_MAX}"
+            raise RequestInvalid(message, param="messages", status=413)
+        stream = await self._forwarder.open(self._peer.node_id, self._peer.address, data)
+        return _RemoteStream(stream, self._peer.node_id)
+
+
+class _RemoteStream(trio.abc.ReceiveChannel[GenerateEvent]):
+    """Decodes the events of one stream, and turns the peer's errors back into what they were there."""
+
+    def __init__(self, stream: trio.abc.ReceiveChannel[object], node_id: str) -> None:
+        self._stream = stream
+        self._node_id = node_id
+
+    async def receive(self) -> GenerateEvent:
+        try:
+            return decode_event(await self._stream.receive())
+        except ValueError as exc:
+            raise PeerUnavailable(f"node {self._node_id} sent an event that this version cannot read") from exc
+        except RemoteError as exc:
+            raise decode_error(exc.code, str(exc)) from exc
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+async def serve_peer(stream: IncomingStream, local: Generator) -> None:
+    """Execute one generation for a peer. Cancelled when the peer cancels or its link breaks, which frees the slot.
+
+    A request that has been forwarded already is executed here or refused, never forwarded again.
+    """
+    try:
+        request = decode_request(stream.request)
+        generation = await local.open(request)
+        async with generation:
+            async for event in generation:
+                await stream.send(encode_event(event))
+    except GenerationError as exc:
+        code, message = encode_error(exc)
+        logger.info(
+            "refused a peer's request",
+            extra={"peer": stream.peer_node_id, "code": code, "error_type": type(exc).__name__},
+        )
+        raise StreamRefused(code, message) from exc

@@ -1,0 +1,122 @@
+import base64
+from pathlib import Path
+
+import pytest
+
+from mesh.seal import DEVELOPMENT_KEY
+from mesh.view import Address
+from nodes.config import ConfigInvalid, NodeConfig, is_loopback, load_config, parse_address
+
+
+def test_flags_win_over_environment_and_environment_over_file(tmp_path: Path) -> None:
+    file = tmp_path / "node.toml"
+    file.write_text('slots = 2\nqueue = 3\nname = "from-file"\n')
+    config = load_config(file, {"AI_CLUSTER_SLOTS": "4", "AI_CLUSTER_QUEUE": "5"}, {"slots": 6})
+    assert (config.slots, config.queue, config.name) == (6, 5, "from-file")
+
+
+def test_lists_are_comma_separated_in_the_environment() -> None:
+    config = load_config(None, {"AI_CLUSTER_JOIN": "10.0.0.1:7946, 10.0.0.2:7946"}, {})
+    assert config.join == (Address("10.0.0.1", 7946), Address("10.0.0.2", 7946))
+
+
+@pytest.mark.parametrize(
+    ("toml", "environment", "flags", "words"),
+    [
+        ("slotz = 2", {}, {}, ["slotz", "did you mean slots", "node.toml"]),
+        ("", {"AI_CLUSTER_SLOTZ": "2"}, {}, ["AI_CLUSTER_SLOTZ", "environment", "slots"]),
+        ("slots = 0", {}, {}, ["slots = 0", "greater than or equal to 1", "node.toml"]),
+        ("", {"AI_CLUSTER_SLOTS": "many"}, {}, ["slots = 'many'", "environment", "integer"]),
+        ("", {}, {"http": "8080"}, ["http = '8080'", "HOST:PORT", "command line"]),
+        ("", {}, {"join": ["nowhere"]}, ["join", "HOST:PORT"]),
+        ("slots = ", {}, {}, ["node.toml", "TOML"]),
+        ("", {}, {"provider": "tpu"}, ["provider = 'tpu'", "cuda"]),
+        ("", {}, {"name": "two words"}, ["name = 'two words'"]),
+    ],
+    ids=["toml-key", "env-key", "toml-value", "env-value", "address", "list", "syntax", "choice", "name"],
+)
+def test_a_bad_configuration_is_one_line_that_names_key_value_and_source(
+    tmp_path: Path, toml: str, environment: dict[str, str], flags: dict[str, object], words: list[str]
+) -> None:
+    file = tmp_path / "node.toml"
+    file.write_text(toml)
+    with pytest.raises(ConfigInvalid) as raised:
+        load_config(file, environment, flags)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert [word for word in words if word not in message] == []
+
+
+def test_a_missing_configuration_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigInvalid, match=r"absent\.toml: No such file"):
+        load_config(tmp_path / "absent.toml", {}, {})
+
+
+@pytest.mark.parametrize("text", ["", "8080", "host", ":8080", "host:", "host:port", "host:70000", "host:-1"])
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="HOST:PORT"):
+        parse_address(text)
+
+
+def test_an_address_survives_its_own_text() -> None:
+    for address in (Address("::1", 80), Address("10.1.2.3", 7946), Address("node.example", 1)):
+        assert parse_address(str(address)) == address
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("x.y", False)],
+)
+def test_loopback_is_told_from_the_rest(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
+
+
+def test_a_mesh_on_loopback_runs_under_the_development_key() -> None:
+    assert NodeConfig().cluster_key() == DEVELOPMENT_KEY
+
+
+def test_a_mesh_off_loopback_needs_a_key() -> None:
+    with pytest.raises(ConfigInvalid, match="keyring new"):
+        load_config(None, {}, {"mesh": "0.0.0.0:7946"}).cluster_key()
+
+
+def test_the_key_comes_from_a_file_or_the_environment(tmp_path: Path) -> None:
+    key = bytes(range(32))
+    text = base64.b64encode(key).decode()
+    file = tmp_path / "cluster.key"
+    file.write_text(text + "\n")
+    assert load_config(None, {}, {"cluster_key_file": file}).cluster_key() == key
+    assert load_config(None, {"AI_CLUSTER_KEY": text}, {}).cluster_key() == key
+
+
+@pytest.mark.parametrize("text", ["", "short", base64.b64encode(b"x" * 16).decode()])
+def test_a_bad_key_is_refused_without_being_shown(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigInvalid) as raised:
+        load_config(None, {"AI_CLUSTER_KEY": text}, {}).cluster_key()
+    assert "AI_CLUSTER_KEY" in str(raised.value)
+    assert not text or text not in str(raised.value)
+
+
+def test_a_missing_key_file_is_named_with_the_fix(tmp_path: Path) -> None:
+    with pytest.raises(ConfigInvalid, match=r"absent\.key.*keyring new"):
+        load_config(None, {}, {"cluster_key_file": tmp_path / "absent.key"}).cluster_key()
+
+
+def test_models_are_named_by_their_folder_or_as_given() -> None:
+    config = load_config(None, {}, {"model": ["/models/llama", "/other/llama=second"]})
+    assert config.models() == [("llama", Path("/models/llama")), ("second", Path("/other/llama"))]
+
+
+def test_one_model_name_for_two_folders_is_refused() -> None:
+    with pytest.raises(ConfigInvalid, match="given twice"):
+        load_config(None, {}, {"model": ["/models/llama", "/other/llama"]}).models()
+
+
+def test_an_entry_without_models_cannot_be_given_one() -> None:
+    with pytest.raises(ConfigInvalid, match="contradict"):
+        load_config(None, {}, {"model": ["/models/llama"], "no_model": True}).models()
+
+
+def test_every_key_is_on_the_configuration_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+    assert [key for key in NodeConfig.model_fields if f"`{key}`" not in page] == []
