@@ -6,14 +6,31 @@ import base64
 import binascii
 import hashlib
 import secrets
+import struct
+from collections import OrderedDict
 
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from mesh.errors import SealRejected
 
 KEY_BYTES = 32
 KEY_ID_BYTES = 4  # names a key in clear text, so that a receiver with several knows which to try
 # Guards nothing: it keeps datagrams whole on loopback, where a mesh without a key of its own may run.
 DEVELOPMENT_KEY = hashlib.sha256(b"ai-cluster public development key").digest()
+
+SEAL_VERSION = 1  # first byte of every datagram; changes only when this header does
+BOOT_ID_BYTES = 16  # random per process, so that a counter that begins at 0 again never meets an old subkey
+TAG_BYTES = 16  # AES-GCM
+HEADER = struct.Struct(f">B{KEY_ID_BYTES}s{BOOT_ID_BYTES}sQ")  # seal version, key id, boot id, counter
+OVERHEAD_BYTES = HEADER.size + TAG_BYTES  # 45: what sealing adds to a payload
+# Datagrams of one boot may overtake each other by this many; at 16 a second that is a minute.
+REPLAY_WINDOW = 1_024
+# Boots remembered, each about 1 KiB. Beyond it the longest silent is forgotten, and only then could its datagrams be
+# replayed: they hold old versions, which no merge takes.
+BOOTS_MAX = 4_096
 
 
 def new_key() -> str:
@@ -59,3 +76,94 @@ class Keyring:
         Raises KeyError for a key not held."""
         info = b"ai-cluster 1|" + self.cluster_name.encode() + b"|" + purpose
         return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=salt, info=info).derive(self._keys[identity])
+
+
+class DatagramSealer:
+    """Seals this process's datagrams and opens those of others: AES-256-GCM (NIST SP 800-38D), header in clear.
+
+    Each boot id has a subkey of its own, so a 64-bit counter is a nonce that never repeats under one key."""
+
+    def __init__(self, keyring: Keyring, boot_id: bytes) -> None:
+        if len(boot_id) != BOOT_ID_BYTES:
+            raise ValueError(f"a boot id holds {BOOT_ID_BYTES} bytes, this one {len(boot_id)}")
+        self._keyring = keyring
+        self._boot_id = boot_id
+        self._cluster = keyring.cluster_name.encode()
+        self._counter = 0
+        self._own_ciphers: dict[bytes, AESGCM] = {}  # by key id: one entry a key of the ring
+        self._boots: OrderedDict[tuple[bytes, bytes], _Boot] = OrderedDict()  # (key id, boot id), longest silent first
+
+    def seal(self, payload: bytes) -> bytes:
+        """The payload as a datagram, OVERHEAD_BYTES longer, under the keyring's primary key."""
+        identity = self._keyring.primary_id
+        cipher = self._own_ciphers.get(identity)
+        if cipher is None:
+            cipher = self._own_ciphers[identity] = self._cipher(identity, self._boot_id)
+        self._counter += 1
+        header = HEADER.pack(SEAL_VERSION, identity, self._boot_id, self._counter)
+        return header + cipher.encrypt(_nonce(self._counter), payload, header + self._cluster)
+
+    def open(self, datagram: bytes) -> tuple[bytes, int, bytes]:
+        """(boot id, counter, payload) of a datagram that a holder of a key of this ring sealed and that is new.
+
+        Raises SealRejected: "truncated", "seal version", "unknown key", "reflected" (sealed by this very process),
+        "replayed" or "tampered" (altered, or of a mesh by another name). Nothing was changed then."""
+        if len(datagram) < OVERHEAD_BYTES:
+            raise SealRejected("truncated")
+        seal_version, identity, boot_id, counter = HEADER.unpack_from(datagram)
+        if seal_version != SEAL_VERSION:
+            raise SealRejected("seal version")
+        if identity not in self._keyring:
+            raise SealRejected("unknown key")
+        if boot_id == self._boot_id:
+            raise SealRejected("reflected")
+        boot = self._boots.get((identity, boot_id))
+        if boot is None:
+            boot = _Boot(self._cipher(identity, boot_id))
+        elif boot.has_seen(counter):
+            raise SealRejected("replayed")
+        try:
+            associated = datagram[: HEADER.size] + self._cluster
+            payload = boot.cipher.decrypt(_nonce(counter), datagram[HEADER.size :], associated)
+        except InvalidTag as exc:
+            raise SealRejected("tampered") from exc
+        # Only what authenticated may take room or move a window: forged headers cost a derivation, no memory.
+        boot.mark_seen(counter)
+        self._boots[(identity, boot_id)] = boot
+        self._boots.move_to_end((identity, boot_id))
+        if len(self._boots) > BOOTS_MAX:
+            self._boots.popitem(last=False)
+        return boot_id, counter, payload
+
+    def _cipher(self, identity: bytes, boot_id: bytes) -> AESGCM:
+        return AESGCM(self._keyring.derive(identity, b"datagram|" + boot_id))
+
+
+class _Boot:
+    """What is known of one sender process under one key: its cipher, and which counters it has used."""
+
+    __slots__ = ("_highest", "_seen", "cipher")
+
+    def __init__(self, cipher: AESGCM) -> None:
+        self.cipher = cipher
+        self._highest = -1
+        self._seen = 0  # bit i: counter `highest - i` was opened
+
+    def has_seen(self, counter: int) -> bool:
+        behind = self._highest - counter
+        return behind >= REPLAY_WINDOW or (behind >= 0 and bool(self._seen >> behind & 1))
+
+    def mark_seen(self, counter: int) -> None:
+        ahead = counter - self._highest
+        if ahead > 0:
+            self._seen = (self._seen << ahead | 1) & _WINDOW_MASK if ahead < REPLAY_WINDOW else 1
+            self._highest = counter
+        else:
+            self._seen |= 1 << -ahead
+
+
+_WINDOW_MASK = (1 << REPLAY_WINDOW) - 1
+
+
+def _nonce(counter: int) -> bytes:
+    return counter.to_bytes(12, "big")

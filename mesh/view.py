@@ -87,6 +87,7 @@ class ModelInfo:
     fingerprint: str
     context_length: int
     slots: int
+    queue_limit: int = 512  # requests that may wait for a slot; a node with more takes none
 
 
 @dataclass(frozen=True, slots=True)

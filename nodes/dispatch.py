@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import trio
-from mesh.router import Router, RouteRequest
+from mesh.router import OwnDispatch, Router, RouteRequest
 
 from mesh.errors import MeshError, NoCapacity, PeerUnavailable
 from mesh.view import ClusterView, MemberView
@@ -42,7 +42,7 @@ class DispatchStatistics:
 class Dispatch:
     """Opens generations on the node that should serve them soonest.
 
-    local: this node's engines, None on an entry without models. remote: makes the Generator of a peer.
+    local: this node's engines. remote: makes the Generator of a peer.
     peer_failed is told the node id whenever a peer failed a request, so that gossip probes it at once.
     """
 
@@ -51,7 +51,7 @@ class Dispatch:
         *,
         view: Callable[[], ClusterView],
         router: Router,
-        local: Generator | None,
+        local: Generator,
         remote: Callable[[MemberView], Generator],
         peer_failed: Callable[[str], None],
     ) -> None:
@@ -89,6 +89,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         self._request = request
         self._deadline = deadline
         self._stream: trio.abc.ReceiveChannel[GenerateEvent] | None = None
+        self._entry: OwnDispatch | None = None
         self._failed: set[str] = set()
         self._has_begun = False
         self._has_finished = False
@@ -127,6 +128,9 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         """Open the best node not tried yet. Raises as Dispatch.open does."""
         dispatch, request = self._dispatch, self._request
         while len(self._failed) < TRIES_MAX:
+            remaining_s = self._deadline - trio.current_time()
+            if remaining_s <= 0:
+                raise DeadlineExceeded(f"the request's deadline of {request.deadline_s:g} s has passed")
             view = dispatch._view()
             route = RouteRequest(request.model, request.text_bytes(), exclude=frozenset(self._failed))
             try:
@@ -134,22 +138,21 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
             except NoCapacity as exc:
                 raise self._refusal or exc from None
             member = view.members[node_id]
-            remaining_s = self._deadline - trio.current_time()
-            if remaining_s <= 0:
-                raise DeadlineExceeded(f"the request's deadline of {request.deadline_s:g} s has passed")
+            # Counted before anything is awaited, so that requests of the same instant see each other.
+            entry = dispatch._router.dispatched(node_id, request.model, request.text_bytes(), member.load_version)
+            generator = dispatch._local if member.is_self else dispatch._remote(member)
+            hops = request.hops if member.is_self else request.hops + 1
             try:
-                generator = dispatch._local if member.is_self else dispatch._remote(member)
-                if generator is None:
-                    raise PeerUnavailable(f"node {node_id} has no engine")
-                hops = request.hops if member.is_self else request.hops + 1
-                self._stream = await generator.open(replace(request, deadline_s=remaining_s, hops=hops))
-            except (MeshError, GenerationFailed) as exc:
+                stream = await generator.open(replace(request, deadline_s=remaining_s, hops=hops))
+            except BaseException as exc:
+                dispatch._router.finished(entry)
+                if not isinstance(exc, MeshError | GenerationFailed):
+                    raise
                 self._note_failure(node_id, exc)
                 continue
-            self.node_id = node_id
+            self._stream, self._entry, self.node_id = stream, entry, node_id
             dispatch._open_streams += 1
             dispatch._forwards += not member.is_self
-            dispatch._router.dispatched(node_id, request.model, request.text_bytes(), member.load_version)
             return
         raise self._refusal or GenerationFailed(
             f"{len(self._failed)} nodes were tried and none could serve the request"
@@ -169,7 +172,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
                 "request_id": self._request.request_id,
                 "peer": node_id,
                 "reason": reason,
-                "error_message": str(error),
+                "error.message": str(error),
             },
         )
 
@@ -191,6 +194,8 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
 
     async def _close_stream(self) -> None:
         stream, self._stream = self._stream, None
-        if stream is not None:
+        entry, self._entry = self._entry, None
+        if stream is not None and entry is not None:
             self._dispatch._open_streams -= 1
+            self._dispatch._router.finished(entry)
             await stream.aclose()

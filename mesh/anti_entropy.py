@@ -1,0 +1,69 @@
+"""Comparing what two nodes hold, so that whatever rumours lost arrives in the end. Digests go over ranges of id hashes:
+within a range the absence of an entry says something too, however many members there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mesh.membership import Member, MemberTable
+from mesh.view import MemberStatus
+from mesh.wire import DIGEST_ENTRIES_MAX, HASH_MAX, NODE_ID_BYTES_MAX, Digest, DigestEntry, digest_entry_bytes
+
+# The entries of one digest; the rest of its packet is for the head and the sender's own record.
+ENTRIES_BYTES_MAX = 1_000 - NODE_ID_BYTES_MAX
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What a comparison found. lacking: members the other side should be told of, and if with their profile."""
+
+    lacking: list[tuple[Member, bool]]
+    wanted: tuple[DigestEntry, ...]
+
+
+def build_digest(table: MemberTable, low: int) -> tuple[Digest, int]:
+    """(digest of as many members from that hash on as fit, where the next one begins)."""
+    entries: list[DigestEntry] = []
+    room_bytes = ENTRIES_BYTES_MAX
+    for member in table.between(low, HASH_MAX):
+        entry = member.digest_entry()
+        room_bytes -= digest_entry_bytes(entry)
+        if room_bytes < 0 or len(entries) == DIGEST_ENTRIES_MAX:
+            return Digest(low, max(low, member.id_hash - 1), tuple(entries)), member.id_hash
+        entries.append(entry)
+    return Digest(low, HASH_MAX, tuple(entries)), 0
+
+
+def compare(table: MemberTable, digest: Digest, sender_id: str, lag_versions: int) -> Difference:
+    """What the sender of a digest lacks, and what this node does, as entries of what it holds itself."""
+    lacking: list[tuple[Member, bool]] = []
+    wanted: list[DigestEntry] = []
+    named = set()
+    room_bytes = ENTRIES_BYTES_MAX
+    for theirs in digest.entries:
+        named.add(theirs.id_hash)
+        node_id = table.id_of_hash.get(theirs.id_hash)
+        member = table.members[node_id] if node_id is not None else None
+        ours = member.digest_entry() if member else DigestEntry(theirs.id_hash, 0, 0, MemberStatus.ALIVE, 0)
+        if member is not None and is_behind(theirs, ours, lag_versions):
+            needs_warm = theirs.generation < ours.generation or theirs.profile_version < ours.profile_version
+            lacking.append((member, needs_warm))
+        if is_behind(ours, theirs, lag_versions) and (room_bytes := room_bytes - digest_entry_bytes(ours)) >= 0:
+            wanted.append(ours)
+    lacking += _unnamed(table.between(digest.low, digest.high), named, sender_id)
+    return Difference(lacking, tuple(wanted))
+
+
+def is_behind(a: DigestEntry, b: DigestEntry, lag_versions: int) -> bool:
+    """True where the holder of `a` should be told what the holder of `b` knows. A load a little older is no reason:
+    the next publication is on its way."""
+    if a.generation != b.generation:
+        return a.generation < b.generation
+    if a.profile_version < b.profile_version or a.version + lag_versions <= b.version:
+        return True
+    return a.status is not b.status and (a.version, a.status) < (b.version, b.status)
+
+
+def _unnamed(members: Iterable[Member], named: set[int], sender_id: str) -> list[tuple[Member, bool]]:
+    return [(m, True) for m in members if m.id_hash not in named and m.node_id != sender_id]

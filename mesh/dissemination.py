@@ -1,0 +1,172 @@
+"""What to tell and how fast: rumours by recency, a packet budget, and the seeds to call."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+
+from mesh.gossip_types import GossipConfig
+from mesh.membership import Member, MemberTable
+from mesh.view import Address
+
+# Of the room for records, what urgent news may take while loads wait as well: neither starves the other.
+URGENT_SHARE = 0.75
+# A record that does not fit is passed over for a smaller one, this many times; then the packet is full enough.
+MISFITS_MAX = 3
+RECORD_BYTES_MIN = 24  # no record with a load is smaller
+
+
+class Rumours:
+    """News to pass on, most recent first, each a bounded number of times. At most one entry a member in each of both.
+
+    Urgent: membership, readiness and profiles. Loads: everything else that a newer version brings."""
+
+    def __init__(self, retransmit_max: int) -> None:
+        self._retransmit_max = retransmit_max
+        self._urgent: OrderedDict[str, int] = OrderedDict()  # id to tellings left
+        self._with_warm: set[str] = set()  # of those, whose profile is part of the news
+        self._loads: OrderedDict[str, int] = OrderedDict()
+
+    def add_urgent(self, node_id: str, *, with_warm: bool) -> None:
+        self._urgent[node_id] = self._retransmit_max
+        self._urgent.move_to_end(node_id)
+        if with_warm:
+            self._with_warm.add(node_id)
+
+    def add_load(self, node_id: str) -> None:
+        self._loads[node_id] = self._retransmit_max
+        self._loads.move_to_end(node_id)
+
+    @property
+    def are_waiting(self) -> bool:
+        return bool(self._urgent or self._loads)
+
+    def take_own(self, own: Member) -> bytes:
+        """The node's own record, which rides in every packet; with its profile while that is news."""
+        if own.node_id not in self._urgent:
+            return own.encoded(with_warm=False)
+        encoded = own.encoded(with_warm=own.node_id in self._with_warm)
+        self._told(self._urgent, [own.node_id])
+        return encoded
+
+    def take(self, table: MemberTable, room_bytes: int, receiver_id: str) -> list[bytes]:
+        """Encoded records for one packet to one receiver, at most room_bytes together."""
+        urgent_room = int(room_bytes * URGENT_SHARE) if self._loads else room_bytes
+        chosen, left = self._choose(self._urgent, table, urgent_room, receiver_id, ())
+        loads, _ = self._choose(self._loads, table, room_bytes - urgent_room + left, receiver_id, self._urgent)
+        records = [table.members[i].encoded(with_warm=i in self._with_warm) for i in chosen]
+        records += [table.members[i].encoded(with_warm=False) for i in loads]
+        self._told(self._urgent, chosen)
+        self._told(self._loads, loads)
+        return records
+
+    def _choose(
+        self,
+        waiting: OrderedDict[str, int],
+        table: MemberTable,
+        room_bytes: int,
+        receiver_id: str,
+        without: Container[str],
+    ) -> tuple[list[str], int]:
+        """(ids that fit, bytes left)."""
+        chosen: list[str] = []
+        forgotten: list[str] = []
+        misfits = 0
+        is_urgent = waiting is self._urgent
+        for node_id in reversed(waiting):
+            if room_bytes < RECORD_BYTES_MIN:
+                break
+            member = table.members.get(node_id)
+            if member is None:
+                forgotten.append(node_id)
+                continue
+            if node_id in (receiver_id, table.own.node_id) or node_id in without or member.told_by == receiver_id:
+                continue
+            size = len(member.encoded(with_warm=is_urgent and node_id in self._with_warm))
+            if size <= room_bytes:
+                chosen.append(node_id)
+                room_bytes -= size
+            else:
+                misfits += 1
+                if misfits >= MISFITS_MAX:
+                    break
+        for node_id in forgotten:
+            del waiting[node_id]
+            self._with_warm.discard(node_id)
+        return chosen, room_bytes
+
+    def _told(self, waiting: OrderedDict[str, int], node_ids: Sequence[str]) -> None:
+        for node_id in node_ids:
+            waiting[node_id] -= 1
+            if waiting[node_id] <= 0:
+                del waiting[node_id]
+                if waiting is self._urgent:
+                    self._with_warm.discard(node_id)
+
+
+class PacketBudget:
+    """A token bucket over packets."""
+
+    def __init__(self, rate: float, burst: int, now: float) -> None:
+        self._rate = rate
+        self._burst = burst
+        self._level = float(burst)
+        self._filled_at = now
+
+    def take(self, now: float, *, reserve: int = 0) -> bool:
+        """One packet, if more than `reserve` would be left without it."""
+        self._level = min(self._burst, self._level + max(0.0, now - self._filled_at) * self._rate)
+        self._filled_at = max(now, self._filled_at)
+        if self._level < 1 + reserve:
+            return False
+        self._level -= 1
+        return True
+
+
+@dataclass(slots=True)
+class Seed:
+    """One address to join through."""
+
+    address: Address
+    called_at: float
+    join_sequence: int = 0  # of the last call, 0 once it was answered
+    unanswered: int = 0  # calls since the last answer
+    node_id: str = ""  # who answered
+
+
+class Seeds:
+    """The addresses given to join through, each called until a live member answers for it, and again when it is gone."""
+
+    def __init__(self, config: GossipConfig, addresses: Sequence[Address], own: Address) -> None:
+        self._config = config
+        # A node may be given its own address among the seeds: every node the same list.
+        self._seeds = [Seed(a, float("-inf")) for a in dict.fromkeys(addresses) if a != own]
+
+    def next_wakeup(self, table: MemberTable) -> float:
+        return min((self._due(seed, table) for seed in self._seeds), default=float("inf"))
+
+    def due(self, table: MemberTable, now: float) -> list[Seed]:
+        """Seeds to call now. Those that a live member answers for are merely looked at again later."""
+        due = []
+        for seed in self._seeds:
+            if now < self._due(seed, table):
+                continue
+            seed.called_at = now
+            member = table.members.get(seed.node_id)
+            if member is None or not member.is_live:
+                due.append(seed)
+        return due
+
+    def answered(self, join_sequence: int, node_id: str) -> bool:
+        """A Delta that answers a call. True the first time for one call."""
+        for seed in self._seeds:
+            if join_sequence and seed.join_sequence == join_sequence:
+                seed.join_sequence = seed.unanswered = 0
+                seed.node_id = node_id
+                return True
+        return False
+
+    def _due(self, seed: Seed, table: MemberTable) -> float:
+        interval_s = self._config.seed_interval_s if table.live else self._config.seed_alone_interval_s
+        return seed.called_at + interval_s

@@ -1,0 +1,334 @@
+"""The member table. The only place that compares claims; sees no socket, no clock and no randomness but a given one.
+
+The state version is the incarnation: a node owns (generation, version) and raises the version with all it publishes, so
+whatever shows a newer version is a sign of life. Of two claims the greater (generation, version, status) holds, with
+ALIVE < SUSPECT < DEAD < LEFT: a suspicion says "no life after version v", and any newer version refutes it, wherever it
+comes from. Sections merge by their own versions within the generation. So merging is a join: commutative, associative,
+idempotent.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntFlag, auto
+
+from mesh.state import decode_load, decode_profile
+from mesh.view import Address, MemberStatus, MemberView, NodeLoad, NodeProfile
+from mesh.wire import ACCUSERS_MAX, HASH_MAX, DigestEntry, Record, encode_record
+
+MEMBERS_MAX = 16_384  # in the table, tombstones included; about 2 KiB each
+TOMBSTONES_MAX = 4_096  # beyond it the oldest is forgotten before its time
+
+LIVE = (MemberStatus.ALIVE, MemberStatus.SUSPECT)
+
+
+class Change(IntFlag):
+    """What one record would do to the table."""
+
+    NEW = auto()  # a member not known before
+    ADVANCED = auto()  # a newer (generation, version)
+    GENERATION = auto()
+    STATUS = auto()
+    ACCUSED = auto()  # more accusers of the same suspicion
+    LOAD = auto()
+    READINESS = auto()  # within LOAD: what it says of itself flipped
+    PROFILE = auto()
+
+
+# What a reader of the view may want to be told of, and what must spread at once.
+NEWS = Change.NEW | Change.GENERATION | Change.STATUS | Change.READINESS | Change.PROFILE
+
+
+class Member:
+    """One row. Only the table changes it; `load` alone may be replaced by a fresher one that came another way."""
+
+    def __init__(self, record: Record, now: float) -> None:
+        self.node_id = record.node_id
+        self.id_hash = id_hash(record.node_id)
+        self.address = record.address
+        self.generation = record.generation
+        self.version = record.version
+        self.status = record.status
+        self.accusers = record.accusers
+        self.warm_version = record.warm_version  # the newest heard of
+        self.profile_version = 0  # the one held
+        self.load_version = 0
+        self.load = NodeLoad()
+        self.profile = NodeProfile()
+        self.hot: bytes | None = None
+        self.warm: bytes | None = None
+        self.advanced_at = now
+        self.load_at = now
+        self.suspected_at = now  # meaningful while SUSPECT
+        self.told_by = ""  # the peer that last told news of it, who need not be told
+        self.boot_id = b""  # of the process that speaks for it, once heard directly
+        self._encoded: dict[bool, bytes] = {}
+
+    @property
+    def is_live(self) -> bool:
+        return self.status in LIVE
+
+    def record(self, *, with_warm: bool) -> Record:
+        """What this node tells others of it. The hot section rides only while it is of the claimed version."""
+        return Record(
+            node_id=self.node_id,
+            generation=self.generation,
+            version=self.version,
+            status=self.status,
+            address=self.address,
+            warm_version=self.warm_version,
+            hot=self.hot if self.load_version == self.version else None,
+            warm=self.warm if with_warm and self.profile_version == self.warm_version else None,
+            accusers=self.accusers,
+        )
+
+    def encoded(self, *, with_warm: bool) -> bytes:
+        """record() as bytes, encoded once per change."""
+        encoded = self._encoded.get(with_warm)
+        if encoded is None:
+            encoded = self._encoded[with_warm] = encode_record(self.record(with_warm=with_warm))
+        return encoded
+
+    def touched(self) -> None:
+        self._encoded.clear()
+
+    def digest_entry(self) -> DigestEntry:
+        return DigestEntry(self.id_hash, self.generation, self.version, self.status, self.profile_version)
+
+    def view(self, now: float, *, is_self: bool) -> MemberView:
+        return MemberView(
+            node_id=self.node_id,
+            address=self.address,
+            status=self.status,
+            generation=self.generation,
+            version=self.version,
+            load=self.load,
+            profile=self.profile,
+            age_s=0.0 if is_self else max(0.0, now - self.advanced_at),
+            is_self=is_self,
+            load_age_s=0.0 if is_self else max(0.0, now - self.load_at),
+            load_version=self.load_version,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a record changes, its sections decoded: all that can fail has been done."""
+
+    record: Record
+    change: Change
+    load: NodeLoad | None
+    profile: NodeProfile | None
+
+
+class MemberTable:
+    """All members by id, this node's own row included.
+
+    live: the others that are ALIVE or SUSPECT, in no order, for choosing by index."""
+
+    def __init__(self, own: Member) -> None:
+        self.own = own
+        self.members: dict[str, Member] = {own.node_id: own}
+        self.live: list[Member] = []
+        self.tombstones: OrderedDict[str, float] = OrderedDict()  # DEAD and LEFT: since when, oldest first
+        self.id_of_hash: dict[int, str] = {own.id_hash: own.node_id}  # of two equal hashes the later one
+        self.refused = 0  # new members that found the table full
+        self._live_index: dict[str, int] = {}
+        self._stalest: OrderedDict[str, None] = OrderedDict()  # live ids by last advance, oldest first
+        self._hashes: list[tuple[int, str]] = [(own.id_hash, own.node_id)]  # own and live, sorted, for digests
+
+    def plan(self, record: Record) -> Plan | None:
+        """What merging would change, or None. Raises MalformedDatagram for a section it would take."""
+        member = self.members.get(record.node_id)
+        change = Change(0)
+        if member is None:
+            change = Change.NEW | Change.ADVANCED
+            takes_hot, takes_warm = record.hot is not None, record.warm is not None
+        else:
+            if record.generation < member.generation:
+                return None
+            is_later_life = record.generation > member.generation
+            if is_later_life:
+                change |= Change.GENERATION | Change.ADVANCED
+            elif record.version > member.version:
+                change |= Change.ADVANCED
+            if change or (record.version == member.version and record.status > member.status):
+                if record.status is not member.status:
+                    change |= Change.STATUS
+            elif (
+                record.version == member.version
+                and record.status is member.status is MemberStatus.SUSPECT
+                and join_accusers(member.accusers, record.accusers) != member.accusers
+            ):
+                change |= Change.ACCUSED
+            takes_hot = record.hot is not None and (is_later_life or record.version > member.load_version)
+            takes_warm = record.warm is not None and (is_later_life or record.warm_version > member.profile_version)
+        load = decode_load(record.hot) if takes_hot and record.hot is not None else None
+        profile = decode_profile(record.warm) if takes_warm and record.warm is not None else None
+        if load is not None:
+            change |= Change.LOAD
+            if member is None or load.readiness is not member.load.readiness:
+                change |= Change.READINESS
+        if profile is not None:
+            change |= Change.PROFILE
+        return Plan(record, change, load, profile) if change else None
+
+    def apply(self, plan: Plan, now: float, *, told_by: str) -> Member | None:
+        """Make the change. Returns the row, or None where the table is full (counted in `refused`)."""
+        record, change = plan.record, plan.change
+        member = self.members.get(record.node_id)
+        if member is None:
+            if len(self.members) >= MEMBERS_MAX:
+                self.refused += 1
+                return None
+            member = self.members[record.node_id] = Member(record, now)
+            self.id_of_hash[member.id_hash] = member.node_id
+            self._place(member, now)
+        elif change & (Change.ADVANCED | Change.STATUS):
+            self._claim(member, record, change, now)
+        elif change & Change.ACCUSED:
+            member.accusers = join_accusers(member.accusers, record.accusers)
+        if plan.load is not None:
+            member.load, member.hot, member.load_at = plan.load, record.hot, now
+            member.load_version = record.version
+        if plan.profile is not None:
+            member.profile, member.warm = plan.profile, record.warm
+            member.profile_version = record.warm_version
+        member.warm_version = max(member.warm_version, record.warm_version)
+        member.told_by = told_by
+        member.touched()
+        return member
+
+    def _claim(self, member: Member, record: Record, change: Change, now: float) -> None:
+        if change & Change.GENERATION:
+            # Another life of this node: what the former one published says nothing of it.
+            member.load, member.profile = NodeLoad(), NodeProfile()
+            member.hot = member.warm = None
+            member.load_version = member.profile_version = member.warm_version = 0
+            member.load_at = now
+            member.boot_id = b""
+            member.address = record.address
+        was_live = member.is_live
+        member.generation, member.version = record.generation, record.version
+        member.status, member.accusers = record.status, record.accusers
+        if member.status is MemberStatus.SUSPECT:
+            member.suspected_at = now
+        if change & Change.ADVANCED:
+            member.advanced_at = now
+            if member.node_id in self._stalest:
+                self._stalest.move_to_end(member.node_id)
+        if was_live != member.is_live:
+            self._place(member, now)
+
+    def _place(self, member: Member, now: float) -> None:
+        """Put a row among the living or among the tombstones, where it was not before."""
+        node_id = member.node_id
+        if member.is_live:
+            self.tombstones.pop(node_id, None)
+            self._live_index[node_id] = len(self.live)
+            self.live.append(member)
+            self._stalest[node_id] = None
+            insort(self._hashes, (member.id_hash, node_id))
+            return
+        self.tombstones[node_id] = now
+        index = self._live_index.pop(node_id, None)
+        if index is not None:
+            last = self.live.pop()
+            if last is not member:
+                self.live[index] = last
+                self._live_index[last.node_id] = index
+            del self._stalest[node_id]
+            del self._hashes[bisect_left(self._hashes, (member.id_hash, node_id))]
+        if len(self.tombstones) > TOMBSTONES_MAX:
+            self._forget_oldest()
+
+    def forget(self, before: float) -> bool:
+        """Drop tombstones made before that time. True if any was."""
+        count = len(self.tombstones)
+        while self.tombstones and next(iter(self.tombstones.values())) < before:
+            self._forget_oldest()
+        return len(self.tombstones) < count
+
+    def _forget_oldest(self) -> None:
+        node_id, _ = self.tombstones.popitem(last=False)
+        member = self.members.pop(node_id)
+        if self.id_of_hash.get(member.id_hash) == node_id:
+            del self.id_of_hash[member.id_hash]
+
+    def stalest(self) -> Member | None:
+        """The live member whose last advance is the longest ago."""
+        node_id = next(iter(self._stalest), None)
+        return None if node_id is None else self.members[node_id]
+
+    def postpone(self, delay_s: float) -> None:
+        """This node stood still for so long and heard nobody: forgive everybody that time. Loads are as old as they are."""
+        for member in self.live:
+            member.suspected_at += delay_s
+            member.advanced_at += delay_s
+
+    def between(self, low: int, high: int) -> Iterator[Member]:
+        """Own and live members with low <= id hash <= high, in that order."""
+        for index in range(bisect_left(self._hashes, (low, "")), len(self._hashes)):
+            hashed, node_id = self._hashes[index]
+            if hashed > high:
+                return
+            yield self.members[node_id]
+
+    def sample(self, rng: random.Random, count: int, *, without: str = "") -> list[Member]:
+        """Up to `count` different live members, those that are ALIVE only."""
+        if not self.live:
+            return []
+        chosen = rng.sample(self.live, min(len(self.live), 2 * count + 1))
+        return [m for m in chosen if m.status is MemberStatus.ALIVE and m.node_id != without][:count]
+
+
+class PeerCycle:
+    """The live members one after the other in an order shuffled anew for each turn (SWIM, section 4.3), so that each
+    is met once a turn. Constant work per step, spread over the turn."""
+
+    def __init__(self, table: MemberTable, rng: random.Random) -> None:
+        self._table = table
+        self._rng = rng
+        self._order: list[str] = []
+
+    def next(self) -> Member | None:
+        """Who is next, or None while there is nobody. Who died since the turn began is passed over."""
+        for _ in range(2):
+            while self._order:
+                member = self._table.members.get(self._order.pop())
+                if member is not None and member.is_live:
+                    return member
+            self._order = [m.node_id for m in self._table.live]
+            self._rng.shuffle(self._order)
+        return None
+
+    def take(self, count: int) -> list[Member]:
+        """The next `count` different ones, fewer where there are not as many."""
+        taken: dict[str, Member] = {}
+        # At a turn's end the first of the next may repeat, so it may take some more steps.
+        for _ in range(2 * count):
+            member = self.next()
+            if member is None or len(taken) >= min(count, len(self._table.live)):
+                break
+            taken[member.node_id] = member
+        return list(taken.values())
+
+
+def join_accusers(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    """The smallest ACCUSERS_MAX of both: bounded, and the same in whatever order they come together."""
+    return tuple(sorted({*a, *b})[:ACCUSERS_MAX])
+
+
+def id_hash(node_id: str) -> int:
+    """32 bits that stand for a node id in digests and accusations. Equal ones cost a needless record, nothing else."""
+    return zlib.crc32(node_id.encode()) & HASH_MAX
+
+
+def own_member(node_id: str, generation: int, address: Address, now: float) -> Member:
+    """The row of the node itself, before its first publication."""
+    return Member(Record(node_id, generation, 0, MemberStatus.ALIVE, address), now)

@@ -1,0 +1,66 @@
+"""The two addresses of a node, bound before anything else starts, so that a port in use ends it at once."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from mesh.view import Address
+from nodes.config import ConfigInvalid
+
+HTTP_BACKLOG = 1024
+# UDP and TCP must share a free number; with port 0 the kernel picks for TCP, and UDP may find it taken.
+MESH_PORT_TRIES = 16
+
+
+def bind_http(address: Address) -> socket.socket:
+    """A listening socket. Raises ConfigInvalid that names the address and the fix."""
+    listener = _bind(address, socket.SOCK_STREAM, "--http")
+    # Accepted sockets inherit it; without it the kernel holds back the second small chunk of a stream.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    listener.listen(HTTP_BACKLOG)
+    return listener
+
+
+def bind_mesh(address: Address) -> tuple[socket.socket, socket.socket]:
+    """(UDP, TCP listening) on one port number. Raises ConfigInvalid that names the address and the fix."""
+    for tries_left in reversed(range(MESH_PORT_TRIES)):
+        tcp = _bind(address, socket.SOCK_STREAM, "--mesh")
+        bound = Address(address.host, tcp.getsockname()[1])
+        try:
+            udp = _bind(bound, socket.SOCK_DGRAM, "--mesh")
+        except ConfigInvalid:
+            tcp.close()
+            if address.port != 0 or tries_left == 0:
+                raise
+            continue
+        tcp.listen(HTTP_BACKLOG)
+        return udp, tcp
+    raise AssertionError("unreachable")
+
+
+def bound_address(configured: Address, bound: socket.socket) -> Address:
+    """The configured host with the port that was really bound."""
+    return Address(configured.host, bound.getsockname()[1])
+
+
+def _bind(address: Address, kind: socket.SocketKind, flag: str) -> socket.socket:
+    try:
+        family, _, _, _, target = socket.getaddrinfo(address.host, address.port, type=kind, flags=socket.AI_PASSIVE)[0]
+    except socket.gaierror as exc:
+        raise ConfigInvalid(f"{flag} {address}: the host name does not resolve ({exc.strerror})") from exc
+    bound = socket.socket(family, kind)
+    try:
+        if kind is socket.SOCK_STREAM:
+            # A restarted node takes its port back although old connections linger in TIME_WAIT.
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(target)
+    except OSError as exc:
+        bound.close()
+        if exc.errno == errno.EADDRINUSE:
+            raise ConfigInvalid(
+                f"{flag} {address}: the port is in use by another process; stop it, or give another with {flag} HOST:PORT"
+            ) from exc
+        raise ConfigInvalid(f"{flag} {address}: cannot bind it ({exc.strerror}); give another HOST:PORT") from exc
+    bound.setblocking(False)
+    return bound

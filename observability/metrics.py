@@ -1,0 +1,245 @@
+"""Counters and histograms observed as they happen in this process, and the rendering of a scrape.
+
+Methods are called on the trio thread and cost microseconds; nothing here waits. Rendering runs in a worker thread and
+reads a frozen Snapshot. Who counts what: HTTP, keys and streams at the node that took the request; inference and
+tokens at the node that executed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import trio
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    PlatformCollector,
+    disable_created_metrics,
+)
+from prometheus_client.core import Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from mesh.view import ClusterView
+from observability.collectors import (
+    LABEL_VALUES_MAX,
+    OTHER,
+    PREFIX,
+    ClusterCollector,
+    EngineCollector,
+    GuardedCollector,
+    MeshCollector,
+    Snapshot,
+)
+from observability.process import process_collector
+
+# How a generation ended: well; by our fault; the client left; no capacity, a limit, or a bad request.
+STATUSES = ("success", "error", "cancelled", "rejected")
+TOKEN_TYPES = ("prompt", "completion")
+UNKNOWN_MODEL = "unknown"
+# Key ids counted without an issued key, known from the start so that rate() sees their first event.
+KEYS_BUILT_IN = ("anonymous", "invalid")
+
+# Up to the request deadline of 600 s: a quantile clamps at the last bound, and an alert above it could never fire.
+DURATION_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
+# vLLM's bounds, so that its dashboards read ours, and 2 s, where the usual objective lies.
+FIRST_TOKEN_BUCKETS_S = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
+)  # fmt: skip
+
+# Scrapes rendered at a time: a render is pure Python under the interpreter lock, more would only starve the loop.
+RENDER_THREADS_MAX = 2
+
+
+class Metrics:
+    """All metrics of one node. node_id and version label what is exported; the registry is this object's own."""
+
+    def __init__(self, node_id: str, version: str) -> None:
+        # The _created series are a third of the exposition, and no query of ours uses them.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._node_id = node_id
+        self._models: set[str] = set()
+        self._label_values: dict[str, set[str]] = {}
+        self._render_limit = trio.CapacityLimiter(RENDER_THREADS_MAX)
+        self._registry = registry = CollectorRegistry()
+
+        def counter(name: str, help_text: str, *labels: str) -> Counter:
+            return Counter(PREFIX + name, help_text, labels, registry=registry)
+
+        def gauge(name: str, help_text: str, *labels: str) -> Gauge:
+            return Gauge(PREFIX + name, help_text, labels, registry=registry)
+
+        def histogram(name: str, help_text: str, *labels: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(PREFIX + name, help_text, labels, registry=registry, buckets=buckets)
+
+        seconds = DURATION_BUCKETS_S
+        self._http = counter("http_requests", "HTTP requests this node took.", "method", "path", "status")
+        self._http_seconds = histogram(
+            "http_request_duration_seconds",
+            "From the request's head to the end of its response.",
+            *("method", "path", "status"),
+            buckets=seconds,
+        )
+        self._started = counter("inference_started", "Generations begun here.", "model")
+        self._inferences = counter("inference_requests", "Generations ended here.", "model", "status")
+        self._inference_seconds = histogram(
+            "inference_duration_seconds", "Executed generations, queue included.", "model", "node_id", buckets=seconds
+        )
+        self._first_token = histogram(
+            "time_to_first_token_seconds",
+            "From a generation's start to its first token, at the node that executes it.",
+            *("model", "node_id"),
+            buckets=FIRST_TOKEN_BUCKETS_S,
+        )
+        self._tokens = counter("tokens_generated", "Tokens of generations ended here.", "model", "type")
+        self._streams = counter("streaming_requests", "Streamed requests this node took.", "model", "status")
+        self._stream_seconds = histogram(
+            "streaming_duration_seconds", "Streamed requests that were executed.", "model", buckets=seconds
+        )
+        self._keys = counter("api_key_requests", "Requests by the key shown.", "key_id", "status")
+        self._limit_hits = counter("api_key_rate_limit_hits", "Requests refused at a key's limit.", "key_id")
+        self._load_seconds = gauge("model_load_time_seconds", "Time it took to load a model.", "model", "node_id")
+        self._memory = gauge("model_memory_bytes", "Memory a loaded model takes.", "model", "node_id")
+        Info(PREFIX + "node", "Which node and version this is.", registry=registry).info(
+            {"node_id": node_id, "version": version}
+        )
+        # Outside the registry, because it is collected last: so it counts the failures of the scrape it is in.
+        self._errors = Counter(
+            PREFIX + "collector_errors", "Collectors that failed in a scrape.", ["collector"], registry=None
+        )
+        registry.register(GuardedCollector(process_collector(), self._errors))
+        registry.register(GuardedCollector(PlatformCollector(registry=None), self._errors))
+        for key_id in KEYS_BUILT_IN:
+            self.know_key(key_id)
+
+    # What will be counted: its series begin at 0, without which rate() misses the first event.
+
+    def know_model(self, name: str, *, is_local: bool = True) -> None:
+        """From now on requests for `name` count under it and no longer as "unknown". is_local: this node serves it."""
+        if len(self._models) < LABEL_VALUES_MAX:
+            self._models.add(name)
+        model = self._model(name)
+        for status in STATUSES:
+            self._streams.labels(model, status)
+        self._stream_seconds.labels(model)
+        if is_local:
+            for status in STATUSES:
+                self._inferences.labels(model, status)
+            for kind in TOKEN_TYPES:
+                self._tokens.labels(model, kind)
+            self._started.labels(model)
+            self._inference_seconds.labels(model, self._node_id)
+            self._first_token.labels(model, self._node_id)
+
+    def know_view(self, view: ClusterView) -> None:
+        """Know the models that any member serves. Cheap when there is no new one; every scrape does it too."""
+        names = {model.name for member in view.members.values() for model in member.profile.models}
+        for name in sorted(names - self._models):
+            self.know_model(name, is_local=False)
+
+    def know_key(self, key_id: str) -> None:
+        """key_id: the public id, `sk-` and letters; never the key."""
+        key_id = self._bounded("key_id", key_id)
+        for status in STATUSES:
+            self._keys.labels(key_id, status)
+        self._limit_hits.labels(key_id)
+
+    # At the node that took the request.
+
+    def http_request(self, method: str, path: str, status: int, seconds: float) -> None:
+        """path: the route's template, or "unmatched"; never the URL as sent."""
+        labels = self._bounded("method", method), self._bounded("path", path), self._bounded("http_status", str(status))
+        self._http.labels(*labels).inc()
+        self._http_seconds.labels(*labels).observe(seconds)
+
+    def api_key_request(self, key_id: str, status: str) -> None:
+        self._keys.labels(self._bounded("key_id", key_id), self._bounded("status", status)).inc()
+
+    def rate_limited(self, key_id: str) -> None:
+        self._limit_hits.labels(self._bounded("key_id", key_id)).inc()
+
+    def streaming_finished(self, model: str, status: str, seconds: float) -> None:
+        """A rejected stream counts and has no duration: it would make the quantiles look better than they are."""
+        model = self._model(model)
+        self._streams.labels(model, self._bounded("status", status)).inc()
+        if status != "rejected":
+            self._stream_seconds.labels(model).observe(seconds)
+
+    # At the node that executes it.
+
+    def model_loaded(self, model: str, load_seconds: float, memory_bytes: int) -> None:
+        self.know_model(model)
+        labels = self._model(model), self._node_id
+        self._load_seconds.labels(*labels).set(load_seconds)
+        self._memory.labels(*labels).set(memory_bytes)
+
+    def inference_started(self, model: str) -> None:
+        self._started.labels(self._model(model)).inc()
+
+    def time_to_first_token(self, model: str, seconds: float) -> None:
+        self._first_token.labels(self._model(model), self._node_id).observe(seconds)
+
+    def inference_finished(
+        self, model: str, status: str, seconds: float, prompt_tokens: int, completion_tokens: int
+    ) -> None:
+        """A rejected generation counts and has no duration, as with streams."""
+        model = self._model(model)
+        self._inferences.labels(model, self._bounded("status", status)).inc()
+        if status != "rejected":
+            self._inference_seconds.labels(model, self._node_id).observe(seconds)
+        self._tokens.labels(model, "prompt").inc(prompt_tokens)
+        self._tokens.labels(model, "completion").inc(completion_tokens)
+
+    async def render(self, snapshot: Snapshot, accept_header: str = "") -> tuple[str, bytes]:
+        """(content type, body): OpenMetrics where the Accept header asks for it, else Prometheus's text format."""
+        self.know_view(snapshot.view)
+        return await trio.to_thread.run_sync(self._render, snapshot, accept_header, limiter=self._render_limit)
+
+    def _render(self, snapshot: Snapshot, accept_header: str) -> tuple[str, bytes]:
+        try:
+            encode, content_type = choose_encoder(accept_header)
+        except TypeError:  # what the client library raises for a version that is no number
+            encode, content_type = choose_encoder("")
+        return content_type, encode(_Scrape(self._registry, snapshot, self._errors))
+
+    def _model(self, name: str) -> str:
+        if name in self._models:
+            return name
+        return UNKNOWN_MODEL if len(self._models) < LABEL_VALUES_MAX else OTHER
+
+    def _bounded(self, label: str, value: str) -> str:
+        """value, or "other" once the label has LABEL_VALUES_MAX distinct ones."""
+        seen = self._label_values.setdefault(label, set())
+        if value not in seen:
+            if len(seen) >= LABEL_VALUES_MAX:
+                return OTHER
+            seen.add(value)
+        return value
+
+
+class ExecutorMetrics:
+    """The observer of a node's local generations, in the words of the place that calls it."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.started = metrics.inference_started
+        self.first_token = metrics.time_to_first_token
+        self.finished = metrics.inference_finished
+
+
+class _Scrape(Collector):
+    """Everything one scrape exports, as one collector that an encoder reads once."""
+
+    def __init__(self, registry: CollectorRegistry, snapshot: Snapshot, errors: Counter) -> None:
+        self._registry = registry
+        self._errors = errors
+        pulled = (ClusterCollector(snapshot), EngineCollector(snapshot), MeshCollector(snapshot))
+        self._pulled = [GuardedCollector(collector, errors) for collector in pulled]
+
+    def collect(self) -> Iterable[Metric]:
+        yield from self._registry.collect()
+        for collector in self._pulled:
+            yield from collector.collect()
+        yield from self._errors.collect()

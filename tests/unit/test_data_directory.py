@@ -1,0 +1,40 @@
+from pathlib import Path
+
+import pytest
+
+from nodes.config import ConfigInvalid
+from nodes.data_directory import DataDirectory
+
+
+def test_each_start_has_a_higher_generation(tmp_path: Path) -> None:
+    generations = []
+    for _ in range(3):
+        with DataDirectory(tmp_path / "data") as data:
+            generations.append(data.next_generation())
+    assert generations == [1, 2, 3]
+
+
+def test_a_second_node_in_one_folder_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    with DataDirectory(tmp_path) as data:
+        with pytest.raises(ConfigInvalid, match=r"in use by process \d+"), DataDirectory(tmp_path):
+            pass
+        assert data.next_generation() == 1
+
+
+def test_the_folder_is_free_again_after_an_exit(tmp_path: Path) -> None:
+    with DataDirectory(tmp_path):
+        pass
+    with DataDirectory(tmp_path) as data:
+        assert data.next_generation() == 1
+
+
+def test_a_generation_file_that_holds_no_number_is_named(tmp_path: Path) -> None:
+    (tmp_path / "generation").write_text("many")
+    with DataDirectory(tmp_path) as data, pytest.raises(ConfigInvalid, match="generation holds no number"):
+        data.next_generation()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigInvalid, match="--data-dir"), DataDirectory(tmp_path / "file" / "data"):
+        pass

@@ -1,0 +1,273 @@
+"""The router against pictures of a cluster made by hand: no gossip, no clock."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mesh.errors import ModelUnknown, NoCapacity
+from mesh.router import (
+    LEDGERS_MAX,
+    OWN_DISPATCHES_MAX,
+    REPORT_DELAY_S,
+    RETRY_AFTER_MAX_S,
+    RETRY_AFTER_MIN_S,
+    Router,
+    RouteRequest,
+)
+from mesh.view import (
+    Address,
+    ClusterView,
+    MemberStatus,
+    MemberView,
+    ModelInfo,
+    ModelLoad,
+    NodeLoad,
+    NodeProfile,
+    Readiness,
+)
+
+SLOTS = 8
+REQUEST = RouteRequest("demo", prompt_bytes=400)
+IDLE = ModelLoad(free_slots=SLOTS, prefill_rate=1000.0, decode_rate=200.0)
+BUSY = replace(IDLE, active=SLOTS, free_slots=0)
+
+
+def member(
+    node_id: str,
+    load: ModelLoad | None = IDLE,
+    *,
+    status: MemberStatus = MemberStatus.ALIVE,
+    readiness: Readiness = Readiness.READY,
+    model: str | None = "demo",
+    load_version: int = 1,
+    load_age_s: float = 0.5,
+    queue_limit: int = 512,
+    is_self: bool = False,
+) -> MemberView:
+    models = (ModelInfo(model, "f", 2048, SLOTS, queue_limit),) if model else ()
+    return MemberView(
+        node_id=node_id,
+        address=Address("127.0.0.1", 7946),
+        status=status,
+        generation=1,
+        version=load_version,
+        load=NodeLoad(readiness=readiness, models={model: load} if model and load else {}),
+        profile=NodeProfile(models=models),
+        age_s=0.1,
+        is_self=is_self,
+        load_age_s=load_age_s,
+        load_version=load_version,
+    )
+
+
+def view_of(*members: MemberView, self_id: str | None = None) -> ClusterView:
+    return ClusterView(self_id or members[0].node_id, 0.0, {m.node_id: m for m in members})
+
+
+def rank(*members: MemberView, request: RouteRequest = REQUEST, seed: int = 0, now: float = 0.0) -> list[str]:
+    return Router(random.Random(seed)).rank(view_of(*members), request, now)
+
+
+@pytest.mark.parametrize(
+    ("better", "worse"),
+    [
+        pytest.param(IDLE, BUSY, id="a free slot beats none"),
+        pytest.param(IDLE, replace(IDLE, queued_tokens=2000), id="an empty prefill queue beats a long one"),
+        pytest.param(IDLE, replace(IDLE, prefill_rate=100.0), id="fast prefill beats slow"),
+        pytest.param(
+            IDLE, replace(IDLE, active=7, free_slots=1, decode_rate=20.0), id="prefill between long steps waits"
+        ),
+        pytest.param(BUSY, replace(BUSY, queued=3), id="a shorter queue beats a longer one"),
+        pytest.param(replace(BUSY, decode_rate=400.0), BUSY, id="slots that free sooner beat slots that free later"),
+        pytest.param(
+            replace(IDLE, prefill_rate=900.0), replace(IDLE, prefill_rate=0.0), id="unmeasured counts as slow"
+        ),
+        pytest.param(None, BUSY, id="a model not in the report yet counts as idle"),
+    ],
+)
+@pytest.mark.parametrize("seed", range(5))
+def test_the_node_with_the_sooner_first_token_is_first(better: ModelLoad | None, worse: ModelLoad, seed: int) -> None:
+    assert rank(member("worse", worse), member("better", better), seed=seed) == ["better", "worse"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(member("other", status=MemberStatus.SUSPECT), id="suspect"),
+        pytest.param(member("other", status=MemberStatus.DEAD), id="dead"),
+        pytest.param(member("other", status=MemberStatus.LEFT), id="left"),
+        pytest.param(member("other", readiness=Readiness.LOADING), id="loading"),
+        pytest.param(member("other", readiness=Readiness.DRAINING), id="draining"),
+        pytest.param(member("other", readiness=Readiness.FAILED), id="failed"),
+        pytest.param(member("other", load_age_s=10.0), id="with a stale report"),
+        pytest.param(member("other", model="another"), id="with another model"),
+        pytest.param(member("other", model=None), id="without models"),
+        pytest.param(member("other", replace(BUSY, queued=4), queue_limit=4), id="with a full queue"),
+    ],
+)
+def test_a_node_that_should_not_be_chosen_never_is(other: MemberView) -> None:
+    assert rank(member("me", replace(BUSY, queued=300), is_self=True), other) == ["me"]
+
+
+def test_an_excluded_node_is_never_chosen() -> None:
+    request = replace(REQUEST, exclude=frozenset({"a"}))
+    assert rank(member("a"), member("b", BUSY), request=request) == ["b"]
+
+
+def test_a_forwarded_request_stays_here() -> None:
+    request = replace(REQUEST, local_only=True)
+    assert rank(member("me", BUSY, is_self=True), member("peer"), request=request) == ["me"]
+    with pytest.raises(ModelUnknown):
+        rank(member("me", model=None, is_self=True), member("peer"), request=request)
+
+
+def test_a_model_that_nobody_has_is_unknown_and_the_error_does_not_repeat_a_long_name() -> None:
+    with pytest.raises(ModelUnknown) as raised:
+        rank(member("a"), member("b", model=None), request=RouteRequest("x" * 10_000, 1))
+    assert len(str(raised.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("members", "exclude", "retry_after_s"),
+    [
+        pytest.param([member("a", status=MemberStatus.DEAD)], (), 5.0, id="only a dead node has the model"),
+        pytest.param([member("a", readiness=Readiness.LOADING)], (), 5.0, id="the only node is loading"),
+        pytest.param([member("a")], ("a",), RETRY_AFTER_MIN_S, id="the only node has failed it"),
+        pytest.param([member("a", replace(BUSY, queued=8), queue_limit=8)], (), 8 * 256 / 200, id="the queue drains"),
+        pytest.param(
+            [member(n, replace(BUSY, queued=q), queue_limit=q) for n, q in (("a", 20), ("b", 10))],
+            (),
+            10 * 256 / 200,
+            id="the shorter queue drains",
+        ),
+        pytest.param(
+            [member("a", replace(BUSY, queued=512))],
+            (),
+            RETRY_AFTER_MAX_S,
+            id="a long queue: not longer than the maximum",
+        ),
+    ],
+)
+def test_no_capacity_says_when_to_come_back(
+    members: list[MemberView], exclude: tuple[str, ...], retry_after_s: float
+) -> None:
+    with pytest.raises(NoCapacity) as raised:
+        rank(*members, request=replace(REQUEST, exclude=frozenset(exclude)))
+    assert raised.value.retry_after_s == pytest.approx(retry_after_s)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("prompt_bytes", [8, 400, 8000])
+@pytest.mark.parametrize("prefill_rate", [0.0, 500.0, 50_000.0])
+def test_a_burst_on_a_picture_that_does_not_change_fills_equal_nodes_evenly(
+    seed: int, prompt_bytes: int, prefill_rate: float
+) -> None:
+    load = replace(IDLE, prefill_rate=prefill_rate)
+    view = view_of(member("a", load, is_self=True), member("b", load), member("c", load))
+    router = Router(random.Random(seed))
+    placed: Counter[str] = Counter()
+    for number in range(24):
+        node_id = router.rank(view, RouteRequest("demo", prompt_bytes), now=number / 1000)[0]
+        router.dispatched(node_id, "demo", prompt_bytes, view.members[node_id].load_version)
+        placed[node_id] += 1
+    assert max(placed.values()) <= SLOTS
+    assert min(placed.values()) >= SLOTS
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_three_entries_with_old_pictures_share_three_nodes(seed: int) -> None:
+    """Each entry knows its own dispatches alone, and no report comes in between."""
+    names = ("a", "b", "c")
+    placed: Counter[str] = Counter()
+    routers = [Router(random.Random(seed * 10 + i)) for i in range(3)]
+    for number in range(18):
+        entry = number % 3
+        members = [member(name, is_self=name == names[entry]) for name in names]
+        node_id = routers[entry].rank(view_of(*members, self_id=names[entry]), REQUEST, 0.0)[0]
+        routers[entry].dispatched(node_id, "demo", REQUEST.prompt_bytes, 1)
+        placed[node_id] += 1
+    assert max(placed.values()) <= SLOTS
+
+
+def test_near_ties_are_broken_at_random_and_the_local_node_is_no_exception() -> None:
+    first = Counter(rank(member("me", is_self=True), member("b"), member("c"), seed=seed)[0] for seed in range(300))
+    assert set(first) == {"me", "b", "c"}
+    assert min(first.values()) > 50
+
+
+def test_a_report_that_contains_a_dispatch_replaces_it() -> None:
+    router = Router(random.Random(0))
+    full = view_of(member("a", load_version=1), member("b", BUSY, load_version=1))
+    for _ in range(SLOTS + 3):
+        router.rank(full, REQUEST, 0.0)
+        router.dispatched("a", "demo", REQUEST.prompt_bytes, 1)
+    assert router.rank(full, REQUEST, 10.0)[0] == "b", "however old, it counts until a report comes"
+    fresh = view_of(member("a", load_version=2), member("b", BUSY, load_version=1))
+    assert router.rank(fresh, REQUEST, REPORT_DELAY_S / 2)[0] == "b", "the report may have been written before"
+    assert router.rank(fresh, REQUEST, REPORT_DELAY_S)[0] == "a"
+
+
+def test_a_finished_dispatch_counts_no_more_however_often_it_finishes() -> None:
+    router = Router(random.Random(0))
+    view = view_of(member("a"), member("b", replace(IDLE, queued_tokens=600)))
+    assert router.rank(view, REQUEST, 0.0)[0] == "a"
+    handles = [router.dispatched("a", "demo", REQUEST.prompt_bytes, 1) for _ in range(SLOTS)]
+    assert router.rank(view, REQUEST, 0.0)[0] == "b"
+    for handle in handles * 2:
+        router.finished(handle)
+    assert router.rank(view, REQUEST, 0.0)[0] == "a"
+    router.dispatched("a", "demo", 40_000, 1)
+    assert router.rank(view, REQUEST, 0.0)[0] == "b"
+
+
+def test_own_dispatches_fill_a_queue_before_its_report_says_so() -> None:
+    router = Router(random.Random(0))
+    view = view_of(member("a", queue_limit=2))
+    for _ in range(SLOTS + 2):
+        assert router.rank(view, REQUEST, 0.0) == ["a"]
+        router.dispatched("a", "demo", REQUEST.prompt_bytes, 1)
+    with pytest.raises(NoCapacity):
+        router.rank(view, REQUEST, 0.0)
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    router = Router(random.Random(0))
+    for _ in range(OWN_DISPATCHES_MAX + 10):
+        router.dispatched("a", "demo", 4, 1)
+    for number in range(LEDGERS_MAX + 10):
+        router.dispatched(f"node-{number}", "demo", 4, 1)
+    assert len(router._ledgers) == LEDGERS_MAX
+    router = Router(random.Random(0))
+    for _ in range(OWN_DISPATCHES_MAX + 10):
+        router.dispatched("a", "demo", 4, 1)
+    assert router._ledgers["a", "demo"].count == len(router._ledgers["a", "demo"].entries) == OWN_DISPATCHES_MAX
+
+
+loads = st.builds(
+    ModelLoad,
+    active=st.integers(0, 64),
+    queued=st.integers(0, 600),
+    free_slots=st.integers(0, 64),
+    prefill_rate=st.floats(0, 1e6),
+    decode_rate=st.floats(0, 1e6),
+    queued_tokens=st.integers(0, 10**7),
+)
+
+
+@given(st.lists(loads, min_size=1, max_size=8), st.integers(0, 10**7), st.integers(0, 2**32))
+def test_every_node_that_may_serve_is_ranked_exactly_once(loads: list[ModelLoad], prompt_bytes: int, seed: int) -> None:
+    members = [member(f"node-{i}", load) for i, load in enumerate(loads)]
+    expected = sorted(m.node_id for m, load in zip(members, loads, strict=True) if load.queued < 512)
+    try:
+        ranked = rank(*members, request=RouteRequest("demo", prompt_bytes), seed=seed)
+    except NoCapacity as exc:
+        assert expected == []
+        assert RETRY_AFTER_MIN_S <= exc.retry_after_s <= RETRY_AFTER_MAX_S
+    else:
+        assert sorted(ranked) == expected
