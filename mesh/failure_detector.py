@@ -129,10 +129,6 @@ class FailureDetector:
         self._hasty[node_id] = None
         return True
 
-    @property
-    def is_in_haste(self) -> bool:
-        return bool(self._hasty)
-
     def answered(self, sequence: int, node_id: str) -> bool:
         """An Ack. True if it ended a probe."""
         probe = self._probes.get(sequence)

@@ -99,6 +99,7 @@ class Gossip:
         self._digest_at = now + rng.random() * config.digest_interval_s
         self._digest_low = 0
         self._digest_peer = ""
+        self._haste_at = float("inf")
         self._dead_at = float("inf")
         self._dead_order: list[str] = []
         self._died_at = float("-inf")
@@ -132,7 +133,7 @@ class Gossip:
             self._dead_at,
             self._forget_at,
             self._seeds.next_wakeup(self._table),
-            self._publish_at - self._config.publish_interval_s if self._detector.is_in_haste else float("inf"),
+            self._haste_at,
             self._detector.next_wakeup(),
         )
 
@@ -246,9 +247,7 @@ class Gossip:
         if generation > own.generation:
             own.generation = generation
             self._rumours.add_urgent(self.node_id, with_warm=True)
-        own.version = max(own.version, version)
-        if own.profile_version > own.version:
-            own.warm_version = own.profile_version = own.version
+        own.version = max(own.version, version) + 1
         own.touched()
         self._refutations += 1
         self._is_urgent = True
@@ -458,7 +457,8 @@ class Gossip:
         """The link to the member broke or did not answer: probe it with the next tick, which is due at once then."""
         member = self._table.members.get(node_id)
         if member is not None and member.is_live and member is not self._own:
-            self._detector.hasten(node_id)
+            if self._detector.hasten(node_id):
+                self._haste_at = min(self._haste_at, now)
 
     def observe_load(self, node_id: str, load: NodeLoad, now: float) -> None:
         """A fresher load that rode on a link frame; the next newer publication replaces it."""
@@ -483,6 +483,7 @@ class Gossip:
             self._accuse(member, MemberStatus.SUSPECT, now)
         for relay in self._detector.due_nacks(now):
             self._send(relay.origin, wire.Nack(relay.origin_sequence), now)
+        self._haste_at = float("inf")
         for probe in self._detector.begin(now):
             self._probes += 1
             member = self._table.members[probe.node_id]

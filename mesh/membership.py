@@ -19,7 +19,7 @@ from enum import IntFlag, auto
 
 from mesh.state import decode_load, decode_profile
 from mesh.view import Address, MemberStatus, MemberView, NodeLoad, NodeProfile
-from mesh.wire import ACCUSERS_MAX, HASH_MAX, DigestEntry, Record, encode_record
+from mesh.wire import ACCUSERS_MAX, HASH_MAX, SECTION_BYTES_MAX, DigestEntry, Record, encode_record
 
 MEMBERS_MAX = 16_384  # in the table, tombstones included; about 2 KiB each
 TOMBSTONES_MAX = 4_096  # beyond it the oldest is forgotten before its time
@@ -74,7 +74,12 @@ class Member:
         return self.status in LIVE
 
     def record(self, *, with_warm: bool) -> Record:
-        """What this node tells others of it. The hot section rides only while it is of the claimed version."""
+        """What this node tells others of it. The hot section rides only while it is of the claimed version, and only
+        where the warm one leaves room for it in a datagram."""
+        hot = self.hot if self.load_version == self.version else None
+        warm = self.warm if with_warm and self.profile_version == self.warm_version else None
+        if hot is not None and warm is not None and len(hot) + len(warm) > SECTION_BYTES_MAX:
+            hot = None
         return Record(
             node_id=self.node_id,
             generation=self.generation,
@@ -82,8 +87,8 @@ class Member:
             status=self.status,
             address=self.address,
             warm_version=self.warm_version,
-            hot=self.hot if self.load_version == self.version else None,
-            warm=self.warm if with_warm and self.profile_version == self.warm_version else None,
+            hot=hot,
+            warm=warm,
             accusers=self.accusers,
         )
 
@@ -266,7 +271,8 @@ class MemberTable:
         return None if node_id is None else self.members[node_id]
 
     def postpone(self, delay_s: float) -> None:
-        """This node stood still for so long and heard nobody: forgive everybody that time. Loads are as old as they are."""
+        """This node stood still for so long and heard nobody: forgive everybody that time. Loads are as old
+        as they are."""
         for member in self.live:
             member.suspected_at += delay_s
             member.advanced_at += delay_s

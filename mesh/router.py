@@ -30,6 +30,7 @@ PREFILL_CHUNK_TOKENS = 64  # as the engine cuts them
 # Tokens per second assumed until a node has measured its own: a small model on two cores.
 PREFILL_RATE_DEFAULT = 500.0
 DECODE_RATE_DEFAULT = 100.0
+RATE_MIN = 0.01  # a slower one is a stall; keeps every estimate finite
 ANSWER_TOKENS_DEFAULT = 256  # how long an answer is thought to be; most clients set no limit
 HOP_S = 0.002  # a request and its first event over a peer link, loaded loops included
 # Estimates this close say nothing about which node is sooner: they rest on a report up to a second old.
@@ -202,9 +203,9 @@ class Router:
 def _candidate(member: MemberView, info: ModelInfo, load: ModelLoad, own: _Ledger, prompt_bytes: int) -> _Candidate:
     """The module's docstring gives the formula."""
     prefill_tokens = load.queued_tokens + own.tokens + _tokens(prompt_bytes)
-    prefill_s = prefill_tokens / (load.prefill_rate or PREFILL_RATE_DEFAULT)
+    prefill_s = prefill_tokens / _rate(load.prefill_rate, PREFILL_RATE_DEFAULT)
     chunks = -(-prefill_tokens // PREFILL_CHUNK_TOKENS)
-    decode_s = chunks * load.active / (load.decode_rate or DECODE_RATE_DEFAULT)
+    decode_s = chunks * load.active / _rate(load.decode_rate, DECODE_RATE_DEFAULT)
     waiting = load.queued + own.count
     slot_s = max(0, waiting + 1 - load.free_slots) * _slot_interval_s(load)
     hop_s = 0.0 if member.is_self else HOP_S
@@ -214,7 +215,11 @@ def _candidate(member: MemberView, info: ModelInfo, load: ModelLoad, own: _Ledge
 
 def _slot_interval_s(load: ModelLoad) -> float:
     """Seconds from one slot becoming free to the next, with all of them busy."""
-    return ANSWER_TOKENS_DEFAULT / (load.decode_rate or DECODE_RATE_DEFAULT)
+    return ANSWER_TOKENS_DEFAULT / _rate(load.decode_rate, DECODE_RATE_DEFAULT)
+
+
+def _rate(measured: float, default: float) -> float:
+    return max(measured, RATE_MIN) if measured > 0.0 else default
 
 
 def _tokens(prompt_bytes: int) -> int:

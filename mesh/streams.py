@@ -7,6 +7,7 @@ losing the link, cancels the task at the server's end; nothing here waits for th
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -61,35 +62,44 @@ class StreamCounts:
 
 
 class OutgoingStream(trio.abc.ReceiveChannel[object]):
-    """What a peer answers to one request: objects as it sent them, decoded from msgpack, in order.
+    """What a peer answers to one request: objects as it sent them, decoded from msgpack, in order. One task reads it.
 
-    Holds no nursery. Reads what arrived before a failure first, then raises the failure.
+    Holds no nursery. Gives what arrived before a failure first, then raises the failure.
     """
 
     def __init__(self, link: OpenerLink, stream_id: int) -> None:
         self.stream_id = stream_id
         self._link = link
-        self._sender, self._receiver = trio.open_memory_channel[object](STREAM_EVENTS_MAX)
+        self._events: deque[object] = deque()
+        self._arrival = trio.lowlevel.ParkingLot()
+        self._has_ended = False
+        self._is_closed = False
         self._error: MeshError | None = None
 
     async def receive(self) -> object:
         """Raises trio.EndOfChannel after a complete stream, else PeerUnavailable, NoCapacity, ModelUnknown or
-        RemoteError, also when read again."""
-        try:
-            return await self._receiver.receive()
-        except trio.EndOfChannel:
-            if self._error is not None:
-                raise self._error from None
-            raise
+        RemoteError, also when read again; trio.ClosedResourceError after aclose()."""
+        if self._events:
+            await trio.lowlevel.checkpoint()
+        else:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        while True:
+            try:
+                return self.receive_nowait()
+            except trio.WouldBlock:
+                await self._arrival.park()
 
     def receive_nowait(self) -> object:
         """As receive(); raises trio.WouldBlock when nothing is there."""
-        try:
-            return self._receiver.receive_nowait()
-        except trio.EndOfChannel:
-            if self._error is not None:
-                raise self._error from None
-            raise
+        if self._is_closed:
+            raise trio.ClosedResourceError
+        if self._events:
+            return self._events.popleft()
+        if not self._has_ended:
+            raise trio.WouldBlock
+        if self._error is not None:
+            raise self._error
+        raise trio.EndOfChannel
 
     async def aclose(self) -> None:
         """Cancels at the peer unless the stream has ended. Any number of times; complete even if cancelled itself."""
@@ -97,20 +107,25 @@ class OutgoingStream(trio.abc.ReceiveChannel[object]):
         await trio.lowlevel.checkpoint()
 
     def close(self) -> None:
-        self._receiver.close()
+        self._is_closed = True
+        self._events.clear()
         self._link.cancel(self)
+        self._arrival.unpark_all()
 
     def deliver(self, event: object) -> bool:
         """False when the reader has left STREAM_EVENTS_MAX events unread; the event is dropped then."""
-        try:
-            self._sender.send_nowait(event)
-        except trio.WouldBlock:
+        if len(self._events) >= STREAM_EVENTS_MAX:
             return False
+        self._events.append(event)
+        if self._arrival:
+            self._arrival.unpark_all()
         return True
 
     def end(self, error: MeshError | None) -> None:
+        """No event follows; error: why, unless the stream is complete."""
+        self._has_ended = True
         self._error = error
-        self._sender.close()
+        self._arrival.unpark_all()
 
 
 class OpenerLink:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import trio
-from mesh.router import OwnDispatch, Router, RouteRequest
 
 from mesh.errors import MeshError, NoCapacity, PeerUnavailable
+from mesh.router import OwnDispatch, Router, RouteRequest
 from mesh.view import ClusterView, MemberView
 from nodes.generation import (
     DeadlineExceeded,

@@ -136,7 +136,7 @@ class _Supervisor:
                 pending = b""
             for line in lines:
                 if line.strip():
-                    logs.write_line(line)
+                    logs.write_line(line, child.name)
                     self._show(child, line)
 
     def _show(self, child: _Child, line: bytes) -> None:
@@ -165,7 +165,7 @@ class _Supervisor:
         self._console.print(
             f"\n{self._mesh.nodes} nodes are ready, each answers for all: "
             + ", ".join(f"http://127.0.0.1:{first + i}" for i in range(self._mesh.nodes))
-            + f"\n  ask:   ai-cluster chat --url http://127.0.0.1:{first} \"How do I add a node?\""
+            + f'\n  ask:   ai-cluster chat --url http://127.0.0.1:{first} "How do I add a node?"'
             + f"\n  look:  ai-cluster status --url http://127.0.0.1:{first}"
             + "\n  stop:  Ctrl-C\n",
             style="bold",

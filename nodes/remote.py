@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 
 import trio
-from mesh.forwarder import Forwarder, IncomingStream, RemoteError, StreamRefused
 
 from mesh.errors import PeerUnavailable
+from mesh.forwarder import Forwarder, IncomingStream, RemoteError, StreamRefused
 from mesh.view import MemberView
 from nodes.generation import (
     REQUEST_BYTES_MAX,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 
 from mesh.view import Address
-from nodes.config import ConfigInvalid
+from nodes.config import ConfigInvalid, NodeConfig
 
 HTTP_BACKLOG = 1024
 # UDP and TCP must share a free number; with port 0 the kernel picks for TCP, and UDP may find it taken.
@@ -44,6 +45,40 @@ def bound_address(configured: Address, bound: socket.socket) -> Address:
     return Address(configured.host, bound.getsockname()[1])
 
 
+def advertised_address(config: NodeConfig, bound: Address) -> Address:
+    """Where other nodes reach the mesh port, as an IP address: what is configured, else what is bound.
+
+    A node bound to all addresses takes the one from which it reaches a seed. Raises ConfigInvalid where there is none,
+    or its own name does not resolve.
+    """
+    address = _numeric(config.advertise or bound, "--advertise" if config.advertise else "--mesh")
+    if not ipaddress.ip_address(address.host).is_unspecified:
+        return address
+    for seed in config.join:
+        try:
+            family, kind, _, _, target = socket.getaddrinfo(seed.host, seed.port, type=socket.SOCK_DGRAM)[0]
+        except socket.gaierror:
+            continue  # the name may come; gossip looks it up each time it calls the seed
+        with socket.socket(family, kind) as probe:
+            try:
+                probe.connect(target)  # sends nothing; it only chooses the way
+            except OSError:
+                continue
+            return Address(probe.getsockname()[0], address.port)
+    raise ConfigInvalid(
+        f"--mesh {bound} binds all addresses, and other nodes cannot reach that; "
+        "say which is this machine's with --advertise HOST:PORT"
+    )
+
+
+def _numeric(address: Address, flag: str) -> Address:
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_DGRAM)
+    except socket.gaierror as exc:
+        raise ConfigInvalid(f"{flag} {address}: the host name does not resolve ({exc.strerror})") from exc
+    return Address(str(found[0][4][0]), address.port)
+
+
 def _bind(address: Address, kind: socket.SocketKind, flag: str) -> socket.socket:
     try:
         family, _, _, _, target = socket.getaddrinfo(address.host, address.port, type=kind, flags=socket.AI_PASSIVE)[0]
@@ -59,7 +94,7 @@ def _bind(address: Address, kind: socket.SocketKind, flag: str) -> socket.socket
         bound.close()
         if exc.errno == errno.EADDRINUSE:
             raise ConfigInvalid(
-                f"{flag} {address}: the port is in use by another process; stop it, or give another with {flag} HOST:PORT"
+                f"{flag} {address}: the port is in use by another process; stop it or give another HOST:PORT"
             ) from exc
         raise ConfigInvalid(f"{flag} {address}: cannot bind it ({exc.strerror}); give another HOST:PORT") from exc
     bound.setblocking(False)

@@ -62,9 +62,9 @@ class Accounting:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", exchange.request_id.encode())]
+            elif not message.get("more_body", False):
+                is_complete = True  # before it is sent: the server ends this task as soon as it has the last part
             await send(message)
-            if message["type"] == "http.response.body" and not message.get("more_body", False):
-                is_complete = True
 
         try:
             await self._app(scope, receive, observe)

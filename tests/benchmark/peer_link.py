@@ -3,8 +3,8 @@
     python -m tests.benchmark.peer_link
 
 prints one JSON line. A step is one engine step: an event for every stream, then a wait until all have been read.
-`batched`: one task sends for all streams and one reads for all, as an engine and a fan-out would. `tasks`: a task per stream
-at either end, as requests run.
+`batched`: one task sends for all streams and one reads for all, as an engine and a fan-out would. `tasks`: a task per
+stream at either end, as requests run.
 """
 
 from __future__ import annotations

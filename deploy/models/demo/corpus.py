@@ -2,12 +2,12 @@
 
 One group of a file is one answer: `[name]`, `A:` the answer, then wordings separated by `|` on lines that begin with
 H (fits "how do I ..."), W (fits "what is ..."), Q (a whole question), L (literal, gets no frame: greetings) or
-X (held out: never trained, only measured).
+X (held out: never trained, only measured). A group without an answer adds its wordings to the group of that name.
 """
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -56,7 +56,17 @@ class Unrelated:
 
 def load_groups(folder: Path = CORPUS) -> list[Group]:
     """All groups of the folder's files, in the order of file names. Raises ValueError with file and line."""
-    return [group for path in sorted(folder.glob("*.txt")) for group in _read_groups(path)]
+    read = [group for path in sorted(folder.glob("*.txt")) for group in _read_groups(path)]
+    groups = {group.name: group for group in read if group.answer}
+    for more in (group for group in read if not group.answer):
+        group = groups.get(more.name)
+        if group is None:
+            raise ValueError(f"no group {more.name!r} has an answer")
+        wordings = tuple(dict.fromkeys(group.wordings + more.wordings))
+        groups[group.name] = replace(group, wordings=wordings, held_out=group.held_out + more.held_out)
+    if len(groups) != sum(1 for group in read if group.answer):
+        raise ValueError("two groups have one name")
+    return list(groups.values())
 
 
 def load_unrelated(folder: Path = CORPUS / "unrelated") -> Unrelated:

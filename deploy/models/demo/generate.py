@@ -1,7 +1,7 @@
 """Samples training examples from the corpus: a question as somebody might type it, and the group that answers it.
 
-Every choice comes from the random.Random that is passed in, so a seed replays a training. Nothing here reads held-out
-wordings or held-out frames.
+Every choice comes from the random.Random that is passed in, so a seed replays a training. Held-out text is never
+drawn: where a lost word or a synonym turns a trained wording into a held-out one by chance, the draw is repeated.
 """
 
 import random
@@ -52,8 +52,16 @@ class Generator:
         )
         self._rare = {word for word, count in groups_of_word.items() if count <= RARE_WORD_GROUPS_MAX}
         self._known = set(groups_of_word)
+        held_out = [text for group in groups for text in group.held_out]
+        self._held_out = {normalise(text) for text in (*held_out, *unrelated.held_out, *unrelated.held_out_near)}
 
     def example(self) -> Example:
+        while True:
+            example = self._draw()
+            if normalise(example.question) not in self._held_out:
+                return example
+
+    def _draw(self) -> Example:
         if self._rng.random() < UNRELATED_SHARE:
             return Example(self.unrelated(), FALLBACK_GROUP)
         (index,) = self._rng.choices(range(len(self._groups)), self._weights)

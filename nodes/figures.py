@@ -1,0 +1,37 @@
+"""What mesh and dispatch have counted, under the metric keys of observability.collectors.MESH_FAMILIES."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mesh.forwarder import ForwarderStatistics
+from mesh.gossip import GossipStatistics
+from mesh.udp import SocketStatistics
+from nodes.dispatch import DispatchStatistics
+from observability.collectors import Figure
+
+
+def mesh_figures(
+    gossip: GossipStatistics, udp: SocketStatistics, links: ForwarderStatistics, dispatch: DispatchStatistics
+) -> Mapping[str, Figure]:
+    sent = {("out", kind): float(count) for kind, count in gossip.packets_sent.items()}
+    received = {("in", kind): float(count) for kind, count in gossip.packets_received.items()}
+    return {
+        "gossip_packets": sent | received,
+        "gossip_bytes": {"in": gossip.bytes_received, "out": gossip.bytes_sent},
+        "gossip_rejected": gossip.rejects,
+        "gossip_send_errors": udp.send_errors,
+        "gossip_suspicions": gossip.suspicions,
+        "gossip_refutations": gossip.refutations,
+        "gossip_deaths": gossip.deaths,
+        "forwards": dispatch.forwards,
+        "retries": dispatch.retries,
+        "streams_open": dispatch.open_streams,
+        "links": links.links,
+        "link_streams": {"opened": links.streams_opened, "served": links.streams_served},
+        "link_frames": {"in": links.frames_in, "out": links.frames_out},
+        "link_bytes": {"in": links.bytes_in, "out": links.bytes_out},
+        "link_rejected": links.rejected,
+        "link_broken": links.broken_links,
+        "link_cancels": links.cancels_sent,
+    }
