@@ -39,8 +39,8 @@ class Rumours:
         self._loads.move_to_end(node_id)
 
     @property
-    def are_waiting(self) -> bool:
-        return bool(self._urgent or self._loads)
+    def waiting_count(self) -> int:
+        return len(self._urgent) + len(self._loads)
 
     def take_own(self, own: Member) -> bytes:
         """The node's own record, which rides in every packet; with its profile while that is news."""
@@ -136,7 +136,7 @@ class Seed:
 
 
 class Seeds:
-    """The addresses given to join through, each called until a live member answers for it, and again when it is gone."""
+    """The addresses given to join through, each called until a live member answers for it, and when that is gone."""
 
     def __init__(self, config: GossipConfig, addresses: Sequence[Address], own: Address) -> None:
         self._config = config

@@ -220,6 +220,10 @@ class FailureDetector:
         """Call whenever a suspicion began or gained an accuser."""
         heapq.heappush(self._expiries, (self.expires_at(member), member.node_id))
 
+    @property
+    def watched_count(self) -> int:
+        return len(self._expiries)
+
     def expires_at(self, member: Member) -> float:
         """When a suspicion becomes a death unless refuted.
 

@@ -6,6 +6,7 @@ file raises the own version, once a publication. Every datagram sent carries the
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Iterable
@@ -105,6 +106,7 @@ class Gossip:
         self._died_at = float("-inf")
         self._forget_at = now + config.tombstone_s
         self._has_ticked = False
+        self._seen_at = now
         self._has_left = False
         self._rival = (0, 0, now)  # the greatest foreign claim to this node's id, and since when
         self._duplicate_told: dict[str, float] = {}
@@ -165,7 +167,8 @@ class Gossip:
         return self._performed()
 
     def _forgive_stall(self, now: float) -> None:
-        late_s = now - self.next_wakeup()
+        late_s = now - max(self.next_wakeup(), self._seen_at)
+        self._seen_at = now
         if not self._has_ticked or late_s <= self._config.stall_s:
             return
         self._stalls += 1
@@ -559,8 +562,11 @@ class Gossip:
 
     def _tell_round(self, now: float) -> None:
         self._round_at = now + self._config.round_interval_s
-        if len(self._table.live) > self._config.direct_peers:
-            self._tell(self._cycle.take(self._config.round_peers), now)
+        live_count = len(self._table.live)
+        if live_count > self._config.direct_peers:
+            # Each peer directly once a publication, as far as round_peers allows.
+            wanted = math.ceil(live_count * self._config.round_interval_s / self._config.publish_interval_s)
+            self._tell(self._cycle.take(min(wanted, self._config.round_peers)), now)
 
     def _tell(self, peers: Iterable[Member], now: float) -> None:
         for peer in peers:
@@ -641,4 +647,6 @@ class Gossip:
             members_refused=self._table.refused,
             awareness=self._detector.awareness,
             members=len(self._table.members),
+            rumours_waiting=self._rumours.waiting_count,
+            suspicions_watched=self._detector.watched_count,
         )

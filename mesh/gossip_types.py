@@ -21,8 +21,8 @@ class GossipConfig:
     direct_timeout_s: float = 0.25
     # How long a probe may take altogether. At least twice direct_timeout_s, so that indirect answers are heard.
     verdict_timeout_s: float = 0.5
-    # A member heard of within this time is not suspected whatever a probe says. Over publish_interval_s by the time news
-    # takes to arrive; longer finds the dead later by as much.
+    # A member heard of within this time is not suspected whatever a probe says. Over publish_interval_s by the time
+    # news takes to arrive; longer finds the dead later by as much.
     evidence_age_s: float = 1.5
     # How many others are asked to probe. SWIM's k; three make a wrong verdict at 30 % loss rare.
     indirect_count: int = 3
@@ -43,8 +43,8 @@ class GossipConfig:
     urgent_peers: int = 3
     # Between two urgent tellings of one node; the first goes at once.
     urgent_spacing_s: float = 0.05
-    # How often one piece of news is passed on by one node. What got lost is replaced by the next publication or found by
-    # a digest.
+    # How often one piece of news is passed on by one node. What got lost is replaced by the next publication or found
+    # by a digest.
     retransmit_max: int = 4
     # Between two comparisons with a random peer, and while such comparisons still find what is missing.
     digest_interval_s: float = 2.0
@@ -135,3 +135,5 @@ class GossipStatistics:
     members_refused: int
     awareness: int
     members: int
+    rumours_waiting: int
+    suspicions_watched: int

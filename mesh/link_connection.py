@@ -149,6 +149,7 @@ class LinkConnection:
         """Seconds to the peer and back. Raises PeerUnavailable when the link ends first. The caller bounds the time."""
         if not self.is_running:
             raise PeerUnavailable(f"the link to node {self.peer_node_id} has ended")
+        self.note_use()
         started_at = trio.current_time()
         ping_id = self.link.queue_ping()
         answered = self._pings[ping_id] = trio.Event()
@@ -189,6 +190,7 @@ class LinkConnection:
             if not data:
                 return self._end("the connection ended without a goodbye")
             self._unanswered_pings = 0
+            self.note_use()
             try:
                 events = self.link.receive(data)
             except MalformedFrame as exc:
@@ -211,7 +213,6 @@ class LinkConnection:
                     if ping_id <= event.ping_id:
                         answered.set()
             else:
-                self.note_use()
                 if isinstance(event, EventsReceived):
                     self._report_load(event.load)
                 handle(event)

@@ -284,9 +284,11 @@ class ServingLink:
             logger.exception("serving a peer's stream failed", extra={"peer": stream.peer_node_id})
             self._end(stream, CODE_INTERNAL, f"the node that served failed with {type(exc).__name__}")
         except BaseExceptionGroup as group:
-            # Cleaning up failed while the task was being cancelled: the cancellation goes on, the failure is told here.
+            # Several children ended while the link did: the cancellation goes on, a failure among them is told here.
             stop, failure = group.split(lambda exc: not isinstance(exc, Exception))
-            logger.error("a cancelled stream failed to clean up", exc_info=failure, extra={"peer": stream.peer_node_id})
+            if failure is not None:
+                extra = {"peer": stream.peer_node_id}
+                logger.error("a stream failed while it was cancelled", exc_info=failure, extra=extra)
             assert stop is not None
             raise stop from None
         else:

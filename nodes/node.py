@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hypercorn
 import trio
@@ -135,10 +135,10 @@ def _address_file(config: NodeConfig, sockets: NodeSockets) -> Iterator[None]:
 
 def _first_fault(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The ConfigInvalid in the group, whatever else ended beside it; else the group."""
-    match, _ = group.split(ConfigInvalid)
-    while isinstance(match, BaseExceptionGroup):
-        match = match.exceptions[0]
-    return match or group
+    fault: BaseException | None = group.subgroup(ConfigInvalid)
+    while isinstance(fault, BaseExceptionGroup):
+        fault = fault.exceptions[0]
+    return fault or group
 
 
 class Node:
@@ -236,7 +236,7 @@ class Node:
         stopped = trio.Event()
         app = build_app(self._services())
         async with trio.open_nursery() as nursery:
-            await nursery.start(partial(serve, app, config, shutdown_trigger=stop.wait, mode="asgi"))
+            await nursery.start(partial(serve, cast(Any, app), config, shutdown_trigger=stop.wait, mode="asgi"))
             address = bound_address(self._config.http, self._sockets.http)
             logger.info("serving HTTP", extra={"address": str(address)})
             self._publish_profile()
