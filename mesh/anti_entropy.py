@@ -3,15 +3,50 @@ within a range the absence of an entry says something too, however many members 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mesh.gossip_types import GossipConfig
 from mesh.membership import Member, MemberTable
 from mesh.view import MemberStatus
 from mesh.wire import DIGEST_ENTRIES_MAX, HASH_MAX, NODE_ID_BYTES_MAX, Digest, DigestEntry, digest_entry_bytes
 
 # The entries of one digest; the rest of its packet is for the head and the sender's own record.
 ENTRIES_BYTES_MAX = 1_000 - NODE_ID_BYTES_MAX
+
+
+class DigestTurns:
+    """When to compare, with whom, and from which id hash on."""
+
+    def __init__(self, config: GossipConfig, table: MemberTable, rng: random.Random, now: float) -> None:
+        self.next_at = now + rng.random() * config.digest_interval_s
+        self._config = config
+        self._table = table
+        self._rng = rng
+        self._low = 0
+        self._peer_id = ""
+
+    def hurry(self, member: Member, now: float) -> None:
+        """The profile of this member is missing: compare with itself soon, beginning at it."""
+        self._peer_id, self._low = member.node_id, member.id_hash
+        self.next_at = min(self.next_at, now + self._config.digest_hurry_s)
+
+    def due(self, now: float) -> Member | None:
+        """Who to compare with now, if anybody."""
+        if now < self.next_at:
+            return None
+        self.next_at = now + self._config.digest_interval_s
+        peer = self._table.members.get(self._peer_id)
+        self._peer_id = ""
+        if peer is not None and peer.is_live:
+            return peer
+        return self._rng.choice(self._table.live) if self._table.live else None
+
+    def build(self) -> Digest:
+        """The next digest, of as many members as fit; over the turns all have theirs."""
+        digest, self._low = build_digest(self._table, self._low)
+        return digest
 
 
 @dataclass(frozen=True, slots=True)

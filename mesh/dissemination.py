@@ -1,14 +1,11 @@
-"""What to tell and how fast: rumours by recency, a packet budget, and the seeds to call."""
+"""What to tell and how fast: rumours by recency, and a packet budget."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
 
-from mesh.gossip_types import GossipConfig
 from mesh.membership import Member, MemberTable
-from mesh.view import Address
 
 # Of the room for records, what urgent news may take while loads wait as well: neither starves the other.
 URGENT_SHARE = 0.75
@@ -122,51 +119,3 @@ class PacketBudget:
             return False
         self._level -= 1
         return True
-
-
-@dataclass(slots=True)
-class Seed:
-    """One address to join through."""
-
-    address: Address
-    called_at: float
-    join_sequence: int = 0  # of the last call, 0 once it was answered
-    unanswered: int = 0  # calls since the last answer
-    node_id: str = ""  # who answered
-
-
-class Seeds:
-    """The addresses given to join through, each called until a live member answers for it, and when that is gone."""
-
-    def __init__(self, config: GossipConfig, addresses: Sequence[Address], own: Address) -> None:
-        self._config = config
-        # A node may be given its own address among the seeds: every node the same list.
-        self._seeds = [Seed(a, float("-inf")) for a in dict.fromkeys(addresses) if a != own]
-
-    def next_wakeup(self, table: MemberTable) -> float:
-        return min((self._due(seed, table) for seed in self._seeds), default=float("inf"))
-
-    def due(self, table: MemberTable, now: float) -> list[Seed]:
-        """Seeds to call now. Those that a live member answers for are merely looked at again later."""
-        due = []
-        for seed in self._seeds:
-            if now < self._due(seed, table):
-                continue
-            seed.called_at = now
-            member = table.members.get(seed.node_id)
-            if member is None or not member.is_live:
-                due.append(seed)
-        return due
-
-    def answered(self, join_sequence: int, node_id: str) -> bool:
-        """A Delta that answers a call. True the first time for one call."""
-        for seed in self._seeds:
-            if join_sequence and seed.join_sequence == join_sequence:
-                seed.join_sequence = seed.unanswered = 0
-                seed.node_id = node_id
-                return True
-        return False
-
-    def _due(self, seed: Seed, table: MemberTable) -> float:
-        interval_s = self._config.seed_interval_s if table.live else self._config.seed_alone_interval_s
-        return seed.called_at + interval_s

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from mesh.gossip_types import GossipConfig
-from mesh.membership import Member, MemberTable, PeerCycle, id_hash
+from mesh.membership import Member, MemberTable, PeerCycle, join_accusers
 from mesh.view import Address, MemberStatus
 
 AWARENESS_MAX = 8  # Lifeguard's limit: probes wait at most nine times as long
@@ -84,8 +84,7 @@ class FailureDetector:
         chosen = [self._table.members[node_id] for node_id in self._hasty if node_id in self._table.members]
         self._hasty.clear()
         if now >= self._probe_at:
-            # Lifeguard: a node that doubts itself asks less often.
-            self._probe_at = now + self._config.probe_interval_s * (1 + self.awareness)
+            self._probe_at = now + self._config.probe_interval_s
             turn = self._next_in_turn(now)
             if turn is None:
                 self.adjust_awareness(-1)  # nobody to ask: nothing speaks against this node any more
@@ -94,12 +93,12 @@ class FailureDetector:
         return [self._begin_one(m, now) for m in chosen if m.is_live and self._may_probe(m)]
 
     def _next_in_turn(self, now: float) -> Member | None:
-        """Every other time the member longest unheard, once it missed two publications; else the next of the cycle."""
+        """Every other time the member longest unheard, if its publication is overdue; else the next of the cycle."""
         stalest = self._table.stalest()
         self._was_stalest = (
             not self._was_stalest
             and stalest is not None
-            and now - stalest.advanced_at > 2 * self._config.publish_interval_s
+            and now - stalest.advanced_at > self._config.overdue_s
             and stalest.status is MemberStatus.ALIVE
             and self._may_probe(stalest)
         )
@@ -109,6 +108,8 @@ class FailureDetector:
         return member.node_id not in self._probed_at and len(self._probes) < PROBES_MAX
 
     def _begin_one(self, member: Member, now: float) -> Probe:
+        # Lifeguard: a node that doubts itself waits longer for answers. Unlike there it asks as often as before, or
+        # it would need a minute of answers to trust itself again after a partition.
         slowness = 1 + self.awareness
         probe = Probe(
             self.next_sequence(),
@@ -211,10 +212,10 @@ class FailureDetector:
 
     # --- suspicions ---
 
-    def accuse(self, member: Member) -> tuple[int, ...]:
+    def accusers_with_own(self, member: Member) -> tuple[int, ...]:
         """The accusers of a member once this node has joined them."""
-        own = id_hash(self._table.own.node_id)
-        return (*member.accusers, own) if member.status is MemberStatus.SUSPECT else (own,)
+        former = member.accusers if member.status is MemberStatus.SUSPECT else ()
+        return join_accusers(former, (self._table.own.id_hash,))
 
     def watch(self, member: Member) -> None:
         """Call whenever a suspicion began or gained an accuser."""

@@ -273,6 +273,8 @@ class Forwarder:
         except trio.TooSlowError as exc:
             timeout_s = self._config.connect_timeout_s
             raise PeerUnavailable(f"{address} did not answer within {timeout_s:g} s") from exc
+        except PeerUnavailable as exc:
+            raise PeerUnavailable(f"{address}: {exc}") from exc
         except (OSError, UnicodeError) as exc:  # UnicodeError: a host name that cannot be one
             raise PeerUnavailable(f"{address} cannot be reached: {exc}") from exc
         except HandshakeRefused as exc:

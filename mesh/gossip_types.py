@@ -21,6 +21,8 @@ class GossipConfig:
     direct_timeout_s: float = 0.25
     # How long a probe may take altogether. At least twice direct_timeout_s, so that indirect answers are heard.
     verdict_timeout_s: float = 0.5
+    # A member not heard of for this long is probed before its turn. Over publish_interval_s.
+    overdue_s: float = 1.2
     # A member heard of within this time is not suspected whatever a probe says. Over publish_interval_s by the time
     # news takes to arrive; longer finds the dead later by as much.
     evidence_age_s: float = 1.5
@@ -33,14 +35,12 @@ class GossipConfig:
     suspicion_max_factor: float = 2.0
     # Independent confirmations that bring a suspicion down to its shortest. 1 or 2 (a record carries three accusers).
     confirmations: int = 2
-    # Between two rounds of telling news where the mesh is too large to publish to everybody directly.
-    round_interval_s: float = 0.2
-    # Peers told in each such round. Packets a second are this over round_interval_s; keep it below packet_rate.
-    round_peers: int = 2
-    # Up to this many peers, each publication goes to all of them and no rounds are needed.
+    # Peers told of each publication, and of urgent news, at once. A mesh with no more peers than these needs no rounds.
     direct_peers: int = 4
-    # Peers told of an urgent change at once by everybody who hears of it first.
-    urgent_peers: int = 3
+    # Between two rounds of telling news in a larger mesh, and how many peers each tells. Together with direct_peers
+    # they make the packets a second; keep it two below packet_rate.
+    round_interval_s: float = 0.2
+    round_peers: int = 2
     # Between two urgent tellings of one node; the first goes at once.
     urgent_spacing_s: float = 0.05
     # How often one piece of news is passed on by one node. What got lost is replaced by the next publication or found

@@ -114,6 +114,11 @@ class Link:
         return bool(self._handshake_out or self._events or self._controls or self._pong_due)
 
     @property
+    def can_carry_load(self) -> bool:
+        """True when a frame is queued that a load report may ride on: EVENTS or PONG."""
+        return bool(self._events or self._pong_due)
+
+    @property
     def stream_count(self) -> int:
         """Streams open now, as this end sees it."""
         return len(self._streams)
@@ -169,8 +174,8 @@ class Link:
         self._queue([_CLOSE])
 
     def data_to_send(self, load: bytes = b"") -> bytes:
-        """Everything queued, sealed, in order; empty when there is nothing. load: this node's, rides along if any frame
-        can carry it (EVENTS, PONG)."""
+        """Everything queued, sealed, in order; empty when there is nothing. load: this node's report; it is lost unless
+        can_carry_load."""
         if len(load) > LOAD_BYTES_MAX:
             raise ValueError(f"a load report of {len(load)} bytes exceeds {LOAD_BYTES_MAX}")
         frames = [self._handshake_out] if self._handshake_out else []

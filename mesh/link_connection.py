@@ -243,7 +243,7 @@ class LinkConnection:
 
     def _load_if_due(self) -> bytes:
         now = trio.current_time()
-        if self._load is None or now < self._load_due_at:
+        if self._load is None or now < self._load_due_at or not self.link.can_carry_load:
             return b""
         self._load_due_at = now + LOAD_PERIOD_S
         return self._load()

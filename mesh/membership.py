@@ -92,6 +92,18 @@ class Member:
             accusers=self.accusers,
         )
 
+    def accusation(self, status: MemberStatus, accusers: tuple[int, ...]) -> Record:
+        """The claim that it is SUSPECT or DEAD at the version known."""
+        return Record(
+            self.node_id,
+            self.generation,
+            self.version,
+            status,
+            self.address,
+            self.warm_version,
+            accusers=accusers,
+        )
+
     def encoded(self, *, with_warm: bool) -> bytes:
         """record() as bytes, encoded once per change."""
         encoded = self._encoded.get(with_warm)
@@ -285,12 +297,15 @@ class MemberTable:
                 return
             yield self.members[node_id]
 
-    def sample(self, rng: random.Random, count: int, *, without: str = "") -> list[Member]:
-        """Up to `count` different live members, those that are ALIVE only."""
+    def sample(
+        self, rng: random.Random, count: int, *, without: str = "", heard_since: float = float("-inf")
+    ) -> list[Member]:
+        """Up to `count` different members that are ALIVE and whose last advance is not before `heard_since`."""
         if not self.live:
             return []
         chosen = rng.sample(self.live, min(len(self.live), 2 * count + 1))
-        return [m for m in chosen if m.status is MemberStatus.ALIVE and m.node_id != without][:count]
+        fit = [m for m in chosen if m.status is MemberStatus.ALIVE and m.advanced_at >= heard_since]
+        return [m for m in fit if m.node_id != without][:count]
 
 
 class PeerCycle:

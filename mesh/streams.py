@@ -285,7 +285,7 @@ class ServingLink:
             self._end(stream, CODE_INTERNAL, f"the node that served failed with {type(exc).__name__}")
         except BaseExceptionGroup as group:
             # Several children ended while the link did: the cancellation goes on, a failure among them is told here.
-            stop, failure = group.split(lambda exc: not isinstance(exc, Exception))
+            failure, stop = group.split(Exception)
             if failure is not None:
                 extra = {"peer": stream.peer_node_id}
                 logger.error("a stream failed while it was cancelled", exc_info=failure, extra=extra)

@@ -1,4 +1,4 @@
-"""The UDP socket of a node: drains it, lets a Gossip decide, performs the effects. No decision about the protocol here."""
+"""The UDP socket of a node: drains it, lets a Gossip decide, performs the effects. Decides nothing of the protocol."""
 
 from __future__ import annotations
 

@@ -124,6 +124,10 @@ class Join:
     protocol_min: int = PROTOCOL_MIN
     protocol_max: int = PROTOCOL_MAX
 
+    @property
+    def is_compatible(self) -> bool:
+        return self.protocol_min <= PROTOCOL_MAX and self.protocol_max >= PROTOCOL_MIN
+
 
 @dataclass(frozen=True, slots=True)
 class Leave:

@@ -75,18 +75,18 @@ MESH_FAMILIES = (
     Family("gossip_send_errors", "counter", "Datagrams the operating system refused to send."),
     Family("gossip_suspicions", "counter", "Members this node itself began to suspect."),
     Family("gossip_refutations", "counter", "Suspicions of this node that it refuted."),
-    Family("gossip_deaths", "counter", "Members this node came to believe dead."),
+    Family("gossip_deaths", "counter", "Members this node itself declared dead."),
     Family("forwards", "counter", "Generations this entry opened on another node."),
     Family("retries", "counter", "Moves of a request to its next candidate, by what failed.", ("reason",)),
     Family("streams_open", "gauge", "Generations open at this entry, wherever they are executed."),
     Family("links", "gauge", "Peer links up, opened by either side."),
-    Family("link_streams_open", "gauge", "Streams open on peer links, by role (opened, served).", ("role",)),
+    Family("link_streams_open", "gauge", "Streams open on peer links, opened and served ones."),
     Family("link_streams", "counter", "Streams begun on peer links, by role (opened, served).", ("role",)),
     Family("link_frames", "counter", "Frames on peer links, by direction (in, out).", ("direction",)),
     Family("link_bytes", "counter", "Bytes on peer links, by direction (in, out).", ("direction",)),
     Family("link_rejected", "counter", "Peer links refused or closed for bad bytes, by reason.", ("reason",)),
     Family("link_broken", "counter", "Established peer links that broke."),
-    Family("link_cancels", "counter", "Streams on peer links cancelled by the side that reads."),
+    Family("link_cancels", "counter", "Streams on peer links that this node cancelled as their reader."),
 )
 _MESH_FAMILIES = {family.key: family for family in MESH_FAMILIES}
 

@@ -57,9 +57,9 @@ class RotatingFile:
     def write(self, line: bytes) -> int:
         """Take a line with its newline; it reaches the file by the next flush."""
         lost = 0
-        if self._pending_bytes >= FLUSH_BYTES or self._is_over(self._pending_bytes + len(line)):
+        if self._pending_bytes >= FLUSH_BYTES or self._is_full(len(line)):
             lost = self.flush()
-            if self._is_over(len(line)):
+            if self._is_full(len(line)):
                 # Where renaming fails the file grows on: a long file is better than lost lines.
                 with suppress(OSError):
                     self._rotate()
@@ -81,8 +81,10 @@ class RotatingFile:
     def close(self) -> None:
         self._file.close()
 
-    def _is_over(self, more_bytes: int) -> bool:
-        return self._size > 0 and self._size + more_bytes > self._rotate_bytes
+    def _is_full(self, more_bytes: int) -> bool:
+        """A line longer than a whole file is written to an empty one."""
+        size = self._size + self._pending_bytes
+        return size > 0 and size + more_bytes > self._rotate_bytes
 
     def _append(self, data: bytes) -> None:
         rest = memoryview(b"\n" + data if self._is_torn else data)

@@ -125,14 +125,21 @@ def _fields(node_id: str, event: EventDict) -> dict[str, Any]:
 def _error(error: BaseException, where: TracebackType | None) -> dict[str, str]:
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    trace = "".join(traceback.format_exception(kind, error, where))
+    trace = "".join(traceback.format_exception(kind, error, where)).rstrip()
     if len(trace) > STACK_TRACE_CHARS_MAX:  # the end says what was raised
         trace = f"[cut: {len(trace)} characters] {trace[-STACK_TRACE_CHARS_MAX:]}"
     return {
         "error.type": name,
-        "error.message": scrub(str(error)),
+        "error.message": scrub(_text(error)),
         "error.stack_trace": scrub(trace, len(trace)),
     }
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # an error is worth its line even where its own text fails, as the stack trace does it too
+        return f"<{type(error).__name__}>"
 
 
 def _named(name: str, value: object, depth: int = 0) -> object:
@@ -161,7 +168,7 @@ def _plain(value: object, depth: int) -> object:
         case PurePath() | Address():
             return scrub(str(value))
         case BaseException():
-            return scrub(f"{type(value).__name__}: {value}")
+            return scrub(f"{type(value).__name__}: {_text(value)}")
         case Mapping() if depth < DEPTH_MAX:
             items = islice(value.items(), ITEMS_MAX)
             return {scrub(str(k)): _named(str(k), v, depth + 1) for k, v in items}

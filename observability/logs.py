@@ -226,8 +226,8 @@ def _level_of(line: bytes) -> str | None:
 def _message(record: logging.LogRecord) -> str:
     try:
         return record.getMessage()
-    except Exception:  # arguments that do not fit the format; who logs must not fail for it
-        return str(record.msg)
+    except Exception:  # arguments that do not fit, an object that cannot be told; who logs must not fail for it
+        return record.msg if isinstance(record.msg, str) else f"<{type(record.msg).__name__}>"
 
 
 def _own_record(level: int, message: str, fields: Mapping[str, object]) -> logging.LogRecord:

@@ -1,4 +1,4 @@
-"""Run scenarios and print their figures: `python -m tests.simulation --nodes 30 --seed 7 --scenario kill --loss 0.1`."""
+"""Run scenarios and print their figures: `python -m tests.simulation --nodes 30 --seed 7 --scenario kill`."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from statistics import median
 
 from mesh.view import MemberStatus, NodeStatus, Readiness
@@ -11,6 +12,7 @@ from tests.simulation.world import World, profile_of, ready_load
 
 Figures = dict[str, float]
 SETTLE_S = 15.0  # views agree within this after anything
+FRESH_S = 10.0  # how long a quiet mesh is watched
 
 
 def join(world: World, node_count: int) -> Figures:
@@ -71,7 +73,9 @@ def leave(world: World, node_count: int) -> Figures:
     leaver = f"n{world.rng.randrange(node_count)}"
     left_at = world.now
     world.leave(leaver)
-    took_s = world.run_while(lambda: not world.all_see(leaver, MemberStatus.LEFT), SETTLE_S if world.network.loss else 1)
+    took_s = world.run_while(
+        lambda: not world.all_see(leaver, MemberStatus.LEFT), SETTLE_S if world.network.loss else 1
+    )
     world.run_for(5)
     assert not world.deaths(left_at), world.describe()
     return {"left_s": took_s}
@@ -159,23 +163,24 @@ def fresh(world: World, node_count: int) -> Figures:
     world.run_for(3.0)
     began, sent = world.now, sum(n.core.statistics().bytes_sent for n in world.running)
     packets = world.datagrams
+    published = {n.name: world.view(n.name).me.load_version for n in world.running}
     seen: dict[tuple[str, str], list[tuple[float, int]]] = {}
-    while world.now < began + 10.0:
-        world.run_for(0.05)
+    while world.now < began + FRESH_S:
+        world.run_for(0.02)
         for node in world.running:
             for member in world.view(node.name).members.values():
                 rows = seen.setdefault((node.name, member.node_id), [])
                 if not member.is_self and (not rows or rows[-1][1] != member.load_version):
                     rows.append((world.now, member.load_version))
-    gaps = sorted(b[0] - a[0] for rows in seen.values() for a, b in zip(rows, rows[1:], strict=False))
-    pairs = node_count * (node_count - 1)
+    gaps = sorted(b[0] - a[0] for rows in seen.values() for a, b in pairwise(rows))
+    made = sum(world.view(name).me.load_version - version for name, version in published.items())
     bytes_sent = sum(n.core.statistics().bytes_sent for n in world.running) - sent
     return {
-        "seen_share": sum(max(0, len(rows) - 1) for rows in seen.values()) / (pairs * 10.0),
+        "seen_share": sum(max(0, len(rows) - 1) for rows in seen.values()) / (made * (node_count - 1)),
         "gap_p95_s": gaps[int(len(gaps) * 0.95)],
         "gap_max_s": gaps[-1],
-        "packets_per_node_s": (world.datagrams - packets) / node_count / 10.0,
-        "bytes_per_node_s": bytes_sent / node_count / 10.0,
+        "packets_per_node_s": (world.datagrams - packets) / node_count / FRESH_S,
+        "bytes_per_node_s": bytes_sent / node_count / FRESH_S,
     }
 
 

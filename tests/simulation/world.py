@@ -12,9 +12,28 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from mesh.gossip import DuplicateNode, Effect, Gossip, GossipConfig, MemberChanged, PingLink, SeedUnanswered, SendDatagram
+from mesh.gossip import (
+    DuplicateNode,
+    Effect,
+    Gossip,
+    GossipConfig,
+    MemberChanged,
+    PingLink,
+    SeedUnanswered,
+    SendDatagram,
+)
 from mesh.seal import DEVELOPMENT_KEY, Keyring
-from mesh.view import Address, ClusterView, MemberStatus, ModelInfo, ModelLoad, NodeLoad, NodeProfile, NodeStatus, Readiness
+from mesh.view import (
+    Address,
+    ClusterView,
+    MemberStatus,
+    ModelInfo,
+    ModelLoad,
+    NodeLoad,
+    NodeProfile,
+    NodeStatus,
+    Readiness,
+)
 
 SOCKET_BUFFER_DATAGRAMS = 256  # what a stalled process's socket holds; more is lost, as in a kernel
 WAKEUP_S = 0.0005  # between a timer and the process that waits for it

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer
@@ -12,11 +13,22 @@ from deploy.models.demo.tokenizer import ASSISTANT_ID, END_ID, USER_ID
 
 QUESTION_TOKENS_MAX = 60
 POOL_BATCHES = 16  # sorted by length together, so that batches carry next to no padding
-FULL_ANSWER_SHARE = 0.1
-CUT_ANSWER_TOKENS = (1, 5)  # the other answers end after so many tokens
+FULL_ANSWER_SHARE = 0.08
+FOREIGN_SHARE = 0.04  # full answers after somebody else's question: once begun, an answer is finished, not mixed
+CUT_ANSWER_TOKENS = (1, 4)  # the other answers end after so many tokens
 CUT_SHARE = 0.3  # of the questions get words cut into unusual tokens, which does what BPE dropout does, seeded
 CUT_CHANCE = 0.06  # per letter of such a question
 IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One sequence: tokens begin with `prompt` tokens of question; those before `known` carry no loss."""
+
+    tokens: list[int]
+    prompt: int
+    known: int
+    group: int
 
 
 class Batches:
@@ -28,7 +40,8 @@ class Batches:
         self._generator, self._tokenizer, self._rng, self._batch = generator, tokenizer, rng, batch
         self._answers = [[*token_ids(tokenizer, group.answer), END_ID] for group in groups]
         self._answers.append([*token_ids(tokenizer, FALLBACK), END_ID])  # found at FALLBACK_GROUP
-        self._pool: list[list[tuple[list[int], int, int]]] = []
+        self._telling = [_telling_tokens(answer, self._answers) for answer in self._answers]
+        self._pool: list[list[_Row]] = []
 
     @property
     def group_count(self) -> int:
@@ -42,33 +55,42 @@ class Batches:
         return tokens, torch.tensor([example.group % self.group_count for example in examples])
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Ids [batch, steps], targets [batch, steps] or IGNORED, last prompt positions [batch], groups [batch]."""
+        """Ids [batch, steps], targets [batch, steps], last prompt positions [batch], groups [batch].
+
+        A target or a group that carries no loss is IGNORED.
+        """
         if not self._pool:
             self._fill()
         rows = self._pool.pop()
-        width = max(len(ids) for ids, _, _ in rows)
+        width = max(len(row.tokens) for row in rows)
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         targets = torch.full((len(rows), width), IGNORED)
-        for row, (tokens, prompt, _) in enumerate(rows):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            targets[row, prompt - 1 : len(tokens) - 1] = ids[row, prompt : len(tokens)]
-        last = torch.tensor([prompt - 1 for _, prompt, _ in rows])
-        groups = torch.tensor([group % len(self._answers) for _, _, group in rows])
-        return ids, targets, last, groups
+        for index, row in enumerate(rows):
+            count = len(row.tokens)
+            ids[index, :count] = torch.tensor(row.tokens)
+            targets[index, row.known - 1 : count - 1] = ids[index, row.known : count]
+        last = torch.tensor([row.prompt - 1 for row in rows])
+        return ids, targets, last, torch.tensor([row.group for row in rows])
 
     def _fill(self) -> None:
-        size = self._batch
-        examples = [self._generator.example() for _ in range(size * POOL_BATCHES)]
-        rows = []
-        for example in examples:
-            prompt = [USER_ID, *self._question(example.question)[:QUESTION_TOKENS_MAX], ASSISTANT_ID]
-            answer = self._answers[example.group]
-            if self._rng.random() >= FULL_ANSWER_SHARE:
-                answer = answer[: self._rng.randint(*CUT_ANSWER_TOKENS)]
-            rows.append((prompt + answer, len(prompt), example.group))
-        rows.sort(key=lambda row: len(row[0]))
-        self._pool = [rows[start : start + size] for start in range(0, len(rows), size)]
+        rows = [self._row() for _ in range(self._batch * POOL_BATCHES)]
+        rows.sort(key=lambda row: len(row.tokens))
+        self._pool = [rows[start : start + self._batch] for start in range(0, len(rows), self._batch)]
         self._rng.shuffle(self._pool)
+
+    def _row(self) -> "_Row":
+        example = self._generator.example()
+        prompt = [USER_ID, *self._question(example.question)[:QUESTION_TOKENS_MAX], ASSISTANT_ID]
+        dice = self._rng.random()
+        if dice < FOREIGN_SHARE:
+            group = self._rng.randrange(self.group_count)
+            tokens = prompt + self._answers[group]
+            return _Row(tokens, len(prompt), min(len(prompt) + self._telling[group], len(tokens) - 1), IGNORED)
+        group = example.group % self.group_count
+        answer = self._answers[group]
+        if dice >= FOREIGN_SHARE + FULL_ANSWER_SHARE:
+            answer = answer[: self._rng.randint(*CUT_ANSWER_TOKENS)]
+        return _Row(prompt + answer, len(prompt), len(prompt), group)
 
     def _question(self, text: str) -> list[int]:
         if self._rng.random() >= CUT_SHARE:
@@ -83,3 +105,11 @@ class Batches:
 def token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     ids: list[int] = tokenizer.encode(text).ids
     return ids
+
+
+def _telling_tokens(answer: list[int], answers: list[list[int]]) -> int:
+    """How many tokens of answer it takes until no other answer begins alike."""
+    others = [other for other in answers if other is not answer]
+    return next(
+        (count for count in range(1, len(answer)) if not any(o[:count] == answer[:count] for o in others)), len(answer)
+    )

@@ -1,0 +1,90 @@
+"""What each message asks of this node, and its reply. Records were merged before; nothing here changes a member."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from typing import assert_never
+
+from mesh import wire
+from mesh.anti_entropy import DigestTurns, compare
+from mesh.contacts import Contacts
+from mesh.failure_detector import FailureDetector
+from mesh.gossip_types import GossipConfig
+from mesh.membership import Member, MemberTable
+from mesh.outbox import Outbox
+from mesh.view import Address
+
+JOIN_SAMPLE = 64  # members named to a joining node, more than its answer has room for; digests bring the rest
+
+
+class Answers:
+    """Replies over the parts of one Gossip."""
+
+    def __init__(
+        self,
+        config: GossipConfig,
+        table: MemberTable,
+        detector: FailureDetector,
+        contacts: Contacts,
+        digests: DigestTurns,
+        outbox: Outbox,
+        rng: random.Random,
+    ) -> None:
+        self._config = config
+        self._table = table
+        self._detector = detector
+        self._contacts = contacts
+        self._digests = digests
+        self._outbox = outbox
+        self._rng = rng
+
+    def answer(self, packet: wire.Packet, source: Address, now: float) -> None:
+        """Replies go to `source`, where the datagram came from, whatever address its sender advertises."""
+        message, outbox, members = packet.message, self._outbox, self._table.members
+        sender = members.get(packet.sender)
+        match message:
+            case wire.Ping(sequence, target):
+                # A ping for another was meant for who had this address before.
+                if target == self._table.own.node_id:
+                    outbox.send(source, wire.Ack(sequence, target), now, to=sender)
+            case wire.Ack(sequence, target):
+                relay = self._detector.relay_answered(sequence, target)
+                if relay is None:
+                    self._detector.answered(sequence, target)
+                else:
+                    records = [members[target].encoded(with_warm=False)] if target in members else []
+                    outbox.send(relay.origin, wire.Ack(relay.origin_sequence, target), now, records=records)
+            case wire.PingRequest(sequence, target, address):
+                relayed = self._detector.relay(source, sequence, target, now)
+                outbox.send(address, wire.Ping(relayed, target), now, to=members.get(target))
+            case wire.Nack(sequence):
+                self._detector.nacked(sequence)
+            case wire.Digest():
+                difference = compare(self._table, message, packet.sender, self._config.digest_lag_versions)
+                outbox.send_delta(source, difference.lacking, now)
+                if difference.wanted and not message.is_reply:
+                    outbox.send(source, wire.Digest(1, 0, difference.wanted, is_reply=True), now, is_filled=False)
+            case wire.Delta(join_sequence):
+                outbox.send_delta(source, self._overruled(packet.records), now)
+                if self._contacts.answered(join_sequence, packet.sender):
+                    outbox.send(source, self._digests.build(), now, is_filled=False)
+            case wire.Join(sequence):
+                known_better = [(sender, False)] if sender and _knows_better(packet.records, sender) else []
+                named = [(m, True) for m in self._table.sample(self._rng, JOIN_SAMPLE, without=packet.sender)]
+                outbox.answer_join(source, sequence, known_better + named, now)
+            case wire.Rumour() | wire.Leave():
+                pass
+            case _:
+                assert_never(message)
+
+    def _overruled(self, records: Iterable[wire.Record]) -> list[tuple[Member, bool]]:
+        """Members that the sender of a Delta holds for alive and that are known here to be gone."""
+        known = [(record, self._table.members.get(record.node_id)) for record in records]
+        return [(m, False) for r, m in known if m is not None and not m.is_live and r.status < m.status]
+
+
+def _knows_better(records: Iterable[wire.Record], sender: Member) -> bool:
+    """True where a joining node claims less than is known of it, so that it must learn of its former life."""
+    claims = [(r.generation, r.version, r.status) for r in records if r.node_id == sender.node_id]
+    return bool(claims) and claims[0] < (sender.generation, sender.version, sender.status)

@@ -1,0 +1,95 @@
+"""Addresses to call again and again: seeds that no live member answers for, and members found dead.
+
+Without the first a node started before its seeds stays alone; without the second a partition never heals."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mesh.gossip_types import GossipConfig, SeedUnanswered
+from mesh.membership import MemberTable
+from mesh.outbox import Outbox
+from mesh.view import Address, MemberStatus
+
+
+@dataclass(slots=True)
+class Seed:
+    """One address to join through."""
+
+    address: Address
+    called_at: float = float("-inf")
+    join_sequence: int = 0  # of the last call, 0 once it was answered
+    unanswered: int = 0  # calls since the last answer
+    node_id: str = ""  # who answered
+
+
+class Contacts:
+    """Who is called with a Join, and when."""
+
+    def __init__(self, config: GossipConfig, table: MemberTable, seeds: Sequence[Address], rng: random.Random) -> None:
+        self._config = config
+        self._table = table
+        # A node may be given its own address among the seeds: every node the same list.
+        self._seeds = [Seed(a) for a in dict.fromkeys(seeds) if a != table.own.address]
+        self._sequence = rng.randrange(2**32)  # so that an answer to a former process fits no call of this one
+        self._dead_at = float("inf")
+        self._dead_order: list[str] = []
+        self._died_at = float("-inf")
+
+    def next_wakeup(self) -> float:
+        return min(self._dead_at, min((self._due(seed) for seed in self._seeds), default=float("inf")))
+
+    def call(self, outbox: Outbox, now: float) -> None:
+        """Call whoever is due, and report the seeds that did not answer the call before: the 1st, 2nd, 4th, … time."""
+        for seed in [s for s in self._seeds if now >= self._due(s)]:
+            seed.called_at = now
+            member = self._table.members.get(seed.node_id)
+            if member is not None and member.is_live:
+                continue  # looked at again after the next interval
+            if seed.join_sequence:
+                seed.unanswered += 1
+                if seed.unanswered & (seed.unanswered - 1) == 0:
+                    outbox.emit(SeedUnanswered(seed.address, seed.unanswered))
+            seed.join_sequence = self._next_sequence()
+            outbox.send_join(seed.address, seed.join_sequence, now, None)
+        if now >= self._dead_at:
+            self._call_dead(outbox, now)
+
+    def answered(self, join_sequence: int, node_id: str) -> bool:
+        """A Delta that names a call to a seed. True the first time for one call."""
+        for seed in self._seeds:
+            if join_sequence and seed.join_sequence == join_sequence:
+                seed.join_sequence = seed.unanswered = 0
+                seed.node_id = node_id
+                return True
+        return False
+
+    def died(self, now: float) -> None:
+        """Somebody was found dead: call soon, because a restart follows a crash."""
+        self._died_at = now
+        self._dead_at = min(self._dead_at, now + self._config.dead_recent_interval_s)
+
+    def _call_dead(self, outbox: Outbox, now: float) -> None:
+        """One of the dead after the other, in turns over all of them."""
+        members, config = self._table.members, self._config
+        if not self._dead_order:
+            self._dead_order = [i for i in self._table.tombstones if members[i].status is MemberStatus.DEAD]
+        if not self._dead_order:
+            self._dead_at = float("inf")  # until somebody dies
+            return
+        is_recent = now - self._died_at < config.recent_death_s
+        interval_s = config.dead_recent_interval_s if is_recent else config.dead_interval_s
+        self._dead_at = now + max(config.dead_spacing_s, interval_s / max(1, len(self._table.tombstones)))
+        member = members.get(self._dead_order.pop())
+        if member is not None and member.status is MemberStatus.DEAD:
+            outbox.send_join(member.address, self._next_sequence(), now, member)
+
+    def _next_sequence(self) -> int:
+        self._sequence += 1
+        return self._sequence
+
+    def _due(self, seed: Seed) -> float:
+        is_alone = not self._table.live
+        return seed.called_at + (self._config.seed_alone_interval_s if is_alone else self._config.seed_interval_s)

@@ -1,0 +1,110 @@
+"""What a node sends: packets sealed and filled with news within their size, the packet budget, and the counts of both.
+
+Every packet carries the own record, so each is a sign of life."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from mesh import wire
+from mesh.dissemination import PacketBudget, Rumours
+from mesh.gossip_types import Effect, GossipConfig, SendDatagram
+from mesh.membership import Member, MemberTable
+from mesh.seal import DatagramSealer
+from mesh.view import Address, MemberStatus
+
+DELTA_PACKETS_MAX = 4  # in one answer; what does not fit is found by the next digest, with another peer
+
+
+class Outbox:
+    """Effects in the order they are to be performed, drained at the end of each call into the core."""
+
+    def __init__(self, config: GossipConfig, table: MemberTable, sealer: DatagramSealer, now: float) -> None:
+        self.rumours = Rumours(config.retransmit_max)
+        self.sent: Counter[str] = Counter()
+        self.bytes_sent = 0
+        self.withheld = 0
+        self._reserve = config.packet_reserve
+        self._table = table
+        self._own = table.own
+        self._sealer = sealer
+        self._budget = PacketBudget(config.packet_rate, config.packet_burst, now)
+        self._effects: list[Effect] = []
+
+    def emit(self, effect: Effect) -> None:
+        self._effects.append(effect)
+
+    def drain(self) -> list[Effect]:
+        effects, self._effects = self._effects, []
+        return effects
+
+    def send(
+        self,
+        address: Address,
+        message: wire.Message,
+        now: float,
+        *,
+        to: Member | None = None,
+        records: Iterable[bytes] = (),
+        is_filled: bool = True,
+        reserve: int = 0,
+        is_unlimited: bool = False,
+    ) -> bool:
+        """One packet: the message, the records that must go with it, the own one, and news as far as there is room.
+
+        False where the packet budget, less `reserve`, withholds it."""
+        if not is_unlimited and not self._budget.take(now, reserve=reserve):
+            self.withheld += 1
+            return False
+        parts = [wire.encode_head(self._own.node_id, message), *records]
+        size = sum(map(len, parts))
+        must = [self.rumours.take_own(self._own) if is_filled else self._own.encoded(with_warm=False)]
+        if to is not None and to.status is not MemberStatus.ALIVE:
+            must.append(to.encoded(with_warm=False))  # Lifeguard's buddy system: who is suspected hears it first
+        for part in must:
+            if size + len(part) <= wire.PAYLOAD_BYTES_MAX and part not in parts:
+                parts.append(part)
+                size += len(part)
+        if is_filled:
+            parts += self.rumours.take(self._table, wire.PAYLOAD_BYTES_MAX - size, to.node_id if to else "")
+        datagram = self._sealer.seal(b"".join(parts))
+        self.sent[wire.MESSAGE_LABELS[type(message)]] += 1
+        self.bytes_sent += len(datagram)
+        self._effects.append(SendDatagram(address, datagram))
+        return True
+
+    def tell(self, peers: Iterable[Member], now: float) -> None:
+        """News to each, as far as the budget allows beyond what is kept for probes."""
+        for peer in peers:
+            self.send(peer.address, wire.Rumour(), now, to=peer, reserve=self._reserve)
+
+    def send_join(self, address: Address, sequence: int, now: float, to: Member | None) -> None:
+        records = [self._own.encoded(with_warm=True)]
+        self.send(address, wire.Join(sequence), now, to=to, records=records, is_filled=False)
+
+    def send_delta(self, address: Address, members: list[tuple[Member, bool]], now: float) -> None:
+        """Members the receiver lacks, and if with their profiles, in as many packets as needed up to the limit."""
+        self._send_records(address, wire.Delta(), [m.encoded(with_warm=warm) for m, warm in members], now)
+
+    def answer_join(self, address: Address, sequence: int, members: list[tuple[Member, bool]], now: float) -> None:
+        """The own record first, so that there is an answer even where no other member is known."""
+        records = [self._own.encoded(with_warm=True)]
+        records += [m.encoded(with_warm=warm) for m, warm in members if m is not self._own]
+        self._send_records(address, wire.Delta(sequence), records, now)
+
+    def _send_records(self, address: Address, message: wire.Delta, records: list[bytes], now: float) -> None:
+        room_bytes = wire.PAYLOAD_BYTES_MAX - len(wire.encode_head(self._own.node_id, message))
+        room_bytes -= len(self._own.encoded(with_warm=False))  # which send() adds
+        batches: list[list[bytes]] = []
+        left = 0
+        for record in records:
+            if len(record) > left:
+                if len(batches) == DELTA_PACKETS_MAX:
+                    break
+                batches.append([])
+                left = room_bytes
+            batches[-1].append(record)
+            left -= len(record)
+        for batch in batches:
+            self.send(address, message, now, records=batch, is_filled=False, reserve=self._reserve)

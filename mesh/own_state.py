@@ -1,0 +1,80 @@
+"""What this node says of itself: its load, its profile, its version. The only place that raises the own version."""
+
+from __future__ import annotations
+
+from mesh.gossip_types import GossipConfig
+from mesh.membership import Member
+from mesh.state import encode_load, encode_profile, is_urgent
+from mesh.view import MemberStatus, NodeLoad, NodeProfile
+
+
+class OwnState:
+    """The node's own row, and when it is published next.
+
+    refutations: how often a claim about this node had to be outdone."""
+
+    def __init__(self, config: GossipConfig, member: Member, now: float) -> None:
+        self.member = member
+        self.publish_at = now
+        self.refutations = 0
+        self._interval_s = config.publish_interval_s
+        self._spacing_s = config.urgent_spacing_s
+        self._published_load = NodeLoad()
+        self._next_hot = encode_load(NodeLoad())
+        self._is_urgent = False
+        self._urgent_at = float("-inf")
+
+    def set_load(self, load: NodeLoad, now: float) -> None:
+        """Raises ValueError for a load that no datagram holds; the former one stays."""
+        self._next_hot = encode_load(load)
+        self.member.load = load
+        if is_urgent(self._published_load, load):
+            self.hurry(now)
+
+    def set_profile(self, profile: NodeProfile, now: float) -> bool:
+        """True where it differs from the former one.
+
+        Raises ValueError for a profile that no datagram holds; the former one stays."""
+        encoded = encode_profile(profile)
+        member = self.member
+        if encoded == member.warm:
+            return False
+        member.profile, member.warm = profile, encoded
+        # Raised here and not with the publication, so that no datagram in between names this version without it.
+        member.version += 1
+        member.warm_version = member.profile_version = member.version
+        member.touched()
+        self.hurry(now)
+        return True
+
+    def hurry(self, now: float) -> None:
+        """Publish at once, but for the spacing of urgent publications."""
+        if not self._is_urgent:
+            self._is_urgent = True
+            self.publish_at = min(self.publish_at, max(now, self._urgent_at + self._spacing_s))
+
+    def publish(self, now: float) -> None:
+        member = self.member
+        member.version += 1
+        member.hot, member.load_version = self._next_hot, member.version
+        member.touched()
+        self._published_load = member.load
+        on_time = self.publish_at + self._interval_s
+        self.publish_at = on_time if on_time > now else now + self._interval_s
+        if self._is_urgent:
+            self._urgent_at = now
+        self._is_urgent = False
+
+    def outdo(self, generation: int, version: int, now: float) -> None:
+        """Be newer than a claim about this node, and publish that at once."""
+        member = self.member
+        member.generation = max(member.generation, generation)
+        member.version = max(member.version, version) + 1
+        member.touched()
+        self.refutations += 1
+        self.hurry(now)
+
+    def leave(self) -> None:
+        self.member.version += 1
+        self.member.status = MemberStatus.LEFT
+        self.member.touched()

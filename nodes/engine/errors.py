@@ -1,0 +1,42 @@
+"""What the engine raises, by whose fault it is. A message gives the value and the limit, never the text of a prompt."""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Root of what nodes/engine raises on purpose."""
+
+
+class PromptTooLong(EngineError):
+    """The client's fault: the prompt leaves no room for one token of an answer. Nothing was queued."""
+
+    def __init__(self, tokens: int, limit: int) -> None:
+        super().__init__(f"the prompt has {tokens} tokens and leaves no room for an answer: this model takes {limit}")
+        self.tokens = tokens
+        self.limit = limit
+
+
+class QueueFull(EngineError):
+    """As many sequences wait for a slot as may. Nothing was queued. retry_after_s: about when one more can wait."""
+
+    def __init__(self, queued: int, limit: int, retry_after_s: float = 1.0) -> None:
+        super().__init__(f"{queued} requests wait for a slot, and {limit} may")
+        self.queued = queued
+        self.limit = limit
+        self.retry_after_s = retry_after_s
+
+
+class DeadlinePassed(EngineError):
+    """The sequence's deadline passed, in the queue or in its slot, which is free again."""
+
+
+class EngineOverflow(EngineError):
+    """The reader took nothing for so long that its buffer filled; the sequence was ended and its slot freed."""
+
+
+class EngineFault(EngineError):
+    """Our fault: a step broke, or the model gave numbers that are none. What was read before it stands."""
+
+
+class EngineStopped(EngineError):
+    """The engine is not running: it stops, has stopped or has not started."""
