@@ -71,7 +71,7 @@ class Answers:
                     outbox.send(source, self._digests.build(), now, is_filled=False)
             case wire.Join(sequence):
                 known_better = [(sender, False)] if sender and _knows_better(packet.records, sender) else []
-                named = [(m, True) for m in self._table.sample(self._rng, JOIN_SAMPLE, without=packet.sender)]
+                named = [(m, True) for m in self._table.sample(self._rng, JOIN_SAMPLE, packet.sender)]
                 outbox.answer_join(source, sequence, known_better + named, now)
             case wire.Rumour() | wire.Leave():
                 pass

@@ -4,6 +4,7 @@ within a range the absence of an entry says something too, however many members 
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from mesh.wire import DIGEST_ENTRIES_MAX, HASH_MAX, NODE_ID_BYTES_MAX, Digest, D
 
 # The entries of one digest; the rest of its packet is for the head and the sender's own record.
 ENTRIES_BYTES_MAX = 1_000 - NODE_ID_BYTES_MAX
+# Members whose profile is asked for at one time; comparisons with each of them bring those of others too.
+LACKING_MAX = 64
 
 
 class DigestTurns:
@@ -25,22 +28,27 @@ class DigestTurns:
         self._table = table
         self._rng = rng
         self._low = 0
-        self._peer_id = ""
+        self._lacking: OrderedDict[str, None] = OrderedDict()
 
     def hurry(self, member: Member, now: float) -> None:
-        """The profile of this member is missing: compare with itself soon, beginning at it."""
-        self._peer_id, self._low = member.node_id, member.id_hash
+        """The profile of this member is missing: compare with itself soon and until it is there, beginning at it."""
+        if len(self._lacking) < LACKING_MAX:
+            self._lacking[member.node_id] = None
         self.next_at = min(self.next_at, now + self._config.digest_hurry_s)
 
     def due(self, now: float) -> Member | None:
         """Who to compare with now, if anybody."""
         if now < self.next_at:
             return None
+        while self._lacking:
+            node_id, _ = self._lacking.popitem(last=False)
+            member = self._table.members.get(node_id)
+            if member is not None and member.is_live and member.warm_version > member.profile_version:
+                self._lacking[node_id] = None  # asked again after the others, unless it answers
+                self._low = member.id_hash
+                self.next_at = now + self._config.digest_hurry_s
+                return member
         self.next_at = now + self._config.digest_interval_s
-        peer = self._table.members.get(self._peer_id)
-        self._peer_id = ""
-        if peer is not None and peer.is_live:
-            return peer
         return self._rng.choice(self._table.live) if self._table.live else None
 
     def build(self) -> Digest:

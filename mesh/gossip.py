@@ -58,8 +58,7 @@ class Gossip:
 
     address: where peers reach it, an IP address. boot_id: 16 random bytes, new with each process. now: seconds on a
     monotonic clock, the same in every method. Methods may be called in any order, with `now` never falling.
-
-    Raises MalformedDatagram for an id that is empty or too long, ValueError for an address that is a host name."""
+    Raises ValueError for an id that is empty or too long, or an address that is a host name."""
 
     def __init__(
         self,
@@ -73,7 +72,8 @@ class Gossip:
         rng: random.Random,
         now: float,
     ) -> None:
-        wire.text(node_id, wire.NODE_ID_BYTES_MAX)
+        if not 0 < len(node_id.encode()) <= wire.NODE_ID_BYTES_MAX:
+            raise ValueError(f"a node id is 1 to {wire.NODE_ID_BYTES_MAX} bytes, {node_id!r} is not")
         wire.pack_address(address)
         self.node_id = node_id
         self._config = config
@@ -142,7 +142,7 @@ class Gossip:
         if now >= self._urgent_at:
             self._urgent_at = float("inf")
             self._urgent_told_at = now
-            self._outbox.tell(self._cycle.take(self._config.direct_peers), now)
+            self._outbox.tell(self._cycle.take(self._config.direct_peers), now, is_urgent=True)
         if now >= self._round_at:
             self._tell_round(now)
         if now >= self._forget_at:
@@ -166,7 +166,7 @@ class Gossip:
         self._view_is_old = True
         # Rounds keep step with publications, so that each takes the same time to arrive as the one before.
         self._round_at = now + self._config.round_interval_s
-        self._outbox.tell(self._cycle.take(self._config.direct_peers), now)
+        self._outbox.tell(self._cycle.take(self._config.direct_peers), now, is_urgent=True)
 
     def _tell_round(self, now: float) -> None:
         config = self._config
@@ -185,10 +185,7 @@ class Gossip:
                 continue
             # Who was not heard lately may be dead as well, and its missing Nack would be held against this node.
             for helper in self._table.sample(
-                self._rng,
-                self._config.indirect_count,
-                without=probe.node_id,
-                heard_since=now - self._config.evidence_age_s,
+                self._rng, self._config.indirect_count, probe.node_id, heard_since=now - self._config.evidence_age_s
             ):
                 request = wire.PingRequest(probe.sequence, probe.node_id, member.address)
                 probe.asked_count += outbox.send(helper.address, request, now, to=helper)

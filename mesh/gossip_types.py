@@ -65,7 +65,7 @@ class GossipConfig:
     # Packets a second this node sends, sustained and at once. Burst covers a join of many.
     packet_rate: float = 16.0
     packet_burst: int = 48
-    # Of the burst, what only probes and their answers may use.
+    # Of the burst, what only probes and their answers may use; as much again is kept from the rounds for urgent news.
     packet_reserve: int = 6
     # A tick later than this means that the process stood still: then it blames nobody, but itself (awareness).
     stall_s: float = 0.5

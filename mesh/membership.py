@@ -165,7 +165,9 @@ class MemberTable:
         change = Change(0)
         if member is None:
             change = Change.NEW | Change.ADVANCED
-            takes_hot, takes_warm = record.hot is not None, record.warm is not None
+            # Version 0 is held of whoever has published nothing, so nothing is published under it.
+            takes_hot = record.hot is not None and record.version > 0
+            takes_warm = record.warm is not None and record.warm_version > 0
         else:
             if record.generation < member.generation:
                 return None
@@ -183,8 +185,9 @@ class MemberTable:
                 and join_accusers(member.accusers, record.accusers) != member.accusers
             ):
                 change |= Change.ACCUSED
-            takes_hot = record.hot is not None and (is_later_life or record.version > member.load_version)
-            takes_warm = record.warm is not None and (is_later_life or record.warm_version > member.profile_version)
+            load_version, profile_version = (0, 0) if is_later_life else (member.load_version, member.profile_version)
+            takes_hot = record.hot is not None and record.version > load_version
+            takes_warm = record.warm is not None and record.warm_version > profile_version
         load = decode_load(record.hot) if takes_hot and record.hot is not None else None
         profile = decode_profile(record.warm) if takes_warm and record.warm is not None else None
         if load is not None:
@@ -298,7 +301,7 @@ class MemberTable:
             yield self.members[node_id]
 
     def sample(
-        self, rng: random.Random, count: int, *, without: str = "", heard_since: float = float("-inf")
+        self, rng: random.Random, count: int, without: str, *, heard_since: float = float("-inf")
     ) -> list[Member]:
         """Up to `count` different members that are ALIVE and whose last advance is not before `heard_since`."""
         if not self.live:

@@ -74,10 +74,11 @@ class Outbox:
         self._effects.append(SendDatagram(address, datagram))
         return True
 
-    def tell(self, peers: Iterable[Member], now: float) -> None:
-        """News to each, as far as the budget allows beyond what is kept for probes."""
+    def tell(self, peers: Iterable[Member], now: float, *, is_urgent: bool = False) -> None:
+        """News to each, as far as the budget allows beyond what is kept for probes, and for what is more urgent."""
         for peer in peers:
-            self.send(peer.address, wire.Rumour(), now, to=peer, reserve=self._reserve)
+            reserve = self._reserve if is_urgent else 2 * self._reserve
+            self.send(peer.address, wire.Rumour(), now, to=peer, reserve=reserve)
 
     def send_join(self, address: Address, sequence: int, now: float, to: Member | None) -> None:
         records = [self._own.encoded(with_warm=True)]

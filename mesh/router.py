@@ -108,6 +108,7 @@ class _Candidate:
     node_id: str
     estimate_s: float
     occupancy: float  # requests per slot
+    is_local: bool
 
 
 class Router:
@@ -177,11 +178,16 @@ class Router:
             size = sum(candidate.estimate_s <= limit_s for candidate in candidates)
             near, candidates = candidates[:size], candidates[size:]
             self._rng.shuffle(near)
+            # The hop is saved where it costs no balance: an idle mesh answers where it is asked.
+            local = next((candidate for candidate in near if candidate.is_local), None)
+            if local is not None and local.occupancy <= min(candidate.occupancy for candidate in near):
+                near.remove(local)
+                ordered.append(local.node_id)
             while len(near) > 1:  # the two last are a random pair
                 if near[-2].occupancy < near[-1].occupancy:
                     near[-2], near[-1] = near[-1], near[-2]
                 ordered.append(near.pop().node_id)
-            ordered.append(near.pop().node_id)
+            ordered.extend(candidate.node_id for candidate in near)
         return ordered
 
     def _no_capacity(
@@ -210,7 +216,7 @@ def _candidate(member: MemberView, info: ModelInfo, load: ModelLoad, own: _Ledge
     slot_s = max(0, waiting + 1 - load.free_slots) * _slot_interval_s(load)
     hop_s = 0.0 if member.is_self else HOP_S
     occupancy = (load.active + waiting) / max(1, info.slots)
-    return _Candidate(member.node_id, prefill_s + decode_s + slot_s + hop_s, occupancy)
+    return _Candidate(member.node_id, prefill_s + decode_s + slot_s + hop_s, occupancy, member.is_self)
 
 
 def _slot_interval_s(load: ModelLoad) -> float:

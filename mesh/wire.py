@@ -279,7 +279,7 @@ def _record(fields: Sequence[Any]) -> Record:
     accusers: tuple[int, ...] = ()
     if len(fields) > 8:
         hashes = _array(fields[8], 0)
-        if len(hashes) > ACCUSERS_MAX or status is not MemberStatus.SUSPECT:
+        if len(hashes) > ACCUSERS_MAX or (hashes and status is not MemberStatus.SUSPECT):
             raise MalformedDatagram(f"{len(hashes)} accusers of a member that is {status.name}")
         accusers = tuple(sorted({count(h, HASH_MAX) for h in hashes}))
     return Record(

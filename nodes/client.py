@@ -19,6 +19,7 @@ from rich.text import Text
 TIMEOUT_S = 10.0
 # A stream is silent for as long as its request waits in a queue; keep-alives come each 5 s.
 STREAM_TIMEOUT_S = 60.0
+PIPE_COLUMNS = 240
 _COLOURS = {"healthy": "green", "degraded": "yellow", "offline": "red"}
 
 
@@ -28,7 +29,8 @@ class NodeAnswered(Exception):
 
 def show_status(url: str, *, watch: bool, as_json: bool) -> int:
     """Print the member table; 0 when all members are healthy, 1 when some are not or the node is out of reach."""
-    console = Console()
+    # A pipe has no width; there nothing may be cut off.
+    console = Console() if sys.stdout.isatty() else Console(width=PIPE_COLUMNS)
     try:
         status = _get(url, "/cluster/status")
         if as_json:
@@ -57,34 +59,41 @@ def _watch(console: Console, url: str, status: dict[str, Any]) -> None:
 
 def _table(status: dict[str, Any]) -> Table:
     counts = ", ".join(f"{count} {name}" for name, count in status["nodes"].items() if count)
-    table = Table(title=f"{status['cluster_name']} as {status['node_id']} sees it: {counts}", title_justify="left")
-    for heading in ("node", "status", "seen", "http", "mesh", "models"):
-        table.add_column(heading, no_wrap=heading != "models", overflow="fold")
-    for heading in ("active", "queued", "free slots", "tokens/s"):
+    title = f"{status['cluster_name']} as {status['node_id']} (*) sees it: {counts}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("node", "status", "seen", "http", "models"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("active", "queued", "free", "tok/s"):
         table.add_column(heading, justify="right")
     for member in status["members"]:
         table.add_row(*_row(member))
-    for warning in status["warnings"]:
-        table.caption = f"warning: {warning}"
+    if status["warnings"]:
+        table.caption = "\n".join(f"warning: {warning}" for warning in status["warnings"])
     return table
 
 
 def _row(member: dict[str, Any]) -> list[str]:
     colour = _COLOURS.get(member["status"], "white")
-    why = "" if member["status"] == "healthy" else f" ({member['membership']}, {member['readiness']})"
+    why = "" if member["status"] == "healthy" else f" ({_reason(member)})"
     models = member["models"]
     return [
-        member["node_id"] + (" (asked)" if member["is_self"] else ""),
+        member["node_id"] + ("*" if member["is_self"] else ""),
         f"[{colour}]{member['status']}[/{colour}]{why}",
-        "now" if member["is_self"] else f"{member['age_s']:.1f} s ago",
+        "now" if member["is_self"] else f"{member['age_s']:.1f} s",
         member["http"],
-        member["mesh"],
         ", ".join(model["name"] for model in models) or "-",
         str(member["active_requests"]),
         str(sum(model.get("queued", 0) for model in models)),
         str(sum(model.get("free_slots", 0) for model in models)),
         f"{member['tokens_per_s']:.1f}",
     ]
+
+
+def _reason(member: dict[str, Any]) -> str:
+    """Why a member is not healthy, in a word."""
+    if member["membership"] != "alive":
+        return str(member["membership"])
+    return str(member["readiness"]) if member["readiness"] != "ready" else "late"
 
 
 def list_models(url: str) -> int:

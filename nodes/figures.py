@@ -28,6 +28,7 @@ def mesh_figures(
         "retries": dispatch.retries,
         "streams_open": dispatch.open_streams,
         "links": links.links,
+        "link_streams_open": links.streams,
         "link_streams": {"opened": links.streams_opened, "served": links.streams_served},
         "link_frames": {"in": links.frames_in, "out": links.frames_out},
         "link_bytes": {"in": links.bytes_in, "out": links.bytes_out},

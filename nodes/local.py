@@ -1,26 +1,27 @@
-"""Generations of this node's own engines: the Generator that turns messages into tokens and events."""
+"""The Generator whose tokens this node's own engines make: messages to a prompt, the engine's events to the mesh's."""
 
 from __future__ import annotations
 
-import secrets
-import time
+import random
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Literal, Protocol
 
 import trio
 
 from mesh.errors import ModelUnknown, NoCapacity
 from nodes.engine.chat_template import ChatTemplateError
-from nodes.engine.engine import (
+from nodes.engine.engine import Engine
+from nodes.engine.errors import (
     DeadlinePassed,
-    Engine,
     EngineError,
-    EngineStream,
+    EngineFault,
+    EngineStopped,
     PromptTooLong,
     QueueFull,
 )
-from nodes.engine.sequence import SamplingParams
-from nodes.engine.tokenizer import ENCODE_INLINE_CHARS_MAX
+from nodes.engine.sequence import EngineEvent, SamplingParams
+from nodes.engine.stream import EngineStream
+from nodes.engine.tokenizer import ENCODE_INLINE_BYTES_MAX
 from nodes.generation import (
     DeadlineExceeded,
     GenerateEvent,
@@ -31,120 +32,151 @@ from nodes.generation import (
     Usage,
 )
 
+SEED_BITS = 64
+MODEL_NAME_CHARS_SHOWN = 100  # clients choose the name, and error messages quote it
+
+Status = Literal["success", "error", "cancelled", "rejected"]
+
 
 class Observer(Protocol):
-    """Told of every generation executed here, each exactly once; observability.metrics.ExecutorMetrics is the real one.
+    """Told of every generation that a local engine is asked for: started once, then finished exactly once.
 
-    status: success, error (our fault), cancelled (the reader left), rejected (never begun)."""
+    A request that is invalid, or for a model not served here, is not told of. seconds: since open() was called.
+    """
 
     def started(self, model: str) -> None: ...
+
     def first_token(self, model: str, seconds: float) -> None: ...
-    def finished(self, model: str, status: str, seconds: float, prompt_tokens: int, completion_tokens: int) -> None: ...
+
+    def finished(self, model: str, status: Status, seconds: float, prompt_tokens: int, completion_tokens: int) -> None:
+        """success: it gave its last event. error: our fault, or it was too late. cancelled: closed before the end.
+        rejected: it found no capacity, so no prompt token was processed."""
+        ...
 
 
 class LocalGenerator:
-    """engines: by model name; may grow while models load."""
+    """Generates on the engines of this node. engines: by model name; it may gain and lose entries at any time."""
 
-    def __init__(self, engines: Mapping[str, Engine], observer: Observer) -> None:
+    def __init__(
+        self, engines: Mapping[str, Engine], *, observer: Observer | None = None, rng: random.Random | None = None
+    ) -> None:
+        """rng: draws the seeds of requests that have none."""
         self._engines = engines
         self._observer = observer
+        self._rng = rng or random.Random()
 
-    async def open(self, request: GenerateRequest) -> trio.abc.ReceiveChannel[GenerateEvent]:
-        """Render, encode and queue. Raises ModelUnknown, RequestInvalid, NoCapacity, GenerationFailed."""
+    async def open(self, request: GenerateRequest) -> LocalStream:
+        """Raises ModelUnknown, RequestInvalid, NoCapacity, GenerationFailed when the engine does not run."""
+        started = trio.current_time()
         engine = self._engines.get(request.model)
         if engine is None:
-            raise ModelUnknown(f"this node has no model named {request.model[:100]!r}")
-        started = time.monotonic()
-        self._observer.started(request.model)
-        try:
-            return await self._open(engine, request, started)
-        except BaseException as exc:
-            status = "cancelled"
-            if isinstance(exc, Exception):
-                status = "rejected" if isinstance(exc, RequestInvalid | NoCapacity) else "error"
-            self._observer.finished(request.model, status, time.monotonic() - started, 0, 0)
-            raise
-
-    async def _open(self, engine: Engine, request: GenerateRequest, started: float) -> LocalStream:
-        if request.text_bytes() > ENCODE_INLINE_CHARS_MAX:
-            prompt = await trio.to_thread.run_sync(_encode, engine, request)
+            raise ModelUnknown(f"this node has no model named {request.model[:MODEL_NAME_CHARS_SHOWN]!r}")
+        deadline = engine.now() + request.deadline_s
+        if request.text_bytes() > ENCODE_INLINE_BYTES_MAX:
+            prompt_ids = await trio.to_thread.run_sync(_prompt_ids, engine, request)
         else:
+            prompt_ids = _prompt_ids(engine, request)
             await trio.lowlevel.checkpoint()
-            prompt = _encode(engine, request)
-        sampling = request.sampling
-        params = SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
-            max_tokens=sampling.max_tokens or engine.context_length,
-            stop=sampling.stop,
-            ignore_eos=sampling.ignore_eos,
-        )
+        record = _Record(self._observer, request.model, started)
         try:
-            stream = engine.submit(prompt, params, request.deadline_s)
+            stream = engine.submit(prompt_ids, self._params(request), deadline)
         except PromptTooLong as exc:
             raise RequestInvalid(str(exc), param="messages", code="context_length_exceeded") from exc
         except QueueFull as exc:
+            record.begin()
+            record.end("rejected")
             raise NoCapacity(str(exc), exc.retry_after_s) from exc
-        except EngineError as exc:
+        except (EngineFault, EngineStopped) as exc:
+            record.begin()
+            record.end("error")
             raise GenerationFailed(str(exc)) from exc
-        return LocalStream(stream, request.model, self._observer, started, len(prompt))
+        record.begin()
+        return LocalStream(stream, record)
+
+    def _params(self, request: GenerateRequest) -> SamplingParams:
+        sampling = request.sampling
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=self._rng.getrandbits(SEED_BITS) if sampling.seed is None else sampling.seed,
+            max_tokens=sampling.max_tokens,
+            stop=sampling.stop,
+            ignore_eos=sampling.ignore_eos,
+        )
+
+
+def _prompt_ids(engine: Engine, request: GenerateRequest) -> list[int]:
+    """Raises RequestInvalid when the model's template does not take the messages."""
+    try:
+        text = engine.model.chat_template.render(request.messages)
+    except ChatTemplateError as exc:
+        raise RequestInvalid(str(exc), param="messages") from exc
+    prompt_ids = engine.model.tokenizer.encode(text)
+    if not prompt_ids:
+        raise RequestInvalid("the messages give an empty prompt", param="messages")
+    return prompt_ids
+
+
+class _Record:
+    """Tells the observer of one request, whatever happens to it: once that it started, once how it ended."""
+
+    def __init__(self, observer: Observer | None, model: str, started: float) -> None:
+        self._observer = observer
+        self._model = model
+        self._started = started
+        self._has_token = False
+        self._has_ended = False
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+
+    def begin(self) -> None:
+        if self._observer is not None:
+            self._observer.started(self._model)
+
+    def note(self, event: EngineEvent) -> None:
+        self.prompt_tokens, self.completion_tokens = event.prompt_tokens, event.completion_tokens
+        if self._observer is not None and not self._has_token:
+            self._observer.first_token(self._model, trio.current_time() - self._started)
+        self._has_token = True
+
+    def end(self, status: Status) -> None:
+        """The first call counts."""
+        if self._observer is not None and not self._has_ended:
+            seconds = trio.current_time() - self._started
+            self._observer.finished(self._model, status, seconds, self.prompt_tokens, self.completion_tokens)
+        self._has_ended = True
 
 
 class LocalStream(trio.abc.ReceiveChannel[GenerateEvent]):
-    """The events of one generation, and its report to the observer when it is over, whatever ended it."""
+    """The events of one generation on a local engine. Closing it cancels and frees the slot within one step.
 
-    def __init__(
-        self, stream: EngineStream, model: str, observer: Observer, started: float, prompt_tokens: int
-    ) -> None:
+    completion_tokens in its usage are the tokens of the answer; the end-of-sequence token is not one of them.
+    """
+
+    def __init__(self, stream: EngineStream, record: _Record) -> None:
         self._stream = stream
-        self._model = model
-        self._observer = observer
-        self._started = started
-        self._prompt_tokens = prompt_tokens
-        self._completion_tokens = 0
-        self._has_begun = False
-        self._is_reported = False
+        self._record = record
 
     async def receive(self) -> GenerateEvent:
+        """Raises DeadlineExceeded, GenerationFailed, trio.EndOfChannel after the last event."""
         try:
             event = await self._stream.receive()
         except EngineError as exc:
-            self._report("error")
-            raise _as_generation_error(exc) from exc
-        if not self._has_begun:
-            self._has_begun = True
-            self._observer.first_token(self._model, time.monotonic() - self._started)
-        self._completion_tokens += len(event.token_ids)
+            self._record.end("error")
+            raise _generation_error(exc) from exc
+        self._record.note(event)
         if event.finish_reason is None:
             return GenerateEvent(event.text, event.token_ids)
-        self._completion_tokens = event.completion_tokens
-        self._report("success")
+        self._record.end("success")
         usage = Usage(event.prompt_tokens, event.completion_tokens)
         return GenerateEvent(event.text, event.token_ids, event.finish_reason, usage)
 
     async def aclose(self) -> None:
-        self._stream.close()
-        self._report("cancelled")
-        await trio.lowlevel.checkpoint()
-
-    def _report(self, status: str) -> None:
-        if not self._is_reported:
-            self._is_reported = True
-            seconds = time.monotonic() - self._started
-            self._observer.finished(self._model, status, seconds, self._prompt_tokens, self._completion_tokens)
+        self._record.end("cancelled")
+        await self._stream.aclose()
 
 
-def _encode(engine: Engine, request: GenerateRequest) -> tuple[int, ...]:
-    """Raises RequestInvalid where the model's template refuses the messages, or makes nothing of them."""
-    try:
-        prompt = engine.folder.tokenizer.encode(engine.folder.template.render(request.messages))
-    except ChatTemplateError as exc:
-        raise RequestInvalid(str(exc), param="messages") from exc
-    if not prompt:
-        raise RequestInvalid("the messages make an empty prompt", param="messages")
-    return prompt
-
-
-def _as_generation_error(error: EngineError) -> GenerationError:
-    return DeadlineExceeded(str(error)) if isinstance(error, DeadlinePassed) else GenerationFailed(str(error))
+def _generation_error(error: EngineError) -> GenerationError:
+    if isinstance(error, DeadlinePassed):
+        return DeadlineExceeded(str(error))
+    return GenerationFailed(str(error))

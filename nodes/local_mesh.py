@@ -162,11 +162,12 @@ class _Supervisor:
 
     def _greet(self) -> None:
         first = self._mesh.http_port
+        command = _own_command()
         self._console.print(
             f"\n{self._mesh.nodes} nodes are ready, each answers for all: "
             + ", ".join(f"http://127.0.0.1:{first + i}" for i in range(self._mesh.nodes))
-            + f'\n  ask:   ai-cluster chat --url http://127.0.0.1:{first} "How do I add a node?"'
-            + f"\n  look:  ai-cluster status --url http://127.0.0.1:{first}"
+            + f'\n  ask:   {command} chat --url http://127.0.0.1:{first} "How do I add a node?"'
+            + f"\n  look:  {command} status --url http://127.0.0.1:{first}"
             + "\n  stop:  Ctrl-C\n",
             style="bold",
         )
@@ -215,3 +216,11 @@ class _Supervisor:
 
     def _say(self, message: str, style: str) -> None:
         self._console.print(f"ai-cluster | {message}", style=style)
+
+
+def _own_command() -> str:
+    """How this program was called, for lines that are copied into another terminal."""
+    called = Path(sys.argv[0])
+    if called.name != "ai-cluster":
+        return f"{Path(sys.executable).name} -m nodes"
+    return os.path.relpath(called) if called.is_absolute() and called.is_relative_to(Path.cwd()) else str(called)

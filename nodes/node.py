@@ -186,7 +186,13 @@ class Node:
             random.Random(),
             trio.current_time(),
         )
-        self._gossip_socket = GossipSocket(self._gossip, sockets.mesh_udp, ping_link=self._forwarder.ping)
+        self._gossip_socket = GossipSocket(
+            self._gossip,
+            sockets.mesh_udp,
+            ping_link=self._forwarder.ping,
+            # A peer's models count under their names from its arrival on.
+            on_change=lambda change: self._metrics.know_view(self._view()),
+        )
         self._dispatch = Dispatch(
             view=self._view,
             router=Router(random.Random()),
@@ -228,7 +234,7 @@ class Node:
         config = hypercorn.Config()
         config.bind = [f"fd://{os.dup(self._sockets.http.fileno())}"]  # hypercorn closes what it is given
         config.errorlog = logging.getLogger("hypercorn.error")
-        config.loglevel = "WARNING"  # it tells the same address as the line below
+        config.errorlog.setLevel(logging.WARNING)  # below that it only tells the address, as the line further down
         config.graceful_timeout = HTTP_CLOSE_S
         config.keep_alive_timeout = KEEP_ALIVE_TIMEOUT_S
         config.keep_alive_max_requests = KEEP_ALIVE_REQUESTS_MAX

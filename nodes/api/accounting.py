@@ -82,7 +82,7 @@ class Accounting:
         method = scope["method"] if scope["method"] in _METHODS else "OTHER"
         self._metrics.http_request(method, exchange.route, status, seconds)
         logger.log(
-            logging.DEBUG if exchange.route in _QUIET_ROUTES and status < 400 else logging.INFO,
+            logging.DEBUG if exchange.route in _QUIET_ROUTES else logging.INFO,
             "request",
             extra={
                 "request_id": exchange.request_id,

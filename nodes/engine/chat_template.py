@@ -1,4 +1,7 @@
-"""Renders chat messages into a prompt with the model's own jinja2 template, which is foreign code: sandboxed and bounded."""
+"""Chat messages to the one text that a model was trained on, by the Jinja template that comes with it.
+
+The template is foreign: it runs sandboxed, and may not change what it is given nor write without end.
+"""
 
 from __future__ import annotations
 
@@ -7,56 +10,71 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-# Above the largest request by far; a template that writes more is broken or hostile.
-PROMPT_CHARS_MAX = 16 * 1024 * 1024
+# Twice the largest request that travels between nodes; a template that writes more is looping.
+RENDERED_CHARS_MAX = 16 * 1024 * 1024
+# A template's own complaint is shown to the client up to here.
+COMPLAINT_CHARS_MAX = 200
 
 
 class ChatTemplateError(Exception):
-    """The template refuses the messages, or cannot render them. The message is the template's own where it has one."""
+    """The template does not take these messages: the client's fault, as a rule a role out of order."""
 
 
-class _Refused(jinja2.TemplateError):
-    """Raised by a template through raise_exception()."""
+class ChatTemplateInvalid(Exception):
+    """The text is no template: the model folder's fault."""
+
+
+class _Complaint(jinja2.TemplateError):
+    """What a template raises by raise_exception."""
 
 
 class ChatTemplate:
-    """A compiled template. tokens: bos_token, eos_token and the like, as templates name them.
+    """bos_token, eos_token: how the tokenizer spells them; templates write them by these names."""
 
-    Raises ChatTemplateError where the source does not compile."""
-
-    def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        self._tokens = dict(tokens)
+    def __init__(self, source: str, *, bos_token: str, eos_token: str) -> None:
+        """Raises ChatTemplateInvalid when the source is no Jinja template."""
+        # Prompts are no HTML: escaping would change them.
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[loopcontrols],
+            autoescape=False,
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals |= {"raise_exception": _complain, "bos_token": bos_token, "eos_token": eos_token}
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as exc:
-            raise ChatTemplateError(f"the chat template does not compile: {exc}") from exc
+        except jinja2.TemplateSyntaxError as exc:
+            raise ChatTemplateInvalid(f"line {exc.lineno}: {exc.message}") from exc
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt, ending where the assistant's answer begins. Raises ChatTemplateError."""
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The prompt that ends where the assistant's answer begins.
+
+        Raises ChatTemplateError; it says what the template complained about, and nothing of the messages' content.
+        """
         parts: list[str] = []
         size = 0
         try:
-            for part in self._template.generate(messages=messages, add_generation_prompt=True, **self._tokens):
+            for part in self._template.generate(messages=messages, add_generation_prompt=True):
                 parts.append(part)
                 size += len(part)
-                if size > PROMPT_CHARS_MAX:
-                    raise ChatTemplateError(f"the rendered prompt exceeds {PROMPT_CHARS_MAX} characters")
-        except _Refused as exc:
-            raise ChatTemplateError(f"the model's chat template refuses the messages: {exc}") from exc
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, OverflowError) as exc:
-            raise ChatTemplateError(f"the model's chat template fails on the messages: {exc}") from exc
+                if size > RENDERED_CHARS_MAX:
+                    raise ChatTemplateError(f"the chat template writes more than {RENDERED_CHARS_MAX} characters")
+        except _Complaint as exc:
+            raise ChatTemplateError(f"the chat template refuses the messages: {exc}") from exc
+        # What a template raises when a message lacks what it reads, or has another type than it expects.
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as exc:
+            raise ChatTemplateError(f"the chat template cannot render the messages: {type(exc).__name__}") from exc
         return "".join(parts)
 
 
-def _raise_exception(message: str) -> NoReturn:
-    raise _Refused(message)
+def _complain(message: object) -> NoReturn:
+    raise _Complaint(str(message)[:COMPLAINT_CHARS_MAX])
 
 
-def _tojson(value: Any, indent: int | None = None) -> str:
-    """As templates expect it: not HTML-escaped, and not ASCII only."""
+def _to_json(value: object, indent: int | None = None) -> str:
+    """As transformers spells it: jinja2's own filter would escape characters for HTML."""
     return json.dumps(value, ensure_ascii=False, indent=indent)

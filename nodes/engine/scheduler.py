@@ -1,87 +1,218 @@
-"""Decides what the next engine step computes. Sans-IO: sees no session, no thread and no clock but the `now` it is given.
+"""What the engine does next: which sequences decode, which prompt is prefilled by how much, who leaves. Sees no clock,
+no thread and no session.
 
-Each tick: one decode step for all decoding sequences, then at most one prefill chunk of one sequence. Sequences are
-admitted in arrival order. Chunks end at absolute multiples of CHUNK_TOKENS, so that a prompt is always cut in the same
-places and quantised results do not depend on what else was running.
+A tick is plan(), its execution by the caller, commit(). Between the two, submit() and cancel() may be called; they
+change neither a slot nor a length. A tick decodes one token of every sequence whose prompt is done, then prefills at
+most one chunk of one prompt, so a long prompt delays the others by one chunk a token. Prompts are prefilled in order of
+arrival. Chunks end at absolute multiples of PREFILL_CHUNK_TOKENS: how a prompt was cut never depends on who else was
+there, which keeps quantised results reproducible.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
 
-from nodes.engine.kv_slots import KvSlots, Move
-from nodes.engine.sequence import Sequence
+from nodes.engine.errors import DeadlinePassed, EngineError, EngineFault, QueueFull
+from nodes.engine.kv_slots import KvSlots, SlotMove
+from nodes.engine.sampler import INVALID
+from nodes.engine.sequence import EngineEvent, Phase, Sequence
 
-CHUNK_TOKENS = 64
+# One chunk takes about as long as one decode step of a full batch, so prefilling halves the others' rate, not more.
+PREFILL_CHUNK_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """Prompt tokens [start, stop) of a sequence, into its slot."""
+    """Prompt ids to write at KV rows [start, start + len(token_ids)) of `slot`. is_last: a token is sampled after."""
 
     sequence: Sequence
     slot: int
     start: int
-    stop: int
+    token_ids: SequenceOf[int]
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The sequence has ended without finishing."""
+
+    sequence: Sequence
+    error: EngineError
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The sequence has a token more, or has finished."""
+
+    sequence: Sequence
+    event: EngineEvent
+
+
+Outcome = Progress | Failed
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One tick: first the expired end, then the moves in order, then decode (row i is slot i), then the chunk."""
+    """One tick: do `moves` in order, decode one token of each of `decode` in slots [0, len), then `prefill`.
 
-    expired: list[Sequence]
-    moves: list[Move]
-    decode: list[Sequence]
-    prefill: PrefillChunk | None
+    expired: what passed its deadline, to be told to the readers."""
+
+    moves: SequenceOf[SlotMove] = ()
+    decode: SequenceOf[Sequence] = ()
+    prefill: PrefillChunk | None = None
+    expired: SequenceOf[Failed] = field(default_factory=tuple)
+
+    @property
+    def has_steps(self) -> bool:
+        return bool(self.decode) or self.prefill is not None
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLoad:
+    """active: sequences that have a slot or find one free. queued: those that wait for one. queued_tokens: prompt
+    tokens not prefilled yet, of all of them."""
+
+    active: int
+    queued: int
+    free_slots: int
+    queued_tokens: int
 
 
 class Scheduler:
-    """waiting is bounded by the caller, who alone can refuse: the engine counts what it has let in."""
+    """Places sequences in `slots` slots; at most `queue_limit` more wait."""
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, queue_limit: int) -> None:
         self.kv = KvSlots(slots)
-        self.waiting: deque[Sequence] = deque()
-        self._moves: list[Move] = []
+        self._queue_limit = queue_limit
+        self._waiting: deque[Sequence] = deque()  # bounded by submit()
+        self._queued_tokens = 0
+        self._waiting_deadline = math.inf  # no waiting sequence has an earlier one
 
     def submit(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        """Queue a new sequence. Raises QueueFull; nothing was changed then."""
+        queued = len(self._waiting) - self.kv.free
+        if queued >= self._queue_limit:
+            raise QueueFull(max(0, queued), self._queue_limit)
+        self._waiting.append(sequence)
+        self._queued_tokens += len(sequence.prompt_ids)
+        self._waiting_deadline = min(self._waiting_deadline, sequence.deadline)
 
-    def remove(self, sequence: Sequence) -> None:
-        """It is finished, cancelled or expired: free its slot, or its place in the queue. Twice is once."""
-        if sequence.slot is not None:
-            self._note(self.kv.release(sequence))
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
-
-    def has_work(self) -> bool:
-        return bool(self.waiting or self.kv.active)
+    def cancel(self, sequence: Sequence) -> None:
+        """End the sequence without a further event: now if it waits, else at the next plan(). Any number of times."""
+        if sequence.phase is Phase.WAITING:
+            self._waiting.remove(sequence)
+            self._end(sequence)
+        sequence.is_cancelled = True
 
     def plan(self, now: float) -> Plan:
-        """What to compute now. Expired sequences are removed already; the others change by commit_prefill and remove."""
-        expired = [s for s in (*self.waiting, *self.kv.decoding, self.kv.prefilling) if s and s.deadline <= now]
-        for sequence in expired:
-            self.remove(sequence)
-        if self.waiting and self.kv.has_room():
-            self.kv.begin_prefill(self.waiting.popleft())
-        moves, self._moves = self._moves, []
-        return Plan(expired, moves, list(self.kv.decoding), self._chunk())
+        """The next tick. Slots are taken and given back here and nowhere else."""
+        expired: list[Failed] = []
+        moves = self._release_ended(now, expired)
+        moves += self._settle_prefilled(now, expired)
+        if now >= self._waiting_deadline:
+            self._drop_expired(now, expired)
+        if self.kv.prefilling is None and self._waiting and self.kv.free:
+            sequence = self._waiting.popleft()
+            sequence.phase = Phase.PREFILLING
+            self.kv.begin(sequence)
+        return Plan(moves, self.kv.decoding(), self._next_chunk(), expired)
 
-    def _chunk(self) -> PrefillChunk | None:
-        sequence = self.kv.prefilling
-        if sequence is None:
+    def commit(self, plan: Plan, tokens: SequenceOf[int], first_token: int | None) -> list[Outcome]:
+        """Record that the plan was executed.
+
+        tokens: one for each of plan.decode. first_token: the one sampled after the prompt's last chunk, else None.
+        """
+        outcomes: list[Outcome] = []
+        self.kv.lengths[: len(plan.decode)] += 1
+        for slot, (sequence, token) in enumerate(zip(plan.decode, tokens, strict=True)):
+            self._accept(sequence, slot, token, outcomes)
+        chunk = plan.prefill
+        if chunk is not None:
+            self.kv.lengths[chunk.slot] += len(chunk.token_ids)
+            chunk.sequence.prefilled += len(chunk.token_ids)
+            self._queued_tokens -= len(chunk.token_ids)
+            if chunk.is_last:
+                assert first_token is not None
+                self._accept(chunk.sequence, chunk.slot, first_token, outcomes)
+        return outcomes
+
+    def abandon(self) -> None:
+        """End every sequence at once. A plan made before is not to be committed."""
+        running = self.kv.decoding() + ([self.kv.prefilling[1]] if self.kv.prefilling else [])
+        for sequence in (*self._waiting, *running):
+            self._end(sequence)
+        self._waiting.clear()
+        self.kv.clear()
+
+    def load(self) -> SchedulerLoad:
+        placeable = min(len(self._waiting), self.kv.free)
+        free = self.kv.free - placeable
+        return SchedulerLoad(self.kv.slots - free, len(self._waiting) - placeable, free, self._queued_tokens)
+
+    def _accept(self, sequence: Sequence, slot: int, token: int, outcomes: list[Outcome]) -> None:
+        if sequence.is_cancelled:
+            return
+        if token == INVALID:
+            self._end(sequence)
+            outcomes.append(Failed(sequence, EngineFault("the model's logits are not finite numbers")))
+            return
+        event = sequence.accept(token)
+        if event.finish_reason is None:
+            self.kv.next_ids[slot] = token
+        else:
+            self._end(sequence)
+        outcomes.append(Progress(sequence, event))
+
+    def _release_ended(self, now: float, expired: list[Failed]) -> list[SlotMove]:
+        leaving = [slot for slot, sequence in enumerate(self.kv.decoding()) if self._is_over(sequence, now, expired)]
+        return self.kv.release(leaving) if leaving else []
+
+    def _settle_prefilled(self, now: float, expired: list[Failed]) -> list[SlotMove]:
+        """The sequence in prefill leaves, or joins the decode batch once its prompt is done."""
+        if self.kv.prefilling is None:
+            return []
+        _, sequence = self.kv.prefilling
+        if self._is_over(sequence, now, expired):
+            self.kv.release_prefilling()
+        elif sequence.prefilled == len(sequence.prompt_ids):
+            sequence.phase = Phase.DECODING
+            move = self.kv.promote()
+            return [] if move is None else [move]
+        return []
+
+    def _is_over(self, sequence: Sequence, now: float, expired: list[Failed]) -> bool:
+        """True when the sequence leaves its slot: it has ended, was cancelled, or ends here because it is late."""
+        if sequence.phase is Phase.ENDED:
+            return True
+        if sequence.is_cancelled:
+            self._end(sequence)
+            return True
+        if now >= sequence.deadline:
+            self._end(sequence)
+            expired.append(Failed(sequence, DeadlinePassed("the deadline passed before the answer was complete")))
+            return True
+        return False
+
+    def _drop_expired(self, now: float, expired: list[Failed]) -> None:
+        late = [sequence for sequence in self._waiting if now >= sequence.deadline]
+        self._waiting = deque(sequence for sequence in self._waiting if now < sequence.deadline)
+        self._waiting_deadline = min((sequence.deadline for sequence in self._waiting), default=math.inf)
+        for sequence in late:
+            self._end(sequence)
+            expired.append(Failed(sequence, DeadlinePassed("the deadline passed before a slot became free")))
+
+    def _next_chunk(self) -> PrefillChunk | None:
+        if self.kv.prefilling is None:
             return None
-        assert sequence.slot is not None
-        start = sequence.prefilled
-        stop = min(len(sequence.prompt), (start // CHUNK_TOKENS + 1) * CHUNK_TOKENS)
-        return PrefillChunk(sequence, sequence.slot, start, stop)
+        slot, sequence = self.kv.prefilling
+        start, total = sequence.prefilled, len(sequence.prompt_ids)
+        end = min(total, start - start % PREFILL_CHUNK_TOKENS + PREFILL_CHUNK_TOKENS)
+        return PrefillChunk(sequence, slot, start, sequence.prompt_ids[start:end], end == total)
 
-    def commit_prefill(self, chunk: PrefillChunk) -> None:
-        """The chunk has been computed. A sequence whose prompt is done decodes from the next tick on."""
-        chunk.sequence.prefilled = chunk.stop
-        if chunk.sequence.is_prefilled:
-            self._note(self.kv.promote())
-
-    def _note(self, move: Move | None) -> None:
-        if move is not None:
-            self._moves.append(move)
+    def _end(self, sequence: Sequence) -> None:
+        if sequence.phase is not Phase.ENDED:
+            sequence.phase = Phase.ENDED
+            self._queued_tokens -= len(sequence.prompt_ids) - sequence.prefilled

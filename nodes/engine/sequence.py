@@ -1,130 +1,181 @@
-"""One generation as the engine sees it: its prompt, the tokens so far, the text they make, and when it is over."""
+"""One request's state: its ids, the text they complete, and whether it has ended. Sees no slot, no clock, no session.
+
+A sequence ends with `stop` at an end-of-sequence token or a stop string, and with `length` at max_tokens or when its
+capacity is used up. An end-of-sequence token is not part of the answer: it is neither in the ids nor counted, unless
+ignore_eos makes it a token like any other. The token that completes a stop string is in both, its text is not.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Protocol
+from enum import Enum, auto
+from typing import Literal, Protocol
 
-FINISH_STOP = "stop"
-FINISH_LENGTH = "length"
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to choose tokens. temperature 0 is greedy. seed: any integer, taken modulo 2^64. max_tokens: at least 1."""
+    """How to choose tokens, and when to stop.
 
-    temperature: float
-    top_p: float
-    seed: int
-    max_tokens: int
+    temperature: 0 is greedy. top_p: in (0, 1], 1 keeps all. seed: any integer, of which the lowest 64 bits count.
+    max_tokens: at least 1; None means what is left of the capacity. stop: no string in it is empty.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class EngineEvent:
-    """What one step gave one sequence. text may be empty while a character or a possible stop string is incomplete.
+    """Tokens of one sequence and the text they complete; text may be empty. The last event has a finish_reason.
 
-    finish_reason and the counts are set on the last event alone. completion_tokens leaves out the end-of-sequence token.
-    """
+    completion_tokens: generated so far, these included."""
 
     text: str
-    token_ids: tuple[int, ...] = ()
-    finish_reason: str | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    prompt_tokens: int
+    completion_tokens: int
+
+    def merged_with(self, later: EngineEvent) -> EngineEvent:
+        """One event that says what both say. later: the one that came next."""
+        return EngineEvent(
+            self.text + later.text,
+            self.token_ids + later.token_ids,
+            later.finish_reason,
+            later.prompt_tokens,
+            later.completion_tokens,
+        )
 
 
 class TextDecoder(Protocol):
-    """Turns token ids into text as they come; nodes.engine.tokenizer.TextStream is the real one."""
+    """Turns ids into text one at a time."""
 
-    def step(self, token_id: int) -> str:
-        """The text that this token completes; empty while a character is incomplete."""
+    def feed(self, token_id: int) -> str:
+        """The characters that this id completes; "" while a character is incomplete."""
         ...
 
 
-class StopMatcher:
-    """Passes text on until one of the stop strings occurs; what may be the beginning of one is held back."""
+class Phase(Enum):
+    """Where a sequence is; the scheduler moves it."""
 
-    def __init__(self, stop: tuple[str, ...]) -> None:
-        self._stop = stop
-        self._held = ""
-
-    def feed(self, text: str) -> tuple[str, bool]:
-        """(text that may be shown, whether a stop string has occurred). The stop string itself is never shown."""
-        if not self._stop:
-            return text, False
-        pending = self._held + text
-        found = [index for stop in self._stop if (index := pending.find(stop)) >= 0]
-        if found:
-            self._held = ""
-            return pending[: min(found)], True
-        keep = max(_overlap(pending, stop) for stop in self._stop)
-        cut = len(pending) - keep
-        self._held = pending[cut:]
-        return pending[:cut], False
-
-    def flush(self) -> str:
-        """What was held back, when no more text comes."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of text that begins stop."""
-    longest = min(len(text), len(stop) - 1)
-    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+    WAITING = auto()
+    PREFILLING = auto()
+    DECODING = auto()
+    ENDED = auto()
 
 
 class Sequence:
-    """Mutable state of one generation. prefilled: prompt tokens whose keys and values are in the slot.
+    """One request from its submission to its end.
 
-    While it decodes, every generated token but the last one is in the slot too.
+    capacity: KV rows of a slot, which hold prompt and answer; len(prompt_ids) < capacity. deadline: on the engine's
+    clock. After the end, accept() must not be called.
     """
+
+    __slots__ = (
+        "_decoder",
+        "_eos_ids",
+        "_stop",
+        "deadline",
+        "generated_ids",
+        "is_cancelled",
+        "params",
+        "phase",
+        "prefilled",
+        "prompt_ids",
+        "token_limit",
+    )
 
     def __init__(
         self,
-        prompt: tuple[int, ...],
+        prompt_ids: SequenceOf[int],
         params: SamplingParams,
         decoder: TextDecoder,
-        eos_token_ids: frozenset[int],
+        *,
+        eos_ids: frozenset[int],
+        capacity: int,
         deadline: float,
     ) -> None:
-        self.prompt = prompt
+        assert 0 < len(prompt_ids) < capacity, f"{len(prompt_ids)} prompt ids, capacity {capacity}"
+        self.prompt_ids = prompt_ids
         self.params = params
         self.deadline = deadline
-        self.generated: list[int] = []
-        self.prefilled = 0
-        self.slot: int | None = None
+        self.generated_ids: list[int] = []
+        self.prefilled = 0  # prompt ids whose KV rows are written
+        self.phase = Phase.WAITING
+        self.is_cancelled = False
+        left = capacity - len(prompt_ids)
+        self.token_limit = left if params.max_tokens is None else min(left, params.max_tokens)
         self._decoder = decoder
-        self._eos_token_ids = eos_token_ids
+        self._eos_ids = frozenset() if params.ignore_eos else eos_ids
         self._stop = StopMatcher(params.stop)
 
     @property
-    def is_prefilled(self) -> bool:
-        return self.prefilled == len(self.prompt)
-
-    @property
-    def length(self) -> int:
-        """Tokens whose keys and values are in the slot."""
-        return self.prefilled + max(0, len(self.generated) - 1)
-
-    @property
     def position(self) -> int:
-        """Absolute position of the token to be sampled next."""
-        return len(self.prompt) + len(self.generated)
+        """Of the next token, counted from the prompt's first. It keys the sampling noise, so a sequence that is
+        resumed elsewhere with prompt and answer so far as its prompt draws the same noise."""
+        return len(self.prompt_ids) + len(self.generated_ids)
 
     def accept(self, token_id: int) -> EngineEvent:
-        """Append a sampled token. The event's finish_reason says whether it was the last."""
-        if token_id in self._eos_token_ids and not self.params.ignore_eos:
-            return self._last(self._stop.flush(), (token_id,), FINISH_STOP)
-        self.generated.append(token_id)
-        text, is_stopped = self._stop.feed(self._decoder.step(token_id))
-        if is_stopped:
-            return self._last(text, (token_id,), FINISH_STOP)
-        if len(self.generated) >= self.params.max_tokens:
-            return self._last(text + self._stop.flush(), (token_id,), FINISH_LENGTH)
-        return EngineEvent(text, (token_id,))
+        """Take the token sampled for `position`. The event that its reader gets."""
+        if token_id in self._eos_ids:
+            return self._event(self._stop.flush(), (), "stop")
+        self.generated_ids.append(token_id)
+        text = self._stop.feed(self._decoder.feed(token_id))
+        if self._stop.is_matched:
+            return self._event(text, (token_id,), "stop")
+        if len(self.generated_ids) >= self.token_limit:
+            return self._event(text + self._stop.flush(), (token_id,), "length")
+        return self._event(text, (token_id,), None)
 
-    def _last(self, text: str, token_ids: tuple[int, ...], reason: str) -> EngineEvent:
-        return EngineEvent(text, token_ids, reason, len(self.prompt), len(self.generated))
+    def _event(self, text: str, token_ids: tuple[int, ...], finish_reason: FinishReason | None) -> EngineEvent:
+        return EngineEvent(text, token_ids, finish_reason, len(self.prompt_ids), len(self.generated_ids))
+
+
+class StopMatcher:
+    """Passes text through up to the first stop string; text that could begin one is held back until that is decided.
+
+    First is the one that completes first, then the longer one: so how the text is cut does not change the result.
+    Held back is always less than the longest stop string.
+    """
+
+    __slots__ = ("_held", "_stops", "is_matched")
+
+    def __init__(self, stops: SequenceOf[str]) -> None:
+        assert all(stops), "an empty stop string"
+        self._stops = tuple(stops)
+        self._held = ""
+        self.is_matched = False
+
+    def feed(self, text: str) -> str:
+        """The text that is now certain to lie before any stop string. Nothing follows once is_matched."""
+        if not self._stops or not text:
+            return text
+        text = self._held + text
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.is_matched = True
+            self._held = ""
+            return text[: min(found)[1]]
+        held = max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def flush(self) -> str:
+        """What was held back and, since the text has ended, begins no stop string."""
+        text, self._held = self._held, ""
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

@@ -1,234 +1,380 @@
-"""A model's graph and its KV memory, over ONNX Runtime: the only module that imports it.
+"""Runs a decoder graph on ONNX Runtime over KV buffers that it owns. Nothing else here imports onnxruntime.
 
-KV memory is one buffer per layer and side, [slots, kv_heads, capacity, head_size], bound as past and as present, so that a
-step writes in place. Rows beyond a sequence's length are garbage, which the attention mask hides. Bindings for decoding
-are made once per batch size, and the mask is always as wide as the capacity: nothing is bound again between two steps.
+Per layer and side there is one buffer [slots, kv_heads, capacity, head_size], bound as past and as present, so that the
+graph writes new rows in place. Decoding slots [0, k) binds the buffers' beginning with batch k; prefilling one slot
+binds the address where it begins. Bindings are made once: for decoding all of k's inputs and outputs keep their
+addresses, and the mask is always as wide as the capacity. That halves the time spent outside ONNX Runtime.
+
+On CUDA the KV buffers are on the device; ids, mask and logits stay on the host, where ONNX Runtime copies them from and
+to. Not measured on a GPU.
 """
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import logging
-import os
-import time
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import onnxruntime as ort
-from numpy.typing import NDArray
+import numpy.typing as npt
+import onnxruntime
 
-from nodes.engine.kv_slots import Move
-from nodes.engine.model_loader import CAPACITY_DEFAULT_MAX, ModelFolder, ModelFolderInvalid
+from nodes.engine.model_loader import BUILD_FIX, ModelFolder, ModelFolderInvalid
 
 logger = logging.getLogger(__name__)
 
 Provider = Literal["auto", "cpu", "cuda"]
-TokenIds = NDArray[np.int64]
-Logits = NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
 
-_SEVERITY_ERROR = 3
-_DTYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+CUDA = "CUDAExecutionProvider"
+CPU = "CPUExecutionProvider"
+LOG_ERRORS_ONLY = 3  # ONNX Runtime warns on stderr about what is normal here
+KV_TYPES: dict[str, type[np.float32] | type[np.float16]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+# Slots hold at most this many tokens unless told otherwise: KV of a 128k context would not fit beside the weights.
+CAPACITY_DEFAULT_MAX = 8192
+PREFILL_TOKENS_MAX = 64  # of one prefill(): the scheduler's chunk
+COMPLAINT_CHARS_MAX = 200
+# One of them exists where NVIDIA's driver is loaded, on Linux and on WSL.
+NVIDIA_DEVICES = ("/dev/nvidia0", "/dev/dxg")
+CUDA_MEMCPY_DEVICE_TO_DEVICE = 3
 
 
-class Session(Protocol):
-    """What an engine needs of a model. Used by one thread. tests/unit/fake_session.py is the second implementation."""
+class DeviceUnavailable(Exception):
+    """CUDA was asked for, and its provider, libraries or device are not there or refuse the model."""
 
-    slots: int
-    capacity: int  # tokens a slot holds
-    kv_bytes: int
-    provider: str
 
-    def decode(self, token_ids: TokenIds, lengths: TokenIds) -> Logits:
-        """One token for each of the first len(token_ids) slots; row i has lengths[i] tokens in its slot, and one more
-        afterwards. Returns float32 [rows, vocabulary], valid until the next call."""
+def load_session(
+    folder: ModelFolder,
+    *,
+    slots: int,
+    capacity: int | None = None,
+    threads: int = 0,
+    spinning: bool = True,
+    provider: Provider = "auto",
+) -> OnnxSession:
+    """Load the graph and run it once, on CUDA where `provider` lets and a device answers, else on the CPU.
+
+    capacity: tokens a slot holds; None: the context length, at most CAPACITY_DEFAULT_MAX; never more than the context.
+    threads: 0 uses all cores. spinning: threads wait busily between steps; off where other processes need the cores.
+    Raises ModelFolderInvalid, also when the provider is "cuda" and CUDA cannot run it.
+    """
+    capacity = _capacity(folder, capacity)
+    if provider != "cpu":
+        try:
+            _prepare_cuda()
+            return OnnxSession(_open(folder, threads, spinning, CUDA), folder, slots, capacity, CudaKv)
+        except DeviceUnavailable as exc:
+            if provider == "cuda":
+                logger.error("CUDA cannot be used", extra={"reason": str(exc)})
+                fix = 'give the provider "auto" or "cpu", or install ai-cluster[cuda] on a machine with a GPU'
+                raise ModelFolderInvalid(folder.path, f"CUDA cannot run it ({exc})", fix) from exc
+            logger.info("running on the CPU", extra={"reason": str(exc)})
+    return OnnxSession(_open(folder, threads, spinning, CPU), folder, slots, capacity, HostKv)
+
+
+def _capacity(folder: ModelFolder, wanted: int | None) -> int:
+    window = folder.sliding_window or 0
+    if wanted is None:
+        wanted = max(CAPACITY_DEFAULT_MAX, window)
+    capacity = min(wanted, folder.context_length)
+    if capacity < min(window, folder.context_length):
+        reason = f"its attention looks back {window} tokens, and the capacity is {capacity}"
+        raise ModelFolderInvalid(folder.path, reason, f"give it a capacity of at least {window}")
+    return capacity
+
+
+def _prepare_cuda() -> None:
+    """Raises DeviceUnavailable."""
+    if CUDA not in onnxruntime.get_available_providers():
+        raise DeviceUnavailable("this onnxruntime was built without CUDA")
+    if sys.platform != "win32" and not any(Path(device).exists() for device in NVIDIA_DEVICES):
+        raise DeviceUnavailable("no NVIDIA device is there")
+    onnxruntime.preload_dlls()  # not before a device was seen: it writes to stdout about libraries it cannot find
+
+
+def _open(folder: ModelFolder, threads: int, spinning: bool, provider: str) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    options.log_severity_level = LOG_ERRORS_ONLY
+    providers = [CPU] if provider == CPU else [provider, CPU]
+    try:
+        session = onnxruntime.InferenceSession(str(folder.graph_file), options, providers=providers, enable_fallback=0)
+    except Exception as exc:  # ONNX Runtime has no common root for what it raises
+        if provider == CUDA:
+            raise DeviceUnavailable(_first_line(exc)) from exc
+        reason = f"{folder.graph_file.name} cannot be loaded ({_first_line(exc)})"
+        raise ModelFolderInvalid(folder.path, reason, BUILD_FIX) from exc
+    if provider not in session.get_providers():
+        raise DeviceUnavailable("ONNX Runtime could not load its CUDA provider; install ai-cluster[cuda]")
+    return session
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:COMPLAINT_CHARS_MAX]
+
+
+class KvBuffers(Protocol):
+    """Where the KV rows are. Each buffer is [slots, kv_heads, capacity, head_size]; there is one per layer and side."""
+
+    device: str
+    nbytes: int
+
+    def __init__(self, count: int, shape: tuple[int, int, int, int], dtype: Any) -> None: ...
+
+    def address(self, index: int, slot: int) -> int:
+        """Where `slot` begins in buffer `index`."""
         ...
 
-    def prefill(self, slot: int, token_ids: TokenIds, length: int) -> Logits:
-        """Append tokens to a slot that holds `length` already. Returns float32 [vocabulary] of the last one."""
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy rows [0, length) of one slot to another, in all buffers."""
         ...
 
-    def move(self, move: Move) -> None: ...
+
+class HostKv:
+    """KV rows in this machine's memory; pages that no row was written to take none."""
+
+    device = "cpu"
+
+    def __init__(self, count: int, shape: tuple[int, int, int, int], dtype: Any) -> None:
+        self._buffers = [np.zeros(shape, dtype) for _ in range(count)]
+        self.nbytes = sum(buffer.nbytes for buffer in self._buffers)
+
+    def address(self, index: int, slot: int) -> int:
+        return int(self._buffers[index][slot].ctypes.data)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        for buffer in self._buffers:
+            buffer[target, :, :length] = buffer[source, :, :length]
 
 
-class OrtSession:
-    """A Session of ONNX Runtime. CUDA: KV memory lives on the device and is bound by pointer; not measured on a GPU."""
+class CudaKv:
+    """KV rows on the first CUDA device, zeroed once so that no row was ever NaN. Not measured on a GPU."""
 
-    def __init__(
-        self, folder: ModelFolder, *, slots: int, capacity: int | None, threads: int, spinning: bool, provider: Provider
-    ) -> None:
-        """Raises ModelFolderInvalid when the graph cannot be loaded or is not of the supported kind."""
-        self._folder = folder
+    device = "cuda"
+
+    def __init__(self, count: int, shape: tuple[int, int, int, int], dtype: Any) -> None:
+        zeros = np.zeros(shape, dtype)
+        self._values = []
+        for _ in range(count):
+            value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.device, 0)
+            value.update_inplace(zeros)
+            self._values.append(value)
+        _, self._heads, capacity, head_size = shape
+        self._row_bytes = head_size * zeros.itemsize
+        self._head_bytes = capacity * self._row_bytes
+        self._slot_bytes = self._heads * self._head_bytes
+        self.nbytes = count * zeros.nbytes
+        self._runtime = _cuda_runtime()
+
+    def address(self, index: int, slot: int) -> int:
+        return int(self._values[index].data_ptr()) + slot * self._slot_bytes
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        for index in range(len(self._values)):
+            failure = self._runtime.cudaMemcpy2D(
+                ctypes.c_void_p(self.address(index, target)),
+                ctypes.c_size_t(self._head_bytes),
+                ctypes.c_void_p(self.address(index, source)),
+                ctypes.c_size_t(self._head_bytes),
+                ctypes.c_size_t(length * self._row_bytes),
+                ctypes.c_size_t(self._heads),
+                CUDA_MEMCPY_DEVICE_TO_DEVICE,
+            )
+            if failure:
+                raise RuntimeError(f"cudaMemcpy2D failed with error {failure}")
+        # Copies within the device return before they are done, and ONNX Runtime's stream does not wait for them.
+        if failure := self._runtime.cudaDeviceSynchronize():
+            raise RuntimeError(f"cudaDeviceSynchronize failed with error {failure}")
+
+
+def _cuda_runtime() -> Any:
+    """The CUDA runtime library that ONNX Runtime uses, which is loaded already. Raises DeviceUnavailable."""
+    major = str(onnxruntime.cuda_version).partition(".")[0]
+    name = f"cudart64_{major}.dll" if sys.platform == "win32" else f"libcudart.so.{major}"
+    try:
+        return ctypes.CDLL(name)
+    except OSError as exc:
+        raise DeviceUnavailable(f"{name} cannot be loaded; install ai-cluster[cuda]") from exc
+
+
+class OnnxSession:
+    """A decoder graph and the KV rows of `slots` sequences. Used by one thread at a time.
+
+    The caller knows how many rows of each slot are valid. Arrays returned are views of a buffer that the next call
+    overwrites.
+    """
+
+    def __init__(self, session: Any, folder: ModelFolder, slots: int, capacity: int, kv: type[KvBuffers]) -> None:
+        """Raises ModelFolderInvalid when the graph is not the one that the folder's configuration describes, and
+        DeviceUnavailable when the device cannot run it."""
+        graph = _Graph(session, folder)
         self.slots = slots
-        self.capacity = min(capacity or CAPACITY_DEFAULT_MAX, folder.context_length)
-        self._session, self.provider = _open(folder, threads, spinning, provider)
-        self._device = "cuda" if self.provider == "cuda" else "cpu"
-        self._kv_type, self._logits_type, self._rows_all = self._check_graph()
-        shape = (slots, folder.kv_heads, self.capacity, folder.head_size)
-        # Zeroed: garbage may be NaN, and NaN times a masked 0 is NaN.
-        self._kv = [
-            ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._kv_type), self._device, 0)
-            for _ in range(2 * folder.layers)
-        ]
-        self._row_bytes = int(np.prod(shape[1:])) * self._kv_type().itemsize
-        self.kv_bytes = self._row_bytes * slots * len(self._kv)
-        self._columns = np.arange(self.capacity)
-        self._ids = np.zeros((slots, 1), np.int64)
-        self._mask = np.zeros(slots * self.capacity, np.int64)
-        self._logits = np.empty((slots, 1, folder.vocabulary_size), self._logits_type)
-        self._run_options = ort.RunOptions()
-        self._decode_bindings: dict[int, Any] = {}
-        self._prefill_bindings: dict[int, Any] = {}
-        self.seconds_in_runtime = 0.0  # of all runs so far; what a step takes beyond it is ours
+        self.capacity = capacity
+        self.vocabulary_size = graph.vocabulary_size
+        self._session = session
+        self._names = folder.tensors
+        self._layers = folder.layers
+        self._kv_shape = (folder.kv_heads, capacity, folder.head_size)
+        self._kv_type = graph.kv_type
+        self._logits_type = graph.logits_type
+        self._is_pruned = graph.is_pruned
+        self._kv = kv(2 * folder.layers, (slots, *self._kv_shape), graph.kv_type)
+        self.device = self._kv.device
+        self._run_options = onnxruntime.RunOptions()
 
-    def decode(self, token_ids: TokenIds, lengths: TokenIds) -> Logits:
-        rows = len(token_ids)
-        binding = self._decode_bindings.get(rows) or self._bind_decode(rows)
-        self._ids[:rows, 0] = token_ids
-        mask = self._mask[: rows * self.capacity].reshape(rows, self.capacity)
-        np.less_equal(self._columns, lengths[:, None], out=mask, casting="unsafe")
-        self._run(binding)
-        return self._logits[:rows, 0].astype(np.float32, copy=False)
+        self._ids: IntArray = np.zeros((slots, 1), np.int64)
+        self._mask: IntArray = np.zeros((slots, capacity), np.int64)
+        self._mask_lengths: IntArray = np.zeros(slots, np.int64)  # ones at the beginning of each row of the mask
+        self._rows = np.arange(slots)
+        self._columns = np.arange(capacity)
+        self._logits = np.empty((slots, 1, graph.vocabulary_size), graph.logits_type)
+        self._decode_bindings: dict[int, Any] = {}  # by k: at most `slots`
 
-    def prefill(self, slot: int, token_ids: TokenIds, length: int) -> Logits:
+        self._chunk_ids: IntArray = np.zeros((1, PREFILL_TOKENS_MAX), np.int64)
+        self._ones: IntArray = np.ones((1, capacity), np.int64)
+        chunk_rows = 1 if self._is_pruned else PREFILL_TOKENS_MAX
+        self._chunk_logits = np.empty((1, chunk_rows, graph.vocabulary_size), graph.logits_type)
+        self._prefill_bindings: dict[int, Any] = {}  # by slot: at most `slots`
+        self._warm_up(folder)
+
+    @property
+    def kv_bytes(self) -> int:
+        return self._kv.nbytes
+
+    def decode(self, token_ids: IntArray, lengths: IntArray) -> FloatArray:
+        """Feed one token to each of the slots [0, k), at row lengths[slot] < capacity. Returns logits [k, vocabulary].
+
+        token_ids, lengths: int64 [k], not kept."""
         count = len(token_ids)
+        self._ids[:count, 0] = token_ids
+        self._set_mask(lengths)
+        binding = self._decode_bindings.get(count)
+        if binding is None:
+            binding = self._decode_bindings[count] = self._decode_binding(count)
+        self._session.run_with_iobinding(binding, self._run_options)
+        return self._as_float(self._logits[:count, 0])
+
+    def prefill(self, slot: int, token_ids: IntArray, start: int) -> FloatArray:
+        """Write the rows [start, start + S) of a slot whose rows below start are valid; 1 <= S <= PREFILL_TOKENS_MAX.
+        Returns the logits [vocabulary] after the last of them."""
+        count = len(token_ids)
+        width = start + count
+        assert 1 <= count <= PREFILL_TOKENS_MAX, f"{count} tokens in a chunk of at most {PREFILL_TOKENS_MAX}"
+        assert width <= self.capacity, f"{width} rows in a slot of {self.capacity}"
+        self._chunk_ids[0, :count] = token_ids
+        rows = 1 if self._is_pruned else count
         binding = self._prefill_bindings.get(slot)
         if binding is None:
             binding = self._prefill_bindings[slot] = self._session.io_binding()
             self._bind_kv(binding, slot, 1)
-        ids = np.ascontiguousarray(token_ids, np.int64).reshape(1, count)
-        mask = np.ones((1, length + count), np.int64)
-        logits = np.empty((1, count if self._rows_all else 1, self._folder.vocabulary_size), self._logits_type)
-        for name, array in (("input_ids", ids), ("attention_mask", mask)):
-            binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
-        binding.bind_output("logits", "cpu", 0, self._logits_type, logits.shape, logits.ctypes.data)
-        self._run(binding)
-        last: Logits = logits[0, -1].astype(np.float32, copy=False)
-        return last
-
-    def move(self, move: Move) -> None:
-        if self._device == "cpu":
-            for value in self._kv:
-                rows = value.numpy()
-                rows[move.target, :, : move.length] = rows[move.source, :, : move.length]
-            return
-        # ONNX Runtime copies whole tensors only; a prefill of one token elsewhere is rarer than a compaction, and a
-        # round trip through host memory is correct on every device.
-        for value in self._kv:
-            host = value.numpy()
-            host[move.target, :, : move.length] = host[move.source, :, : move.length]
-            value.update_inplace(host)
-
-    def _run(self, binding: Any) -> None:
-        started = time.perf_counter()
+        names = self._names
+        self._bind_input(binding, names.input_ids, (1, count), self._chunk_ids)
+        self._bind_input(binding, names.attention_mask, (1, width), self._ones)
+        self._bind_logits(binding, (1, rows, self.vocabulary_size), self._chunk_logits)
         self._session.run_with_iobinding(binding, self._run_options)
-        self.seconds_in_runtime += time.perf_counter() - started
+        # Without a pruned head the graph writes [1, count, vocabulary] to the buffer's beginning.
+        return self._as_float(self._chunk_logits[0, rows - 1])
 
-    def _bind_decode(self, rows: int) -> Any:
-        binding = self._decode_bindings[rows] = self._session.io_binding()
-        self._bind_kv(binding, 0, rows)
-        binding.bind_input("input_ids", "cpu", 0, np.int64, (rows, 1), self._ids.ctypes.data)
-        binding.bind_input("attention_mask", "cpu", 0, np.int64, (rows, self.capacity), self._mask.ctypes.data)
-        shape = (rows, 1, self._folder.vocabulary_size)
-        binding.bind_output("logits", "cpu", 0, self._logits_type, shape, self._logits.ctypes.data)
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy rows [0, length) of one slot to another."""
+        self._kv.copy(source, target, length)
+
+    def _set_mask(self, lengths: IntArray) -> None:
+        """Let row i of the mask be lengths[i] + 1 ones. As a rule each row has grown by one since the last step."""
+        count = len(lengths)
+        known = self._mask_lengths[:count]
+        changed = np.flatnonzero(known != lengths)
+        if changed.size:
+            self._mask[changed] = self._columns < lengths[changed, None]
+        self._mask[self._rows[:count], lengths] = 1
+        known[:] = lengths
+        known += 1
+
+    def _decode_binding(self, count: int) -> Any:
+        binding = self._session.io_binding()
+        self._bind_kv(binding, 0, count)
+        self._bind_input(binding, self._names.input_ids, (count, 1), self._ids)
+        self._bind_input(binding, self._names.attention_mask, (count, self.capacity), self._mask)
+        self._bind_logits(binding, (count, 1, self.vocabulary_size), self._logits)
         return binding
 
-    def _bind_kv(self, binding: Any, first: int, rows: int) -> None:
-        """The KV memory of slots [first, first + rows), as past and as present: the same pointer, so in place."""
-        folder = self._folder
-        shape = (rows, folder.kv_heads, self.capacity, folder.head_size)
-        names = ((folder.past_key, folder.present_key), (folder.past_value, folder.present_value))
-        for layer in range(folder.layers):
-            for side, (past, present) in enumerate(names):
-                pointer = self._kv[2 * layer + side].data_ptr() + first * self._row_bytes
-                binding.bind_input(past % layer, self._device, 0, self._kv_type, shape, pointer)
-                binding.bind_output(present % layer, self._device, 0, self._kv_type, shape, pointer)
+    def _bind_kv(self, binding: Any, slot: int, count: int) -> None:
+        shape = (count, *self._kv_shape)
+        for index, (past, present) in enumerate(_kv_names(self._names, self._layers)):
+            address = self._kv.address(index, slot)
+            binding.bind_input(past, self.device, 0, self._kv_type, shape, address)
+            binding.bind_output(present, self.device, 0, self._kv_type, shape, address)
 
-    def _check_graph(self) -> tuple[Any, Any, bool]:
-        """(dtype of KV, dtype of logits, whether logits come for all positions). Raises ModelFolderInvalid."""
-        folder = self._folder
-        inputs = {i.name: i for i in self._session.get_inputs()}
-        outputs = {o.name: o for o in self._session.get_outputs()}
-        expected = {"input_ids", "attention_mask"}
-        for layer in range(folder.layers):
-            expected |= {folder.past_key % layer, folder.past_value % layer}
-        if set(inputs) != expected or "logits" not in outputs:
-            odd = sorted(set(inputs) ^ expected) or ["logits"]
-            raise ModelFolderInvalid(
-                folder.path, f"{folder.graph.name} does not have the inputs of a genai decoder: {', '.join(odd[:4])}"
-            )
-        past = inputs[folder.past_key % 0]
-        if list(past.shape[1::2]) != [folder.kv_heads, folder.head_size]:
-            raise ModelFolderInvalid(
-                folder.path, f"{folder.graph.name} has KV of shape {past.shape}, genai_config.json says "
-                f"{folder.kv_heads} heads of size {folder.head_size}",
-            )  # fmt: skip
-        logits = outputs["logits"]
-        if logits.shape[-1] != folder.vocabulary_size:
-            raise ModelFolderInvalid(
-                folder.path, f"{folder.graph.name} has {logits.shape[-1]} logits, genai_config.json says "
-                f"{folder.vocabulary_size}",
-            )  # fmt: skip
-        if past.type not in _DTYPES or logits.type not in _DTYPES:
-            raise ModelFolderInvalid(
-                folder.path, f"{folder.graph.name} keeps KV as {past.type}: float and float16 work"
-            )
-        return _DTYPES[past.type], _DTYPES[logits.type], logits.shape[1] != 1
+    def _bind_input(self, binding: Any, name: str, shape: tuple[int, ...], buffer: IntArray) -> None:
+        binding.bind_input(name, "cpu", 0, np.int64, shape, buffer.ctypes.data)
 
+    def _bind_logits(self, binding: Any, shape: tuple[int, ...], buffer: npt.NDArray[Any]) -> None:
+        binding.bind_output(self._names.logits, "cpu", 0, self._logits_type, shape, buffer.ctypes.data)
 
-def _open(folder: ModelFolder, threads: int, spinning: bool, provider: Provider) -> tuple[Any, str]:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = _SEVERITY_ERROR
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
-    if provider != "cpu" and _has_cuda():
+    def _as_float(self, logits: npt.NDArray[Any]) -> FloatArray:
+        return logits.astype(np.float32, copy=False)
+
+    def _warm_up(self, folder: ModelFolder) -> None:
+        """One chunk and one decode step, so that the first request pays for no allocation and a graph that cannot run
+        is found now."""
         try:
-            with _quiet_stderr(enabled=provider == "auto"):
-                ort.preload_dlls()
-                session = _create(folder, options, ["CUDAExecutionProvider", "CPUExecutionProvider"])
-            if "CUDAExecutionProvider" in session.get_providers():
-                return session, "cuda"
-        except ModelFolderInvalid:
-            if provider == "cuda":
-                raise
-            logger.warning("CUDA refuses the model; serving it on the CPU", extra={"model": folder.path.name})
-    if provider == "cuda":
-        raise ModelFolderInvalid(
-            folder.path,
-            "provider cuda: no CUDA device answers; install the extra ai-cluster[cuda], or use --provider auto",
-        )
-    return _create(folder, options, ["CPUExecutionProvider"]), "cpu"
+            self.prefill(0, np.zeros(min(2, self.capacity), np.int64), 0)
+            self.decode(np.zeros(1, np.int64), np.ones(1, np.int64))
+        except Exception as exc:  # ONNX Runtime has no common root for what it raises
+            if self.device == CudaKv.device:
+                raise DeviceUnavailable(_first_line(exc)) from exc
+            reason = f"{folder.graph_file.name} does not run ({_first_line(exc)})"
+            raise ModelFolderInvalid(folder.path, reason, BUILD_FIX) from exc
 
 
-def _create(folder: ModelFolder, options: ort.SessionOptions, providers: list[str]) -> Any:
-    try:
-        return ort.InferenceSession(str(folder.graph), options, providers=providers)
-    except Exception as exc:  # ONNX Runtime's exceptions share no base but this
-        reason = " ".join(str(exc).split())[:300]
-        raise ModelFolderInvalid(folder.path, f"ONNX Runtime cannot load {folder.graph.name}: {reason}") from exc
+class _Graph:
+    """What the graph's inputs and outputs say, checked against the folder's configuration."""
+
+    def __init__(self, session: Any, folder: ModelFolder) -> None:
+        self._folder = folder
+        names = folder.tensors
+        inputs = {node.name: node for node in session.get_inputs()}
+        outputs = {node.name: node for node in session.get_outputs()}
+        kv = list(_kv_names(names, folder.layers))
+        wanted = {names.input_ids, names.attention_mask, *(past for past, _ in kv)}
+        if missing := sorted(wanted - inputs.keys()):
+            raise self._invalid(f"has no input {missing[0]}")
+        if extra := sorted(inputs.keys() - wanted):
+            raise self._invalid(f"has an input {extra[0]} that {folder.layers} layers do not explain")
+        if missing := sorted({names.logits, *(present for _, present in kv)} - outputs.keys()):
+            raise self._invalid(f"has no output {missing[0]}")
+        past = inputs[kv[0][0]]
+        self._expect("kv_heads", past.shape[1], folder.kv_heads)
+        self._expect("head_size", past.shape[3], folder.head_size)
+        logits = outputs[names.logits]
+        self._expect("vocabulary", logits.shape[-1], folder.vocabulary_size)
+        self.kv_type = self._type(past)
+        self.logits_type = self._type(logits)
+        self.vocabulary_size = folder.vocabulary_size
+        self.is_pruned = logits.shape[1] == 1
+
+    def _type(self, node: Any) -> type[np.float32] | type[np.float16]:
+        if node.type not in KV_TYPES:
+            raise self._invalid(f"has {node.name} of type {node.type}, and only float and float16 are served")
+        return KV_TYPES[node.type]
+
+    def _expect(self, what: str, found: object, configured: int) -> None:
+        """A symbolic dimension says nothing."""
+        if isinstance(found, int) and found != configured:
+            raise self._invalid(f"has a {what} of {found}, and genai_config.json says {configured}")
+
+    def _invalid(self, reason: str) -> ModelFolderInvalid:
+        return ModelFolderInvalid(self._folder.path, f"{self._folder.graph_file.name} {reason}", BUILD_FIX)
 
 
-def _has_cuda() -> bool:
-    """Ask the device, not the wheel: onnxruntime-gpu lists CUDA on every machine and complains where there is none."""
-    return "CUDAExecutionProvider" in ort.get_available_providers() and (
-        os.name == "nt" or Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
-    )
-
-
-@contextlib.contextmanager
-def _quiet_stderr(*, enabled: bool) -> Iterator[None]:
-    """Libraries that are missing are told on the C level; with `auto` our own line says what matters."""
-    if not enabled:
-        yield
-        return
-    saved = os.dup(2)
-    silent = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(silent, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(silent)
+def _kv_names(names: Any, layers: int) -> Iterator[tuple[str, str]]:
+    """(past, present) of each buffer, in the buffers' order."""
+    for layer in range(layers):
+        yield names.past_key % layer, names.present_key % layer
+        yield names.past_value % layer, names.present_value % layer

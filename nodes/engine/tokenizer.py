@@ -1,41 +1,74 @@
-"""Text to token ids and back, over the `tokenizers` package. Thread-safe: the underlying tokenizer is immutable here."""
+"""Text to token ids and back, over a `tokenizer.json`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from tokenizers import Tokenizer as RawTokenizer
+import tokenizers
 from tokenizers.decoders import DecodeStream
 
-# Encoding runs at about 500k tokens a second; a text longer than this is worth a worker thread.
-ENCODE_INLINE_CHARS_MAX = 16 * 1024
+# Above this, encoding takes longer than an event loop should wait (562,000 tokens/s: 8 ms); use a worker thread.
+ENCODE_INLINE_BYTES_MAX = 16 * 1024
+
+
+class TokenizerInvalid(Exception):
+    """The file is missing or holds no tokenizer."""
 
 
 class Tokenizer:
-    """A tokenizer.json. Raises Exception of the tokenizers package's own choosing where the file is none."""
+    """Safe to use from several threads at once."""
 
-    def __init__(self, file: Path) -> None:
-        self._raw = RawTokenizer.from_file(str(file))
-        self.vocabulary_size = self._raw.get_vocab_size(with_added_tokens=True)
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self._tokenizer = tokenizer
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a rendered prompt. The template writes special tokens itself, so none are added."""
-        return tuple(self._raw.encode(text, add_special_tokens=False).ids)
+    @classmethod
+    def from_file(cls, path: Path) -> Tokenizer:
+        """Raises TokenizerInvalid."""
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(path)))
+        except Exception as exc:  # the library raises bare Exception, whatever is wrong
+            raise TokenizerInvalid(str(exc).splitlines()[0][:200] if str(exc) else type(exc).__name__) from exc
+
+    @property
+    def vocabulary_size(self) -> int:
+        """One more than the largest id, added tokens included."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def token(self, token_id: int) -> str | None:
-        return self._raw.id_to_token(token_id)
+        """The token of that id as the vocabulary spells it; None when there is none."""
+        return self._tokenizer.id_to_token(token_id)
 
-    def stream(self) -> TextStream:
-        return TextStream(self._raw)
+    def encode(self, text: str) -> list[int]:
+        """Ids of a rendered template: special tokens are recognised in the text and none is added.
+
+        Lone surrogates, which JSON can carry and UTF-8 cannot, become question marks."""
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except UnicodeEncodeError:
+            text = text.encode("utf-8", "replace").decode("utf-8")
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Text of ids, special tokens left out; incomplete characters become U+FFFD."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def decoder(self) -> StreamDecoder:
+        return StreamDecoder(self._tokenizer)
 
 
-class TextStream:
-    """Incremental decoding of one generation; special tokens make no text, partial UTF-8 is held back."""
+class StreamDecoder:
+    """Text of one answer, id by id. A character is given once it is whole; one that the last id leaves incomplete is
+    never given, where decode() would end in U+FFFD."""
 
-    def __init__(self, raw: RawTokenizer) -> None:
-        self._raw = raw
+    __slots__ = ("_stream", "_tokenizer")
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
 
-    def step(self, token_id: int) -> str:
-        """The text that this token completes; empty while a character is incomplete."""
-        return self._stream.step(self._raw, token_id) or ""
+    def feed(self, token_id: int) -> str:
+        try:
+            return self._stream.step(self._tokenizer, token_id) or ""
+        except Exception:  # bare, from the library: some ids decode to another text once more ids follow
+            self._stream = DecodeStream(skip_special_tokens=True)
+            return self._stream.step(self._tokenizer, token_id) or ""

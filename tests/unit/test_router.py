@@ -195,10 +195,17 @@ def test_three_entries_with_old_pictures_share_three_nodes(seed: int) -> None:
     assert max(placed.values()) <= SLOTS
 
 
-def test_near_ties_are_broken_at_random_and_the_local_node_is_no_exception() -> None:
-    first = Counter(rank(member("me", is_self=True), member("b"), member("c"), seed=seed)[0] for seed in range(300))
-    assert set(first) == {"me", "b", "c"}
+def test_near_ties_among_peers_are_broken_at_random() -> None:
+    first = Counter(rank(member("b"), member("c"), member("d"), seed=seed)[0] for seed in range(300))
+    assert set(first) == {"b", "c", "d"}
     assert min(first.values()) > 50
+
+
+def test_the_local_node_wins_a_near_tie_unless_another_is_less_occupied() -> None:
+    for seed in range(30):
+        assert rank(member("me", is_self=True), member("b"), member("c"), seed=seed)[0] == "me"
+        busier = member("me", ModelLoad(active=1, free_slots=SLOTS - 1), is_self=True)
+        assert rank(busier, member("b"), member("c"), seed=seed)[0] != "me"
 
 
 def test_a_report_that_contains_a_dispatch_replaces_it() -> None:

@@ -43,7 +43,7 @@ class Recipe:
     weight_decay: float = 0.05
     warmup_steps: int = 100
     gradient_norm_max: float = 1.0
-    warm_start_questions: int = 800_000
+    warm_start_questions: int = 500_000
     group_loss_weight: float = 0.5
 
 

@@ -1,0 +1,77 @@
+"""Measures a running engine: rates, totals and step times, from the times its caller gives. Sees no clock."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+
+# Share that the past keeps at each new measurement: after about 20 the batch of a minute ago no longer counts.
+RATE_DECAY = 0.95
+# Steps whose median tells how long a step takes; odd, and few enough to follow a batch that grows.
+MEDIAN_STEPS = 63
+# tokens_per_s is over this time, counted in whole seconds.
+WINDOW_S = 10
+
+
+class Rate:
+    """Tokens per second over the time spent on them alone, the newest measurements weighing most."""
+
+    __slots__ = ("_seconds", "_tokens")
+
+    def __init__(self) -> None:
+        self._tokens = 0.0
+        self._seconds = 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        self._tokens = self._tokens * RATE_DECAY + tokens
+        self._seconds = self._seconds * RATE_DECAY + seconds
+
+    @property
+    def per_s(self) -> float:
+        """0.0 while unmeasured."""
+        return self._tokens / self._seconds if self._seconds > 0.0 else 0.0
+
+
+class Meter:
+    """Everything counted of one engine since it started."""
+
+    def __init__(self) -> None:
+        self.prefill = Rate()
+        self.decode = Rate()
+        self.steps = 0
+        self.prompt_tokens = 0
+        self.generated_tokens = 0
+        self.step_seconds = 0.0
+        self.session_seconds = 0.0
+        self._recent_steps: deque[float] = deque(maxlen=MEDIAN_STEPS)
+        self._seconds: deque[tuple[int, int]] = deque(maxlen=WINDOW_S + 1)  # (whole second, tokens in it), oldest first
+
+    def prefilled(self, tokens: int, seconds: float) -> None:
+        self.prefill.add(tokens, seconds)
+        self.prompt_tokens += tokens
+        self.session_seconds += seconds
+
+    def decoded(self, rows: int, seconds: float) -> None:
+        self.decode.add(rows, seconds)
+        self.session_seconds += seconds
+
+    def stepped(self, generated: int, seconds: float, now: float) -> None:
+        """A whole tick: tokens that reached their sequences, its length, and when it ended."""
+        self.steps += 1
+        self.step_seconds += seconds
+        self._recent_steps.append(seconds)
+        self.generated_tokens += generated
+        second = int(now)
+        if self._seconds and self._seconds[-1][0] == second:
+            generated += self._seconds.pop()[1]
+        self._seconds.append((second, generated))
+
+    def tokens_per_s(self, now: float) -> float:
+        """Generated over the last WINDOW_S whole seconds and the begun one; 0.0 when idle for that long."""
+        oldest = int(now) - WINDOW_S
+        tokens = sum(tokens for second, tokens in self._seconds if second > oldest)
+        return tokens / (now - oldest - 1) if tokens else 0.0
+
+    def median_step_s(self) -> float:
+        """0.0 before the first step."""
+        return statistics.median(self._recent_steps) if self._recent_steps else 0.0

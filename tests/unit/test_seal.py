@@ -1,0 +1,140 @@
+"""Datagrams sealed by one process open in another of the same cluster, once, and in no other."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mesh.errors import SealRejected
+from mesh.seal import (
+    BOOTS_MAX,
+    DEVELOPMENT_KEY,
+    OVERHEAD_BYTES,
+    REPLAY_WINDOW,
+    DatagramSealer,
+    Keyring,
+    new_key,
+    parse_key,
+)
+
+KEY = DEVELOPMENT_KEY
+OTHER_KEY = bytes(range(32))
+BOOT = b"sender's boot id"
+
+
+def sealer(boot_id: bytes = BOOT, *, keys: tuple[bytes, ...] = (KEY,), cluster: str = "c") -> DatagramSealer:
+    return DatagramSealer(Keyring(list(keys), cluster), boot_id)
+
+
+def receiver(*, keys: tuple[bytes, ...] = (KEY,), cluster: str = "c") -> DatagramSealer:
+    return sealer(b"receiver boot id", keys=keys, cluster=cluster)
+
+
+@given(st.binary(max_size=1_200))
+def test_what_one_process_seals_another_opens(payload: bytes) -> None:
+    datagram = sealer().seal(payload)
+    assert receiver().open(datagram) == (BOOT, 1, payload)
+    assert len(datagram) == len(payload) + OVERHEAD_BYTES
+
+
+@given(st.data())
+def test_one_altered_bit_anywhere_is_rejected(data: st.DataObject) -> None:
+    datagram = bytearray(sealer().seal(b"payload"))
+    datagram[data.draw(st.integers(0, len(datagram) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    with pytest.raises(SealRejected):
+        receiver().open(bytes(datagram))
+
+
+@given(st.binary(max_size=100))
+def test_arbitrary_bytes_are_rejected(datagram: bytes) -> None:
+    with pytest.raises(SealRejected):
+        receiver().open(datagram)
+
+
+@pytest.mark.parametrize(
+    ("datagram", "reason"),
+    [
+        pytest.param(b"", "truncated", id="empty"),
+        pytest.param(sealer().seal(b"")[:-1], "truncated", id="shorter than its header and tag"),
+        pytest.param(b"\x02" + sealer().seal(b"p")[1:], "seal version", id="a later seal"),
+        pytest.param(sealer(keys=(OTHER_KEY,)).seal(b"p"), "unknown key", id="another key"),
+        pytest.param(sealer(cluster="d").seal(b"p"), "tampered", id="the same key in another cluster"),
+        pytest.param(sealer().seal(b"p") + b"x", "tampered", id="something after the end"),
+        pytest.param(receiver().seal(b"p"), "reflected", id="the receiver's own"),
+    ],
+)
+def test_what_is_not_for_this_process_is_rejected_with_its_reason(datagram: bytes, reason: str) -> None:
+    with pytest.raises(SealRejected) as caught:
+        receiver().open(datagram)
+    assert caught.value.reason == reason
+
+
+def test_a_replayed_datagram_is_rejected() -> None:
+    datagram, opener = sealer().seal(b"p"), receiver()
+    opener.open(datagram)
+    with pytest.raises(SealRejected, match="replayed"):
+        opener.open(datagram)
+
+
+@given(st.permutations(range(40)))
+def test_datagrams_that_overtake_each_other_open_once_each(order: list[int]) -> None:
+    sender, opener = sealer(), receiver()
+    datagrams = [sender.seal(b"%d" % i) for i in range(40)]
+    assert {opener.open(datagrams[i])[2] for i in order} == {b"%d" % i for i in range(40)}
+    for datagram in datagrams:
+        with pytest.raises(SealRejected, match="replayed"):
+            opener.open(datagram)
+
+
+def test_a_datagram_older_than_the_replay_window_is_rejected() -> None:
+    sender, opener = sealer(), receiver()
+    datagrams = [sender.seal(b"p") for _ in range(REPLAY_WINDOW + 1)]
+    opener.open(datagrams[-1])
+    opener.open(datagrams[1])
+    with pytest.raises(SealRejected, match="replayed"):
+        opener.open(datagrams[0])
+
+
+def test_a_rejected_datagram_leaves_its_counter_free_for_the_true_one() -> None:
+    sender, opener = sealer(), receiver()
+    datagram = sender.seal(b"p")
+    forged = datagram[:-1] + bytes([datagram[-1] ^ 1])
+    for _ in range(2):
+        with pytest.raises(SealRejected, match="tampered"):
+            opener.open(forged)
+    assert opener.open(datagram)[2] == b"p"
+
+
+def test_boots_remembered_are_bounded() -> None:
+    opener = receiver()
+    for index in range(BOOTS_MAX + 5):
+        opener.open(sealer(index.to_bytes(16, "big")).seal(b""))
+    assert len(opener._boots) == BOOTS_MAX
+
+
+def test_a_ring_of_two_keys_opens_both_and_seals_with_the_first() -> None:
+    both = (OTHER_KEY, KEY)
+    assert receiver(keys=both).open(sealer(keys=(KEY,)).seal(b"old"))[2] == b"old"
+    assert receiver(keys=(OTHER_KEY,)).open(sealer(keys=both).seal(b"new"))[2] == b"new"
+
+
+def test_a_boot_id_of_another_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="16 bytes, this one 3"):
+        sealer(b"abc")
+
+
+def test_a_new_key_is_read_back() -> None:
+    assert len(parse_key(new_key() + "\n")) == 32
+
+
+@pytest.mark.parametrize("text", ["", "not base64!", "QUJD"], ids=["empty", "no base64", "three bytes"])
+def test_what_is_no_key_is_refused_without_showing_it(text: str) -> None:
+    with pytest.raises(ValueError, match="cluster key") as caught:
+        parse_key(text)
+    assert not text or text not in str(caught.value)
+
+
+def test_a_ring_without_a_key_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one key"):
+        Keyring([])
