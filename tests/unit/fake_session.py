@@ -1,0 +1,152 @@
+"""A second Session, and a model around it, for tests of what runs sessions: no graph, every mix-up shows."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import numpy as np
+import numpy.typing as npt
+import trio
+
+from deploy.models.random_llama import CHAT_TEMPLATE, IM_END, SPECIAL_TOKENS, small_tokenizer
+from nodes.engine.chat_template import ChatTemplate
+from nodes.engine.engine import Engine
+from nodes.engine.model_loader import LoadedModel
+from nodes.engine.scheduler import PREFILL_CHUNK_TOKENS
+from nodes.engine.sequence import EngineEvent, SamplingParams
+from nodes.engine.stream import EngineStream
+from nodes.engine.tokenizer import Tokenizer
+
+VOCABULARY = 512
+CAPACITY = 256
+POISON = 300  # a context that holds this token has logits that are no numbers
+GARBAGE = -1
+# A test that waits this long has failed; none asserts how long anything takes.
+HANG_S = 30.0
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+
+class FakeSession:
+    """A toy language model: the logits after a context are a hash of every token in it and of their order.
+
+    Rows hold tokens instead of keys and values. A row read before it was written, or after it was moved away, is an
+    assertion error. Special tokens are never the best. While a test holds it, it takes a step for each that is allowed.
+    """
+
+    def __init__(self, slots: int = 4, capacity: int = CAPACITY) -> None:
+        self.slots = slots
+        self.capacity = capacity
+        self.kv_bytes = slots * capacity * 8
+        self.batches: list[int] = []  # sizes of the decode steps so far
+        self.fails = False
+        self._rows: IntArray = np.full((slots, capacity), GARBAGE, np.int64)
+        self._allowed: threading.Semaphore | None = None
+
+    def hold(self) -> None:
+        """From now on a decode or prefill call waits until it is allowed."""
+        self._allowed = threading.Semaphore(0)
+
+    def allow(self, calls: int = 1) -> None:
+        assert self._allowed is not None
+        self._allowed.release(calls)
+
+    def release(self) -> None:
+        allowed, self._allowed = self._allowed, None
+        if allowed is not None:
+            allowed.release(self.slots)
+
+    def decode(self, token_ids: IntArray, lengths: IntArray) -> FloatArray:
+        self._enter()
+        self.batches.append(len(token_ids))
+        self._rows[np.arange(len(token_ids)), lengths] = token_ids
+        return np.stack([self._logits(slot, int(length) + 1) for slot, length in enumerate(lengths)])
+
+    def prefill(self, slot: int, token_ids: IntArray, start: int) -> FloatArray:
+        self._enter()
+        assert start // PREFILL_CHUNK_TOKENS == (start + len(token_ids) - 1) // PREFILL_CHUNK_TOKENS, "chunk alignment"
+        self._rows[slot, start : start + len(token_ids)] = token_ids
+        return self._logits(slot, start + len(token_ids))
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        self._rows[target] = GARBAGE
+        self._rows[target, :length] = self._rows[source, :length]
+        self._rows[source] = GARBAGE
+
+    def _enter(self) -> None:
+        if self._allowed is not None:
+            self._allowed.acquire()
+        if self.fails:
+            raise RuntimeError("the fake session was told to fail")
+
+    def _logits(self, slot: int, length: int) -> FloatArray:
+        context = self._rows[slot, :length]
+        assert (context != GARBAGE).all(), f"slot {slot} has garbage among its {length} rows"
+        if POISON in context:
+            return np.full(VOCABULARY, np.nan, np.float32)
+        state = 0
+        for token in context.tolist():
+            state = (state * 1_000_003 + token + 1) % (1 << 61)
+        logits = np.random.default_rng(state).standard_normal(VOCABULARY).astype(np.float32) * 3
+        logits[: len(SPECIAL_TOKENS)] = -20
+        return logits
+
+
+@functools.cache
+def toy_model() -> LoadedModel:
+    """Tokenizer and chat template of random_llama, without weights."""
+    return LoadedModel(
+        fingerprint="toy",
+        eos_ids=frozenset({IM_END}),
+        tokenizer=Tokenizer(small_tokenizer(VOCABULARY)),
+        chat_template=ChatTemplate(CHAT_TEMPLATE, bos_token=SPECIAL_TOKENS[0], eos_token=SPECIAL_TOKENS[IM_END]),
+        weight_bytes=1_000,
+    )
+
+
+class Clock:
+    """A clock that stands still until a test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@asynccontextmanager
+async def running(engine: Engine) -> AsyncIterator[Engine]:
+    """The engine, running; stopped at the end. A fake session that a test still holds is released first."""
+    with trio.fail_after(HANG_S):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(engine.run)
+            try:
+                yield engine
+            finally:
+                session = engine._session
+                if isinstance(session, FakeSession):
+                    session.release()
+                nursery.cancel_scope.cancel()
+
+
+async def read(stream: EngineStream) -> tuple[str, tuple[int, ...], EngineEvent]:
+    """Text, ids and last event of a stream read to its end."""
+    async with stream:
+        event = await stream.receive()
+        async for later in stream:
+            event = event.merged_with(later)
+        return event.text, event.token_ids, event
+
+
+async def until(engine: Engine, **figures: object) -> None:
+    """Until the engine's statistics have these figures."""
+    while any(getattr(engine.statistics(), name) != value for name, value in figures.items()):
+        await trio.sleep(0.001)  # lets the engine thread have the interpreter; no test depends on how long
+
+
+def greedy(max_tokens: int | None = 40, **options: object) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, **options)  # type: ignore[arg-type]

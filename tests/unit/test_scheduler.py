@@ -1,0 +1,277 @@
+"""The scheduler without an engine: plans executed by the fake session, or by nobody."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from nodes.engine.errors import DeadlinePassed, EngineFault, QueueFull
+from nodes.engine.sampler import INVALID, sample
+from nodes.engine.scheduler import Failed, Outcome, Plan, Progress, Scheduler
+from nodes.engine.sequence import Phase, SamplingParams, Sequence
+from tests.unit.fake_session import CAPACITY, FakeSession, greedy
+from tests.unit.test_sequence import LetterDecoder
+
+SLOTS = 3
+QUEUE_LIMIT = 2
+FAR = 1e9
+NOW = 100.0
+
+
+def sequence(prompt_tokens: int = 3, deadline: float = FAR, params: SamplingParams | None = None) -> Sequence:
+    prompt = [10 + i % 90 for i in range(prompt_tokens)]
+    eos: frozenset[int] = frozenset()
+    return Sequence(prompt, params or greedy(), LetterDecoder(), eos_ids=eos, capacity=CAPACITY, deadline=deadline)
+
+
+def execute(plan: Plan, scheduler: Scheduler, session: FakeSession) -> list[Outcome]:
+    """What an engine does with a plan."""
+    for move in plan.moves:
+        session.copy(move.source, move.target, move.length)
+    tokens: list[int] = []
+    if plan.decode:
+        count = len(plan.decode)
+        logits = session.decode(scheduler.kv.next_ids[:count], scheduler.kv.lengths[:count])
+        tokens = sample(logits, [s.params for s in plan.decode], [s.position for s in plan.decode])
+    first = None
+    if (chunk := plan.prefill) is not None:
+        logits = session.prefill(chunk.slot, np.array(chunk.token_ids), chunk.start)
+        if chunk.is_last:
+            first = sample(logits[None], [chunk.sequence.params], [chunk.sequence.position])[0]
+    return scheduler.commit(plan, tokens, first)
+
+
+def tick(scheduler: Scheduler, now: float = NOW, token: int = 5) -> Plan:
+    """One tick in which every token is `token`."""
+    plan = scheduler.plan(now)
+    is_last = plan.prefill is not None and plan.prefill.is_last
+    scheduler.commit(plan, [token] * len(plan.decode), token if is_last else None)
+    return plan
+
+
+def chunks(prompt_tokens: int) -> list[tuple[int, int]]:
+    """(start, end) of each chunk of a prompt."""
+    scheduler = Scheduler(SLOTS, QUEUE_LIMIT)
+    scheduler.submit(sequence(prompt_tokens))
+    found = []
+    while (chunk := tick(scheduler).prefill) is not None:
+        found.append((chunk.start, chunk.start + len(chunk.token_ids)))
+        assert chunk.is_last == (found[-1][1] == prompt_tokens)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "expected"),
+    [
+        (1, [(0, 1)]),
+        (64, [(0, 64)]),
+        (65, [(0, 64), (64, 65)]),
+        (200, [(0, 64), (64, 128), (128, 192), (192, 200)]),
+    ],
+)
+def test_prompts_are_cut_at_multiples_of_64(prompt_tokens: int, expected: list[tuple[int, int]]) -> None:
+    assert chunks(prompt_tokens) == expected
+
+
+def test_a_long_prompt_delays_the_others_by_one_chunk_a_token() -> None:
+    scheduler = Scheduler(SLOTS, QUEUE_LIMIT)
+    first = sequence()
+    scheduler.submit(first)
+    tick(scheduler)
+    scheduler.submit(sequence(250))
+    for _ in range(4):
+        plan = tick(scheduler)
+        assert list(plan.decode) == [first]
+        assert plan.prefill is not None
+    assert len(tick(scheduler).decode) == 2
+
+
+def test_prompts_are_prefilled_in_order_of_arrival() -> None:
+    scheduler = Scheduler(SLOTS, QUEUE_LIMIT)
+    sequences = [sequence() for _ in range(SLOTS)]
+    for one in sequences:
+        scheduler.submit(one)
+    begun = [plan.prefill.sequence for plan in (tick(scheduler) for _ in range(SLOTS)) if plan.prefill]
+    assert begun == sequences
+
+
+def test_requests_join_and_leave_between_steps() -> None:
+    scheduler = Scheduler(SLOTS, QUEUE_LIMIT)
+    scheduler.submit(sequence(params=greedy(2)))
+    scheduler.submit(sequence(params=greedy(6)))
+    sizes = [len(tick(scheduler).decode) for _ in range(4)]
+    scheduler.submit(sequence(params=greedy(3)))
+    sizes += [len(tick(scheduler).decode) for _ in range(5)]
+    assert sizes == [0, 1, 1, 1, 1, 2, 2, 0, 0]
+    assert not scheduler.plan(NOW).has_steps
+
+
+def test_the_queue_is_bounded_and_a_free_slot_counts_as_room() -> None:
+    scheduler = Scheduler(SLOTS, QUEUE_LIMIT)
+    for _ in range(SLOTS + QUEUE_LIMIT):
+        scheduler.submit(sequence())
+    load = scheduler.load()
+    assert (load.active, load.queued, load.free_slots) == (SLOTS, QUEUE_LIMIT, 0)
+    late = sequence()
+    with pytest.raises(QueueFull) as raised:
+        scheduler.submit(late)
+    assert (raised.value.queued, raised.value.limit) == (QUEUE_LIMIT, QUEUE_LIMIT)
+    assert scheduler.load() == load
+    tick(scheduler)
+    with pytest.raises(QueueFull):
+        scheduler.submit(late)
+
+
+def test_without_a_queue_as_many_are_taken_as_there_are_slots() -> None:
+    scheduler = Scheduler(SLOTS, queue_limit=0)
+    for _ in range(SLOTS):
+        scheduler.submit(sequence())
+        tick(scheduler)
+    with pytest.raises(QueueFull):
+        scheduler.submit(sequence())
+
+
+@pytest.mark.parametrize("ticks", [0, 1, 2, 5], ids=["waiting", "in prefill", "at the last chunk", "decoding"])
+def test_a_cancelled_sequence_is_gone_at_the_next_plan_and_gives_nothing_more(ticks: int) -> None:
+    scheduler = Scheduler(SLOTS, QUEUE_LIMIT)
+    one = sequence(100)
+    scheduler.submit(one)
+    for _ in range(ticks):
+        tick(scheduler)
+    scheduler.cancel(one)
+    scheduler.cancel(one)
+    assert not scheduler.plan(NOW).has_steps
+    assert scheduler.load().active == scheduler.load().queued_tokens == 0
+    assert scheduler.kv.free == SLOTS
+    assert one.phase is Phase.ENDED
+
+
+def test_a_sequence_cancelled_during_the_step_gives_no_event() -> None:
+    scheduler = Scheduler(SLOTS, QUEUE_LIMIT)
+    stays, leaves = sequence(), sequence()
+    for one in (stays, leaves):
+        scheduler.submit(one)
+        tick(scheduler)
+    plan = scheduler.plan(NOW)
+    scheduler.cancel(leaves)
+    outcomes = scheduler.commit(plan, [5] * len(plan.decode), None)
+    assert [outcome.sequence for outcome in outcomes] == [stays]
+
+
+def test_cancelling_a_queued_request_leaves_the_others_alone() -> None:
+    scheduler = Scheduler(1, QUEUE_LIMIT)
+    running, queued, last = sequence(), sequence(), sequence()
+    for one in (running, queued, last):
+        scheduler.submit(one)
+    tick(scheduler)
+    scheduler.cancel(queued)
+    assert list(tick(scheduler).decode) == [running]
+    scheduler.cancel(running)
+    plan = tick(scheduler)
+    assert plan.prefill is not None
+    assert plan.prefill.sequence is last
+
+
+@pytest.mark.parametrize("ticks", [1, 2, 5], ids=["in prefill", "at the last chunk", "decoding"])
+def test_a_late_running_sequence_ends_and_the_others_go_on(ticks: int) -> None:
+    scheduler = Scheduler(SLOTS, QUEUE_LIMIT)
+    late, other = sequence(100, deadline=NOW + 1), sequence()
+    scheduler.submit(late)
+    scheduler.submit(other)
+    for _ in range(ticks):
+        tick(scheduler)
+    plan = tick(scheduler, NOW + 1)
+    assert [(failed.sequence, type(failed.error)) for failed in plan.expired] == [(late, DeadlinePassed)]
+    assert other in [*plan.decode, plan.prefill.sequence if plan.prefill else None]
+    assert scheduler.load().active == 1
+
+
+def test_a_late_waiting_sequence_is_dropped_before_it_gets_a_slot() -> None:
+    scheduler = Scheduler(1, QUEUE_LIMIT)
+    running, late, patient = sequence(), sequence(deadline=NOW + 1), sequence(deadline=NOW + 2)
+    for one in (running, late, patient):
+        scheduler.submit(one)
+    assert tick(scheduler).expired == []
+    assert [failed.sequence for failed in tick(scheduler, NOW + 1).expired] == [late]
+    assert tick(scheduler, NOW + 1).expired == []
+    assert [failed.sequence for failed in tick(scheduler, NOW + 2).expired] == [patient]
+    assert scheduler.load().queued == 0
+
+
+def test_queued_tokens_are_the_prompt_tokens_still_to_prefill() -> None:
+    scheduler = Scheduler(1, QUEUE_LIMIT)
+    first, second = sequence(100), sequence(70)
+    scheduler.submit(first)
+    scheduler.submit(second)
+    seen = [scheduler.load().queued_tokens]
+    for _ in range(2):
+        tick(scheduler)
+        seen.append(scheduler.load().queued_tokens)
+    scheduler.cancel(second)
+    assert [*seen, scheduler.load().queued_tokens] == [170, 106, 70, 0]
+
+
+def test_logits_that_are_no_numbers_end_their_sequence_alone() -> None:
+    scheduler = Scheduler(SLOTS, QUEUE_LIMIT)
+    bad, good = sequence(), sequence()
+    for one in (bad, good):
+        scheduler.submit(one)
+        tick(scheduler)
+    plan = scheduler.plan(NOW)
+    outcomes = scheduler.commit(plan, [INVALID, 5], None)
+    assert isinstance(outcomes[0], Failed)
+    assert isinstance(outcomes[0].error, EngineFault)
+    assert isinstance(outcomes[1], Progress)
+    assert list(scheduler.plan(NOW).decode) == [good]
+
+
+def test_abandoned_sequences_leave_nothing_behind() -> None:
+    scheduler = Scheduler(1, QUEUE_LIMIT)
+    sequences = [sequence(100) for _ in range(3)]
+    for one in sequences:
+        scheduler.submit(one)
+    tick(scheduler)
+    scheduler.abandon()
+    load = scheduler.load()
+    assert (load.active, load.queued, load.queued_tokens) == (0, 0, 0)
+    for one in sequences:
+        scheduler.cancel(one)
+    assert not scheduler.plan(NOW).has_steps
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_traffic_gives_each_sequence_what_it_gets_alone(seed: int) -> None:
+    rng = random.Random(seed)
+    lengths = [rng.choice([1, 2, 63, 64, 65, rng.randrange(1, 200)]) for _ in range(14)]
+    params = [
+        SamplingParams(temperature=rng.choice([0.0, 1.0]), top_p=0.9, seed=i, max_tokens=rng.randrange(1, 25))
+        for i in range(14)
+    ]
+
+    def alone(index: int) -> list[int]:
+        scheduler, session = Scheduler(1, 0), FakeSession(1)
+        one = sequence(lengths[index], params=params[index])
+        scheduler.submit(one)
+        while (plan := scheduler.plan(NOW)).has_steps:
+            execute(plan, scheduler, session)
+        return one.generated_ids
+
+    scheduler, session = Scheduler(SLOTS, 99), FakeSession(SLOTS)
+    sequences = [sequence(length, params=options) for length, options in zip(lengths, params, strict=True)]
+    waiting, cancelled = list(sequences), set()
+    while waiting or scheduler.load().active:
+        if waiting and rng.random() < 0.3:
+            scheduler.submit(waiting.pop(0))
+        if rng.random() < 0.03:
+            victim = rng.choice(sequences)
+            if victim not in waiting and victim.phase is not Phase.ENDED:
+                scheduler.cancel(victim)
+                cancelled.add(victim)
+        execute(scheduler.plan(NOW), scheduler, session)
+    for index, one in enumerate(sequences):
+        expected = alone(index)
+        assert one.generated_ids == (expected[: len(one.generated_ids)] if one in cancelled else expected)
+    assert scheduler.load().free_slots == SLOTS
+    assert scheduler.load().queued_tokens == 0
