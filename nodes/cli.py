@@ -95,7 +95,7 @@ def serve(
 
 
 def _run_node(config_file: Path | None, flags: dict[str, Any]) -> int:
-    from nodes.node import run_node  # imports the runtime, which the other commands do without
+    from nodes.process import run_node  # imports the runtime, which the other commands do without
 
     try:
         run_node(load_config(config_file, os.environ, flags))

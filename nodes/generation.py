@@ -68,6 +68,10 @@ class GenerateEvent:
     finish_reason: str | None = None
     usage: Usage | None = None
 
+    def merged_with(self, later: GenerateEvent) -> GenerateEvent:
+        """One event that says what both say. later: the one that came next."""
+        return GenerateEvent(self.text + later.text, self.token_ids + later.token_ids, later.finish_reason, later.usage)
+
 
 class GenerationError(Exception):
     """Root of what opening or reading a generation raises."""

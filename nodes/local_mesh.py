@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.text import Text
 
 from nodes.config import ConfigInvalid, load_config
+from nodes.messages import NODE_READY
 from observability.logs import LogMerger
 
 # Longest line taken from a child; a longer one is cut into pieces of this size.
 LINE_BYTES_MAX = 64 * 1024
 # What a child gets beyond its own drain time before it is killed.
 STOP_GRACE_S = 5.0
-READY_MESSAGE = "node ready"
 _COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")
 _LEVEL_STYLES = {"warning": "yellow", "error": "bold red", "critical": "bold red"}
 # Shown on the terminal behind a message; the rest is in the log files.
@@ -155,7 +155,7 @@ class _Supervisor:
             if name in record:
                 text.append(f" {name.rpartition('.')[2]}={record[name]}", style="dim")
         self._console.print(text)
-        if message == READY_MESSAGE and not child.is_ready:
+        if message == NODE_READY and not child.is_ready:
             child.is_ready = True
             if all(other.is_ready for other in self._children) and len(self._children) == self._mesh.nodes:
                 self._greet()

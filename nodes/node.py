@@ -6,20 +6,14 @@ streams finish until the drain time is over, HTTP closes, gossip says LEAVE, the
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import random
 import secrets
-import signal
-import socket
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, cast
 
 import hypercorn
@@ -37,18 +31,16 @@ from nodes.api.app import build_app
 from nodes.api.auth import Access
 from nodes.api.services import Services
 from nodes.config import ConfigInvalid, NodeConfig, is_loopback
-from nodes.data_directory import DataDirectory
 from nodes.dispatch import Dispatch
 from nodes.engine.engine import FAILED, Engine, load_engine
-from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid, read_model_folder
+from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid
 from nodes.figures import mesh_figures
 from nodes.local import LocalGenerator
-from nodes.local_mesh import READY_MESSAGE
+from nodes.messages import NODE_READY
 from nodes.remote import RemoteGenerator, serve_peer
-from nodes.sockets import advertised_address, bind_http, bind_mesh, bound_address
+from nodes.sockets import NodeSockets, advertised_address, bound_address
 from observability.collectors import Snapshot
 from observability.log_writer import WriterThread
-from observability.logs import configure_logging
 from observability.metrics import ExecutorMetrics, Metrics
 
 logger = logging.getLogger(__name__)
@@ -65,80 +57,14 @@ KEEP_ALIVE_TIMEOUT_S = 75.0
 KEEP_ALIVE_REQUESTS_MAX = 100_000
 # Between the end of the drain and the end of HTTP: the last chunks on their way to clients.
 HTTP_CLOSE_S = 2.0
-STDIN_BYTES = 4096
-
-
-def run_node(config: NodeConfig) -> None:
-    """Run one node until SIGTERM or SIGINT. Raises ConfigInvalid, before or after the start, when it cannot run."""
-    keyring = Keyring([config.cluster_key()], config.cluster_name)
-    folders = [(name, _read_folder(path)) for name, path in config.models()]
-    with ExitStack() as stack:
-        data = stack.enter_context(DataDirectory(config.data_dir))
-        sockets = NodeSockets(stack.enter_context(bind_http(config.http)), *bind_mesh(config.mesh))
-        stack.enter_context(sockets.mesh_udp)
-        stack.enter_context(sockets.mesh_tcp)
-        log_writer = _enter_logging(stack, config)
-        stack.enter_context(_address_file(config, sockets))
-        generation = data.next_generation()
-
-        async def main() -> None:
-            await Node(config, keyring, folders, sockets, generation, log_writer).run()
-
-        try:
-            trio.run(main, strict_exception_groups=True)
-        except BaseExceptionGroup as group:
-            raise _first_fault(group) from group
 
 
 @dataclass(frozen=True, slots=True)
-class NodeSockets:
-    """Bound by run_node, which also closes them."""
+class StopRequest:
+    """asked: stop when the running streams have finished. hurried: do not wait for them any longer."""
 
-    http: socket.socket
-    mesh_udp: socket.socket
-    mesh_tcp: socket.socket
-
-
-def _enter_logging(stack: ExitStack, config: NodeConfig) -> WriterThread[logging.LogRecord]:
-    logs = configure_logging(config.log_dir, config.node_id(), config.log_level, config.log_console)
-    try:
-        return stack.enter_context(logs)
-    except OSError as exc:
-        raise ConfigInvalid(f"log_dir {config.log_dir}: {exc.strerror}; give a writable folder with --log-dir") from exc
-
-
-def _read_folder(path: Path) -> ModelFolder:
-    try:
-        return read_model_folder(path)
-    except ModelFolderInvalid as exc:
-        raise ConfigInvalid(str(exc)) from exc
-
-
-@contextmanager
-def _address_file(config: NodeConfig, sockets: NodeSockets) -> Iterator[None]:
-    """`<data_dir>/node.json` while the node runs: where it is and which process it is, for scripts."""
-    file = config.data_dir / "node.json"
-    content = {
-        "name": config.node_id(),
-        "pid": os.getpid(),
-        "http": str(bound_address(config.http, sockets.http)),
-        "mesh": str(bound_address(config.mesh, sockets.mesh_tcp)),
-    }
-    temporary = file.with_suffix(".new")
-    temporary.write_text(json.dumps(content) + "\n")
-    temporary.replace(file)
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)
-
-
-def _first_fault(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The ConfigInvalid in the group, whatever else ended beside it; else the group."""
-    fault: BaseException | None = group.subgroup(ConfigInvalid)
-    while isinstance(fault, BaseExceptionGroup):
-        fault = fault.exceptions[0]
-    return fault or group
+    asked: trio.Event = field(default_factory=trio.Event)
+    hurried: trio.Event = field(default_factory=trio.Event)
 
 
 class Node:
@@ -201,8 +127,11 @@ class Node:
             peer_failed=self._peer_failed,
         )
 
-    async def run(self) -> None:
-        """Until a signal, then drain. Raises ConfigInvalid for a model that cannot be loaded or a key refused."""
+    async def run(self, stop: StopRequest) -> None:
+        """Until a stop is asked for, then drain.
+
+        Raises ConfigInvalid for a model that cannot be loaded, or a key that every seed refuses.
+        """
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(self._sockets.mesh_tcp.dup()))
         async with trio.open_nursery() as mesh:
             await mesh.start(self._forwarder.run, [listener])
@@ -214,8 +143,8 @@ class Node:
                     nursery.start_soon(self._publish_load)
                     nursery.start_soon(self._check_seeds)
                     nursery.start_soon(self._load_models, engines)
-                    await _stop_requested(watch_stdin=self._config.stop_with_stdin)
-                    await self._drain()
+                    await stop.asked.wait()
+                    await self._drain(stop)
                     http_stop.set()
                     with trio.move_on_after(HTTP_CLOSE_S + 1):
                         await http_stopped.wait()
@@ -280,7 +209,7 @@ class Node:
             self._publish_profile()
         self._readiness = Readiness.READY
         self._gossip_socket.set_load(self._load())
-        logger.info(READY_MESSAGE, extra={"models": [name for name, _ in self._folders]})
+        logger.info(NODE_READY, extra={"models": [name for name, _ in self._folders]})
 
     def _engine_options(self) -> dict[str, Any]:
         config = self._config
@@ -327,16 +256,17 @@ class Node:
                 raise ConfigInvalid(_refused(refusals, self._config.cluster_name))
             await trio.sleep(SEED_CHECK_INTERVAL_S)
 
-    async def _drain(self) -> None:
+    async def _drain(self, stop: StopRequest) -> None:
         """Take no new requests, and let what runs here or through here finish until the drain time is over."""
         logger.info("draining", extra={"drain_s": self._config.drain_s})
         self._readiness = Readiness.DRAINING
         self._gossip_socket.set_load(self._load())
         with trio.move_on_after(self._config.drain_s):
-            while self._dispatch.statistics().open_streams or self._load().active_requests:
+            while not stop.hurried.is_set():
+                if not (self._dispatch.statistics().open_streams or self._load().active_requests):
+                    return
                 await trio.sleep(DRAIN_POLL_S)
-            return
-        logger.warning("drain time is over; the streams still running are cut")
+        logger.warning("the streams still running are cut: the drain time is over, or a second signal came")
 
     # What other parts ask.
 
@@ -408,21 +338,3 @@ def _refused(refusals: Mapping[Address, str], cluster_name: str) -> str:
     elif set(refusals.values()) == {"protocol version"}:
         fix = "run versions of AI Cluster that share a protocol version"
     return f"every seed that answers refuses this node's cluster key handshake: {seeds}; {fix}"
-
-
-async def _stop_requested(*, watch_stdin: bool) -> None:
-    """Return at SIGTERM or SIGINT, or at the end of standard input where that is watched."""
-    async with trio.open_nursery() as nursery:
-        if watch_stdin:
-            nursery.start_soon(_stdin_ended, nursery.cancel_scope)
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            async for _ in signals:
-                nursery.cancel_scope.cancel()
-                break
-
-
-async def _stdin_ended(stop: trio.CancelScope) -> None:
-    # os.read and not sys.stdin: a thread left behind in it holds no lock that the interpreter's exit needs.
-    while await trio.to_thread.run_sync(os.read, sys.stdin.fileno(), STDIN_BYTES, abandon_on_cancel=True):
-        pass
-    stop.cancel()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 
 import trio
 
-from mesh.errors import PeerUnavailable
-from mesh.forwarder import Forwarder, IncomingStream, RemoteError, StreamRefused
+from mesh.errors import MeshError, PeerUnavailable
+from mesh.forwarder import Forwarder, IncomingStream, OutgoingStream, RemoteError, StreamRefused
 from mesh.view import MemberView
 from nodes.generation import (
     REQUEST_BYTES_MAX,
@@ -45,15 +46,23 @@ class RemoteGenerator:
 
 
 class _RemoteStream(trio.abc.ReceiveChannel[GenerateEvent]):
-    """Decodes the events of one stream, and turns the peer's errors back into what they were there."""
+    """Decodes the events of one stream, and turns the peer's errors back into what they were there.
 
-    def __init__(self, stream: trio.abc.ReceiveChannel[object], node_id: str) -> None:
+    A read takes all that waits, as one event: a reader that is late gets fewer and larger ones.
+    """
+
+    def __init__(self, stream: OutgoingStream, node_id: str) -> None:
         self._stream = stream
         self._node_id = node_id
 
     async def receive(self) -> GenerateEvent:
         try:
-            return decode_event(await self._stream.receive())
+            event = decode_event(await self._stream.receive())
+            # What ends the stream is not lost by being met here: the next read meets it again.
+            with suppress(trio.WouldBlock, trio.EndOfChannel, MeshError):
+                while True:
+                    event = event.merged_with(decode_event(self._stream.receive_nowait()))
+            return event
         except ValueError as exc:
             raise PeerUnavailable(f"node {self._node_id} sent an event that this version cannot read") from exc
         except RemoteError as exc:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
+from dataclasses import dataclass
 
 from mesh.view import Address
 from nodes.config import ConfigInvalid, NodeConfig
@@ -12,6 +13,15 @@ from nodes.config import ConfigInvalid, NodeConfig
 HTTP_BACKLOG = 1024
 # UDP and TCP must share a free number; with port 0 the kernel picks for TCP, and UDP may find it taken.
 MESH_PORT_TRIES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSockets:
+    """Bound by run_node, which also closes them."""
+
+    http: socket.socket
+    mesh_udp: socket.socket
+    mesh_tcp: socket.socket
 
 
 def bind_http(address: Address) -> socket.socket:

@@ -43,10 +43,10 @@ class Tokenizer:
 
         Lone surrogates, which JSON can carry and UTF-8 cannot, become question marks."""
         try:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
+            text.encode()
         except UnicodeEncodeError:
-            text = text.encode("utf-8", "replace").decode("utf-8")
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
+            text = text.encode("utf-8", "replace").decode()
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of ids, special tokens left out; incomplete characters become U+FFFD."""

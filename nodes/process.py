@@ -1,0 +1,114 @@
+"""One node as a process: what it takes hold of before it starts, and how it ends. Every fault becomes one line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import trio
+
+from mesh.seal import Keyring
+from nodes.config import ConfigInvalid, NodeConfig
+from nodes.data_directory import DataDirectory
+from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid, read_model_folder
+from nodes.node import Node, StopRequest
+from nodes.sockets import NodeSockets, bind_http, bind_mesh, bound_address
+from observability.log_writer import WriterThread
+from observability.logs import configure_logging
+
+# Read from a standard input that is only watched for its end.
+STDIN_BYTES = 4096
+
+
+def run_node(config: NodeConfig) -> None:
+    """Run one node until SIGTERM or SIGINT. Raises ConfigInvalid, before or after the start, when it cannot run."""
+    keyring = Keyring([config.cluster_key()], config.cluster_name)
+    folders = [(name, _read_folder(path)) for name, path in config.models()]
+    with ExitStack() as stack:
+        data = stack.enter_context(DataDirectory(config.data_dir))
+        sockets = NodeSockets(stack.enter_context(bind_http(config.http)), *bind_mesh(config.mesh))
+        stack.enter_context(sockets.mesh_udp)
+        stack.enter_context(sockets.mesh_tcp)
+        log_writer = _enter_logging(stack, config)
+        stack.enter_context(_address_file(config, sockets))
+        generation = data.next_generation()
+
+        async def main() -> None:
+            node = Node(config, keyring, folders, sockets, generation, log_writer)
+            stop = StopRequest()
+            async with trio.open_nursery() as nursery:
+                await nursery.start(_watch_signals, stop)
+                if config.stop_with_stdin:
+                    nursery.start_soon(_watch_stdin, stop)
+                await node.run(stop)
+                nursery.cancel_scope.cancel()
+
+        try:
+            trio.run(main, strict_exception_groups=True)
+        except BaseExceptionGroup as group:
+            raise _first_fault(group) from group
+
+
+def _enter_logging(stack: ExitStack, config: NodeConfig) -> WriterThread[logging.LogRecord]:
+    logs = configure_logging(config.log_dir, config.node_id(), config.log_level, config.log_console)
+    try:
+        return stack.enter_context(logs)
+    except OSError as exc:
+        raise ConfigInvalid(f"log_dir {config.log_dir}: {exc.strerror}; give a writable folder with --log-dir") from exc
+
+
+def _read_folder(path: Path) -> ModelFolder:
+    try:
+        return read_model_folder(path)
+    except ModelFolderInvalid as exc:
+        raise ConfigInvalid(str(exc)) from exc
+
+
+@contextmanager
+def _address_file(config: NodeConfig, sockets: NodeSockets) -> Iterator[None]:
+    """`<data_dir>/node.json` while the node runs: where it is and which process it is, for scripts."""
+    file = config.data_dir / "node.json"
+    content = {
+        "name": config.node_id(),
+        "pid": os.getpid(),
+        "http": str(bound_address(config.http, sockets.http)),
+        "mesh": str(bound_address(config.mesh, sockets.mesh_tcp)),
+    }
+    temporary = file.with_suffix(".new")
+    temporary.write_text(json.dumps(content) + "\n")
+    temporary.replace(file)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def _first_fault(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The ConfigInvalid in the group, whatever else ended beside it; else the group."""
+    fault: BaseException | None = group.subgroup(ConfigInvalid)
+    while isinstance(fault, BaseExceptionGroup):
+        fault = fault.exceptions[0]
+    return fault or group
+
+
+async def _watch_signals(stop: StopRequest, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    """SIGTERM or SIGINT asks for a stop; another one hurries it."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for _ in signals:
+            if stop.asked.is_set():
+                stop.hurried.set()
+            stop.asked.set()
+
+
+async def _watch_stdin(stop: StopRequest) -> None:
+    # os.read and not sys.stdin: a thread left behind in it holds no lock that the interpreter's exit needs.
+    while await trio.to_thread.run_sync(os.read, sys.stdin.fileno(), STDIN_BYTES, abandon_on_cancel=True):
+        pass
+    stop.asked.set()
