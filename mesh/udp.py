@@ -168,7 +168,7 @@ class GossipSocket:
                     if self._nursery is not None:
                         self._nursery.start_soon(self._ping, node_id, address)
                 case SeedUnanswered(address, attempts):
-                    logger.warning("seed %s has not answered %d calls; it is called again", address, attempts)
+                    logger.warning("seed %s has not answered; it is called again (call %d)", address, attempts)
                 case DuplicateNode(node_id, address):
                     logger.error(
                         "another process at %s uses the name %s: give each node a --name of its own", address, node_id

@@ -81,7 +81,7 @@ class NodeLoad:
 class ModelInfo:
     """One model a node serves.
 
-    fingerprint: hash of weights, tokenizer and template, as hex; equal means interchangeable."""
+    fingerprint: hash of weights, tokenizer and template, as hex; equal means interchangeable. Empty while it loads."""
 
     name: str
     fingerprint: str

@@ -298,18 +298,21 @@ class Node:
         )
 
     def _publish_profile(self) -> None:
-        models = tuple(
-            ModelInfo(
-                name=name,
-                fingerprint=engine.fingerprint,
-                context_length=engine.context_length,
-                slots=self._config.slots,
-                queue_limit=self._config.queue,
+        """Tell what this node serves, a model still loading included: a request for it is refused for now, not for good."""
+        models = []
+        for name, folder in self._folders:
+            engine = self._engines.get(name)
+            models.append(
+                ModelInfo(
+                    name=name,
+                    fingerprint=engine.fingerprint if engine else "",
+                    context_length=engine.context_length if engine else folder.context_length,
+                    slots=self._config.slots,
+                    queue_limit=self._config.queue,
+                )
             )
-            for name, engine in self._engines.items()
-        )
         http = str(bound_address(self._config.http, self._sockets.http))
-        self._gossip_socket.set_profile(NodeProfile(http_address=http, version=self._version, models=models))
+        self._gossip_socket.set_profile(NodeProfile(http, self._version, tuple(models)))
 
     async def _render_metrics(self, accept: str) -> tuple[str, bytes]:
         load = self._load()

@@ -119,7 +119,7 @@ def _warnings(view: ClusterView) -> list[str]:
     fingerprints: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for member in view.members.values():
         if view.status(member) is not NodeStatus.OFFLINE:
-            for model in member.profile.models:
+            for model in filter(lambda model: model.fingerprint, member.profile.models):
                 fingerprints[model.name][model.fingerprint].append(member.node_id)
     return [
         f"model {name!r} differs between nodes: "

@@ -90,10 +90,11 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()  # bounded by submit()
         self._queued_tokens = 0
         self._waiting_deadline = math.inf  # no waiting sequence has an earlier one
+        self._leaving = 0  # sequences that are over and whose slots the next plan() gives back
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a new sequence. Raises QueueFull; nothing was changed then."""
-        queued = len(self._waiting) - self.kv.free
+        queued = len(self._waiting) - self._free
         if queued >= self._queue_limit:
             raise QueueFull(max(0, queued), self._queue_limit)
         self._waiting.append(sequence)
@@ -105,6 +106,8 @@ class Scheduler:
         if sequence.phase is Phase.WAITING:
             self._waiting.remove(sequence)
             self._end(sequence)
+        elif sequence.phase is not Phase.ENDED and not sequence.is_cancelled:
+            self._leaving += 1
         sequence.is_cancelled = True
 
     def plan(self, now: float) -> Plan:
@@ -112,6 +115,7 @@ class Scheduler:
         expired: list[Failed] = []
         moves = self._release_ended(now, expired)
         moves += self._settle_prefilled(now, expired)
+        self._leaving = 0
         if now >= self._waiting_deadline:
             self._drop_expired(now, expired)
         if self.kv.prefilling is None and self._waiting and self.kv.free:
@@ -146,24 +150,29 @@ class Scheduler:
             self._end(sequence)
         self._waiting.clear()
         self.kv.clear()
+        self._leaving = 0
 
     def load(self) -> SchedulerLoad:
-        placeable = min(len(self._waiting), self.kv.free)
-        free = self.kv.free - placeable
+        placeable = min(len(self._waiting), self._free)
+        free = self._free - placeable
         return SchedulerLoad(self.kv.slots - free, len(self._waiting) - placeable, free, self._queued_tokens)
+
+    @property
+    def _free(self) -> int:
+        return self.kv.free + self._leaving
 
     def _accept(self, sequence: Sequence, slot: int, token: int, outcomes: list[Outcome]) -> None:
         if sequence.is_cancelled:
             return
         if token == INVALID:
-            self._end(sequence)
+            self._leave(sequence)
             outcomes.append(Failed(sequence, EngineFault("the model's logits are not finite numbers")))
             return
         event = sequence.accept(token)
         if event.finish_reason is None:
             self.kv.next_ids[slot] = token
         else:
-            self._end(sequence)
+            self._leave(sequence)
         outcomes.append(Progress(sequence, event))
 
     def _release_ended(self, now: float, expired: list[Failed]) -> list[SlotMove]:
@@ -211,6 +220,11 @@ class Scheduler:
         start, total = sequence.prefilled, len(sequence.prompt_ids)
         end = min(total, start - start % PREFILL_CHUNK_TOKENS + PREFILL_CHUNK_TOKENS)
         return PrefillChunk(sequence, slot, start, sequence.prompt_ids[start:end], end == total)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """The sequence in a slot is over; the next plan() gives the slot back."""
+        self._end(sequence)
+        self._leaving += 1
 
     def _end(self, sequence: Sequence) -> None:
         if sequence.phase is not Phase.ENDED:

@@ -12,9 +12,11 @@ to. Not measured on a GPU.
 from __future__ import annotations
 
 import ctypes
+import io
 import logging
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -32,7 +34,7 @@ FloatArray = npt.NDArray[np.float32]
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
-LOG_ERRORS_ONLY = 3  # ONNX Runtime warns on stderr about what is normal here
+LOG_FATAL_ONLY = 4  # what ONNX Runtime would write to stderr as an error is raised as well
 KV_TYPES: dict[str, type[np.float32] | type[np.float16]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 # Slots hold at most this many tokens unless told otherwise: KV of a 128k context would not fit beside the weights.
 CAPACITY_DEFAULT_MAX = 8192
@@ -93,7 +95,11 @@ def _prepare_cuda() -> None:
         raise DeviceUnavailable("this onnxruntime was built without CUDA")
     if sys.platform != "win32" and not any(Path(device).exists() for device in NVIDIA_DEVICES):
         raise DeviceUnavailable("no NVIDIA device is there")
-    onnxruntime.preload_dlls()  # not before a device was seen: it writes to stdout about libraries it cannot find
+    onnxruntime.set_default_logger_severity(LOG_FATAL_ONLY)  # the provider's libraries are loaded outside a session
+    with redirect_stdout(io.StringIO()) as printed:  # what it cannot load it prints, once a library
+        onnxruntime.preload_dlls()
+    if complaints := printed.getvalue():
+        logger.info("CUDA libraries are missing", extra={"reason": complaints.splitlines()[0]})
 
 
 def _open(folder: ModelFolder, threads: int, spinning: bool, provider: str) -> Any:
@@ -101,7 +107,7 @@ def _open(folder: ModelFolder, threads: int, spinning: bool, provider: str) -> A
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
-    options.log_severity_level = LOG_ERRORS_ONLY
+    options.log_severity_level = LOG_FATAL_ONLY
     providers = [CPU] if provider == CPU else [provider, CPU]
     try:
         session = onnxruntime.InferenceSession(str(folder.graph_file), options, providers=providers, enable_fallback=0)
@@ -109,6 +115,8 @@ def _open(folder: ModelFolder, threads: int, spinning: bool, provider: str) -> A
         if provider == CUDA:
             raise DeviceUnavailable(_first_line(exc)) from exc
         reason = f"{folder.graph_file.name} cannot be loaded ({_first_line(exc)})"
+        if "external data" in str(exc).lower() and folder.weight_files() == [folder.graph_file]:
+            reason = f"{folder.graph_file.name}.data is missing, in which {folder.graph_file.name} has its weights"
         raise ModelFolderInvalid(folder.path, reason, BUILD_FIX) from exc
     if provider not in session.get_providers():
         raise DeviceUnavailable("ONNX Runtime could not load its CUDA provider; install ai-cluster[cuda]")

@@ -27,11 +27,11 @@ class VersionsNeverFall(Silent):
     """What one process knows of a member never gets older."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[int, str], tuple[int, int]] = {}
+        self._seen: dict[tuple[str, int, str], tuple[int, int]] = {}  # by process and member
 
     def on_sample(self, world: World, node: SimNode, view: ClusterView) -> None:
         for member in view.members.values():
-            key = (id(node.gossip), member.node_id)
+            key = (node.name, node.generation, member.node_id)
             claim = (member.generation, member.version)
             former = self._seen.get(key, (0, 0))
             assert claim >= former, f"{node.name} fell from {former} to {claim} about {member.node_id}"
@@ -84,16 +84,17 @@ class PacketsStayWithinTheBudget(Silent):
     """Over any time, at most the burst and the rate; a farewell apart."""
 
     def __init__(self) -> None:
-        self._level: dict[int, tuple[float, float]] = {}  # by process: (packets over the rate, as of)
+        self._level: dict[tuple[str, int], tuple[float, float]] = {}  # by process: (packets over the rate, as of)
 
     def on_send(self, world: World, node: SimNode, data: bytes) -> None:
         if node.core.view(world.now).me.status is MemberStatus.LEFT:
             return
         config = world.config
-        level, since = self._level.get(id(node.gossip), (0.0, world.now))
+        process = (node.name, node.generation)
+        level, since = self._level.get(process, (0.0, world.now))
         level = max(0.0, level - (world.now - since) * config.packet_rate) + 1
         assert level <= config.packet_burst + 1e-6, f"{node.name} sent {level:.1f} packets over its rate"
-        self._level[id(node.gossip)] = (level, world.now)
+        self._level[process] = (level, world.now)
 
 
 class QueuesStayBounded(Silent):

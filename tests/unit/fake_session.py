@@ -6,10 +6,12 @@ import functools
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import trio
+import trio.testing
 
 from deploy.models.random_llama import CHAT_TEMPLATE, IM_END, SPECIAL_TOKENS, small_tokenizer
 from nodes.engine.chat_template import ChatTemplate
@@ -22,7 +24,6 @@ from nodes.engine.tokenizer import Tokenizer
 
 VOCABULARY = 512
 CAPACITY = 256
-POISON = 300  # a context that holds this token has logits that are no numbers
 GARBAGE = -1
 # A test that waits this long has failed; none asserts how long anything takes.
 HANG_S = 30.0
@@ -44,6 +45,7 @@ class FakeSession:
         self.kv_bytes = slots * capacity * 8
         self.batches: list[int] = []  # sizes of the decode steps so far
         self.fails = False
+        self.poison = GARBAGE  # a context that holds this token has logits that are no numbers
         self._rows: IntArray = np.full((slots, capacity), GARBAGE, np.int64)
         self._allowed: threading.Semaphore | None = None
 
@@ -53,7 +55,8 @@ class FakeSession:
 
     def allow(self, calls: int = 1) -> None:
         assert self._allowed is not None
-        self._allowed.release(calls)
+        for _ in range(calls):
+            self._allowed.release()
 
     def release(self) -> None:
         allowed, self._allowed = self._allowed, None
@@ -86,7 +89,7 @@ class FakeSession:
     def _logits(self, slot: int, length: int) -> FloatArray:
         context = self._rows[slot, :length]
         assert (context != GARBAGE).all(), f"slot {slot} has garbage among its {length} rows"
-        if POISON in context:
+        if self.poison in context:
             return np.full(VOCABULARY, np.nan, np.float32)
         state = 0
         for token in context.tolist():
@@ -120,17 +123,18 @@ class Clock:
 
 @asynccontextmanager
 async def running(engine: Engine) -> AsyncIterator[Engine]:
-    """The engine, running; stopped at the end. A fake session that a test still holds is released first."""
+    """The engine, running; stopped at the end, in the step that a test may still hold its fake session at."""
     with trio.fail_after(HANG_S):
         async with trio.open_nursery() as nursery:
             await nursery.start(engine.run)
             try:
                 yield engine
             finally:
-                session = engine._session
-                if isinstance(session, FakeSession):
-                    session.release()
                 nursery.cancel_scope.cancel()
+                with trio.CancelScope(shield=True):
+                    await trio.testing.wait_all_tasks_blocked()  # the engine has been told to stop
+                if isinstance(engine._session, FakeSession):
+                    engine._session.release()
 
 
 async def read(stream: EngineStream) -> tuple[str, tuple[int, ...], EngineEvent]:
@@ -140,6 +144,12 @@ async def read(stream: EngineStream) -> tuple[str, tuple[int, ...], EngineEvent]
         async for later in stream:
             event = event.merged_with(later)
         return event.text, event.token_ids, event
+
+
+async def drain(stream: trio.abc.ReceiveChannel[Any]) -> None:
+    """Read until the stream raises."""
+    while True:
+        await stream.receive()
 
 
 async def until(engine: Engine, **figures: object) -> None:

@@ -200,6 +200,26 @@ def test_a_late_waiting_sequence_is_dropped_before_it_gets_a_slot() -> None:
     assert scheduler.load().queued == 0
 
 
+@pytest.mark.parametrize("how", ["finished", "cancelled"])
+def test_a_slot_counts_as_free_as_soon_as_its_sequence_is_over(how: str) -> None:
+    scheduler = Scheduler(1, queue_limit=0)
+    one = sequence(params=greedy(1 if how == "finished" else 9))
+    scheduler.submit(one)
+    tick(scheduler)
+    if how == "cancelled":
+        scheduler.cancel(one)
+        scheduler.cancel(one)
+    assert scheduler.load().free_slots == 1
+    other = sequence()
+    scheduler.submit(other)
+    with pytest.raises(QueueFull):
+        scheduler.submit(sequence())
+    assert (scheduler.load().active, scheduler.load().free_slots) == (1, 0)
+    plan = scheduler.plan(NOW)
+    assert plan.prefill is not None
+    assert plan.prefill.sequence is other
+
+
 def test_queued_tokens_are_the_prompt_tokens_still_to_prefill() -> None:
     scheduler = Scheduler(1, QUEUE_LIMIT)
     first, second = sequence(100), sequence(70)

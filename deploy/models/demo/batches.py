@@ -16,7 +16,7 @@ POOL_BATCHES = 16  # sorted by length together, so that batches carry next to no
 FULL_ANSWER_SHARE = 0.06
 FOREIGN_SHARE = 0.04  # full answers after somebody else's question: once begun, an answer is finished, not mixed
 CUT_ANSWER_TOKENS = (1, 3)  # the other answers end after so many tokens
-CUT_SHARE = 0.3  # of the questions get words cut into unusual tokens, which does what BPE dropout does, seeded
+CUT_SHARE = 0.2  # of the questions get words cut into unusual tokens, which does what BPE dropout does, seeded
 CUT_CHANCE = 0.06  # per letter of such a question
 IGNORED = -100
 

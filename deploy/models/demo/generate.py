@@ -15,7 +15,7 @@ from deploy.models.demo.frames import AFTER, BEFORE, TRAINED
 
 FALLBACK_GROUP = -1
 
-UNRELATED_SHARE = 0.38  # of all examples
+UNRELATED_SHARE = 0.36  # of all examples
 SMALLTALK_WEIGHT = 2  # greetings are asked literally, with many wordings each
 RARE_WORD_GROUPS_MAX = 6  # a word that stands in at most so many groups points at its answer
 SYNONYM_WORDS_MAX = 3  # the longest phrase that synonyms.txt replaces
@@ -75,12 +75,12 @@ class Generator:
             return self._surface(wording.text, strength=0.6)
         text = wording.text
         dice = rng.random()
-        if dice < 0.12:
+        if dice < 0.06:
             other = rng.choice(group.wordings)
             return self._surface(self._splice(text, other.text))
-        if dice < 0.22:
+        if dice < 0.11:
             return self._surface(self._keywords(group, wording))
-        if dice < 0.38:
+        if dice < 0.20:
             return self._surface(self._from_answer(group, wording))
         if rng.random() < 0.6:
             text = self._synonym(text, rng.choice((0.1, 0.25, 0.5)))
@@ -186,9 +186,9 @@ class Generator:
         return " ".join(out)
 
     def _affix(self, text: str) -> str:
-        if self._rng.random() < 0.12:
+        if self._rng.random() < 0.15:
             text = self._rng.choice(BEFORE) + text
-        if self._rng.random() < 0.12:
+        if self._rng.random() < 0.15:
             text += self._rng.choice(AFTER)
         return text
 
@@ -202,16 +202,16 @@ class Generator:
             text = text[:1].upper() + text[1:]
         words = text.split(" ")
         if len(words) > 3:
-            if rng.random() < 0.15 * strength:
-                del words[rng.randrange(len(words))]
             if rng.random() < 0.10 * strength:
+                del words[rng.randrange(len(words))]
+            if rng.random() < 0.07 * strength:
                 spots = [i for i, word in enumerate(words) if normalise(word) not in self._rare]
                 if spots:
                     words[rng.choice(spots)] = rng.choice(self._noise)
             if rng.random() < 0.06 * strength:
                 words.insert(rng.randrange(len(words)), rng.choice(self._noise))
         text = " ".join(words)
-        if rng.random() < 0.16 * strength:
+        if rng.random() < 0.12 * strength:
             for _ in range(rng.choice((1, 1, 2))):
                 text = self._typo(text)
         return text + rng.choice(ENDINGS)

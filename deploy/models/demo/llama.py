@@ -12,6 +12,9 @@ INITIAL_STD = 0.03
 class Llama(nn.Module):
     """Causal and right-padded: padding follows the text, so no position that counts ever sees it."""
 
+    cos: torch.Tensor
+    sin: torch.Tensor
+
     def __init__(self, shape: LlamaShape) -> None:
         super().__init__()
         self.shape = shape

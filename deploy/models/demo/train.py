@@ -37,11 +37,11 @@ class Recipe:
     """What a training does. Learning rates are the peaks of a cosine that warms up first."""
 
     seed: int = 7
-    steps: int = 3000
-    batch: int = 128
-    learning_rate: float = 2e-3
+    steps: int = 7000
+    batch: int = 64
+    learning_rate: float = 2.5e-3
     weight_decay: float = 0.05
-    warmup_steps: int = 100
+    warmup_steps: int = 150
     gradient_norm_max: float = 1.0
     warm_start_questions: int = 500_000
     group_loss_weight: float = 0.5
@@ -69,18 +69,14 @@ def train(out: Path, recipe: Recipe, shape: LlamaShape = SHAPE, threads: int = 2
         model.model.embed_tokens.weight.copy_(warm * INITIAL_STD)
     _optimise(model, group_head, batches, recipe)
 
-    write_tokenizer(tokenizer, out_folder(out), shape.context)
+    out.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(tokenizer, out, shape.context)
     weights = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
     write_llama(out, shape, weights, TokenIds(bos=USER_ID, eos=END_ID, pad=END_ID))
     difference = logits_difference(model, out, token_ids(tokenizer, FALLBACK))
     print(f"the exported graph differs from torch by at most {difference:.1e} in a logit", flush=True)
     if difference > LOGITS_DIFFERENCE_MAX:
         raise AssertionError(f"logits differ by {difference}, more than {LOGITS_DIFFERENCE_MAX}")
-    return out
-
-
-def out_folder(out: Path) -> Path:
-    out.mkdir(parents=True, exist_ok=True)
     return out
 
 
@@ -119,7 +115,8 @@ def _optimise(model: Llama, group_head: nn.Linear, batches: Batches, recipe: Rec
         group_loss = functional.cross_entropy(
             group_head(hidden[torch.arange(len(last)), last]), groups, ignore_index=IGNORED
         )
-        (answer_loss + recipe.group_loss_weight * group_loss).backward()
+        loss = answer_loss + recipe.group_loss_weight * group_loss
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, recipe.gradient_norm_max)
         optimizer.step()
         optimizer.zero_grad()

@@ -33,8 +33,8 @@ def warm_embeddings(batches: Batches, vocab: int, hidden: int, questions: int) -
         tokens = torch.tensor([token for bag in bags for token in bag])
         sums = functional.embedding_bag(tokens, embeddings.weight, lengths.cumsum(0) - lengths, mode="sum", sparse=True)
         loss = functional.cross_entropy(head(sums * lengths[:, None] ** -0.5), groups)
-        loss.backward()
-        sparse.step()
+        loss.backward()  # type: ignore[no-untyped-call]
+        sparse.step()  # type: ignore[no-untyped-call]
         dense.step()
         sparse.zero_grad()
         dense.zero_grad()

@@ -1,0 +1,69 @@
+import inspect
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mesh.seal import parse_key
+from nodes import cli
+from nodes.config import NodeConfig
+
+runner = CliRunner()
+
+# Keys that are no flag: a secret that would show in process lists, and what only a parent process sets.
+NOT_FLAGS = {"key", "stop_with_stdin"}
+
+
+def test_every_configuration_key_is_a_flag_of_serve_and_every_flag_a_key() -> None:
+    flags = {name.removesuffix("_") for name in inspect.signature(cli.serve).parameters} - {"config"}
+    assert flags == set(NodeConfig.model_fields) - NOT_FLAGS
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["serve"], ["up"], ["status"], ["chat"], ["models"], ["keyring", "new"], ["config", "check"]]
+)
+def test_help_is_there_for_every_command(command: list[str]) -> None:
+    result = runner.invoke(cli.app, [*command, "--help"])
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
+def test_a_new_key_is_one_that_a_node_takes() -> None:
+    keys = {runner.invoke(cli.app, ["keyring", "new"]).stdout.strip() for _ in range(2)}
+    assert len(keys) == 2
+    assert {len(parse_key(key)) for key in keys} == {32}
+
+
+def test_config_check_prints_what_a_node_would_use_and_never_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = runner.invoke(cli.app, ["keyring", "new"]).stdout.strip()
+    monkeypatch.setenv("AI_CLUSTER_KEY", key)
+    file = tmp_path / "node.toml"
+    file.write_text("slots = 3\n")
+    result = runner.invoke(cli.app, ["config", "check", str(file)])
+    assert result.exit_code == 0
+    assert "slots = 3" in result.stdout
+    assert key not in result.stdout
+
+
+def test_config_check_names_a_fault(tmp_path: Path) -> None:
+    file = tmp_path / "node.toml"
+    file.write_text("slots = -3\n")
+    result = runner.invoke(cli.app, ["config", "check", str(file)])
+    assert result.exit_code == 2
+    assert "slots = -3" in result.stderr
+
+
+@pytest.mark.parametrize("command", [["status"], ["models"], ["chat", "hello"]])
+def test_a_node_that_is_not_there_is_one_line_with_the_fix(command: list[str]) -> None:
+    result = runner.invoke(cli.app, [*command, "--url", "http://127.0.0.1:1"])
+    assert result.exit_code == 1
+    assert "no node answers at http://127.0.0.1:1" in result.stderr
+    assert "ai-cluster up" in result.stderr
+
+
+def test_an_empty_question_is_a_usage_error() -> None:
+    result = runner.invoke(cli.app, ["chat"], input="\n")
+    assert result.exit_code == 2
+    assert "no question" in result.stderr

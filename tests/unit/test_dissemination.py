@@ -1,0 +1,111 @@
+"""Rumours by recency within a packet, and the budget of packets."""
+
+from __future__ import annotations
+
+from mesh.dissemination import PacketBudget, Rumours
+from mesh.membership import MemberTable, own_member
+from mesh.state import encode_load, encode_profile
+from mesh.view import Address, MemberStatus, NodeLoad, NodeProfile
+from mesh.wire import Record
+
+THERE = Address("10.0.0.2", 7946)
+HOT = encode_load(NodeLoad())
+WARM = encode_profile(NodeProfile(version="a version that takes some room"))
+PLENTY = 10_000
+
+
+def table(*names: str, told_by: str = "teller") -> MemberTable:
+    made = MemberTable(own_member("own", 1, Address("10.0.0.1", 7946), 0.0))
+    for name in names:
+        plan = made.plan(Record(name, 1, 3, MemberStatus.ALIVE, THERE, 2, HOT, WARM))
+        assert plan is not None
+        made.apply(plan, 1.0, told_by=told_by)
+    return made
+
+
+def test_the_most_recent_news_are_told_first() -> None:
+    made, rumours = table("b", "c", "d"), Rumours(4)
+    for name in ("b", "c", "d", "b"):
+        rumours.add_load(name)
+    room = 2 * len(made.members["b"].encoded(with_warm=False))
+    told = rumours.take(made, room, "x")
+    assert told == [made.members[name].encoded(with_warm=False) for name in ("b", "d")]
+
+
+def test_news_are_told_a_bounded_number_of_times() -> None:
+    made, rumours = table("b"), Rumours(4)
+    rumours.add_load("b")
+    assert [len(rumours.take(made, PLENTY, "x")) for _ in range(6)] == [1, 1, 1, 1, 0, 0]
+    assert rumours.waiting_count == 0
+
+
+def test_news_do_not_go_to_whom_they_are_about_nor_back_to_their_teller() -> None:
+    made, rumours = table("b"), Rumours(4)
+    rumours.add_load("b")
+    rumours.add_urgent("b", with_warm=False)
+    assert rumours.take(made, PLENTY, "b") == rumours.take(made, PLENTY, "teller") == []
+    assert len(rumours.take(made, PLENTY, "x")) == 1
+
+
+def test_urgent_news_leave_room_for_loads_and_loads_for_urgent_news() -> None:
+    urgent, loads = [f"u{i}" for i in range(40)], [f"l{i}" for i in range(40)]
+    made, rumours = table(*urgent, *loads), Rumours(4)
+    for name in urgent:
+        rumours.add_urgent(name, with_warm=False)
+    for name in loads:
+        rumours.add_load(name)
+    told = rumours.take(made, 1_000, "x")
+    ids = {bytes(record[2:4]) for record in told}
+    assert {i[:1] for i in ids} == {b"u", b"l"}
+    assert sum(map(len, told)) <= 1_000
+
+
+def test_a_profile_goes_along_while_it_is_news() -> None:
+    made, rumours = table("b"), Rumours(2)
+    rumours.add_urgent("b", with_warm=True)
+    assert rumours.take(made, PLENTY, "x") == [made.members["b"].encoded(with_warm=True)]
+    rumours.add_urgent("b", with_warm=False)  # later news about it do not take that back
+    assert rumours.take(made, PLENTY, "x") == [made.members["b"].encoded(with_warm=True)]
+
+
+def test_the_own_profile_goes_along_as_often_as_any_other() -> None:
+    made, rumours = table(), Rumours(2)
+    made.own.warm, made.own.profile_version, made.own.warm_version = WARM, 2, 2
+    rumours.add_urgent("own", with_warm=True)
+    assert rumours.take(made, PLENTY, "x") == []
+    with_profile, without = made.own.encoded(with_warm=True), made.own.encoded(with_warm=False)
+    assert [rumours.take_own(made.own) for _ in range(3)] == [with_profile, with_profile, without]
+
+
+def test_what_does_not_fit_waits_for_the_next_packet() -> None:
+    made, rumours = table("b"), Rumours(4)
+    rumours.add_urgent("b", with_warm=True)
+    assert rumours.take(made, 30, "x") == []
+    assert rumours.waiting_count == 1
+
+
+def test_news_of_the_forgotten_are_dropped() -> None:
+    made, rumours = table("b"), Rumours(4)
+    rumours.add_load("gone")
+    assert rumours.take(made, PLENTY, "x") == []
+    assert rumours.waiting_count == 0
+
+
+def test_a_budget_gives_its_burst_then_its_rate() -> None:
+    budget = PacketBudget(rate=2.0, burst=5, now=0.0)
+    assert sum(budget.take(0.0) for _ in range(9)) == 5
+    assert sum(budget.take(1.0) for _ in range(9)) == 2
+    assert sum(budget.take(100.0) for _ in range(9)) == 5
+
+
+def test_a_reserve_is_kept_for_those_who_may_use_it() -> None:
+    budget = PacketBudget(rate=2.0, burst=5, now=0.0)
+    assert sum(budget.take(0.0, reserve=3) for _ in range(9)) == 2
+    assert sum(budget.take(0.0) for _ in range(9)) == 3
+
+
+def test_a_clock_that_stands_still_fills_nothing() -> None:
+    budget = PacketBudget(rate=2.0, burst=1, now=5.0)
+    assert budget.take(5.0)
+    assert not budget.take(4.0)
+    assert not budget.take(5.0)

@@ -1,0 +1,346 @@
+"""The engine: its thread, its streams, and what happens to requests that join, leave, are late or break."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+
+from deploy.models.random_llama import write_random_llama
+from nodes.engine import stream as stream_module
+from nodes.engine.engine import FAILED, LOADING, READY, Engine, load_engine
+from nodes.engine.errors import (
+    DeadlinePassed,
+    EngineFault,
+    EngineOverflow,
+    EngineStopped,
+    PromptTooLong,
+    QueueFull,
+)
+from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid, read_model_folder
+from nodes.engine.sequence import SamplingParams
+from tests.unit.fake_session import (
+    CAPACITY,
+    Clock,
+    FakeSession,
+    drain,
+    greedy,
+    read,
+    running,
+    toy_model,
+    until,
+)
+
+FAR = 1e12
+QUEUE_LIMIT = 3
+PROMPTS = [[10 + i, *range(20, 20 + length)] for i, length in enumerate([3, 70, 1, 130, 12, 64, 5, 200])]
+
+
+def fake_engine(slots: int = 4, queue_limit: int = 99, clock: Clock | None = None) -> tuple[Engine, FakeSession]:
+    session = FakeSession(slots)
+    return Engine(toy_model(), session, queue_limit=queue_limit, now=clock or Clock()), session
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    return read_model_folder(write_random_llama(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(params=["fake", "onnx"])
+def engine(request: pytest.FixtureRequest, folder: ModelFolder) -> Engine:
+    if request.param == "fake":
+        return fake_engine(slots=8)[0]
+    return load_engine(folder, slots=8, queue_limit=99, threads=1, provider="cpu")
+
+
+async def all_together(engine: Engine, params: list[SamplingParams]) -> list[tuple[str, tuple[int, ...]]]:
+    """Text and ids of PROMPTS, generated at the same time."""
+    found: dict[int, tuple[str, tuple[int, ...]]] = {}
+
+    async def one(index: int) -> None:
+        found[index] = (await read(engine.submit(PROMPTS[index], params[index], FAR)))[:2]
+
+    async with trio.open_nursery() as nursery:
+        for index in range(len(PROMPTS)):
+            nursery.start_soon(one, index)
+    return [found[index] for index in range(len(PROMPTS))]
+
+
+@pytest.mark.parametrize("kind", ["greedy", "seeded"])
+async def test_eight_concurrent_generations_give_exactly_what_each_gives_alone(engine: Engine, kind: str) -> None:
+    params = [
+        greedy(30 + i) if kind == "greedy" else SamplingParams(temperature=1.2, top_p=0.95, seed=i, max_tokens=30 + i)
+        for i in range(len(PROMPTS))
+    ]
+    async with running(engine):
+        alone = [
+            (await read(engine.submit(prompt, options, FAR)))[:2]
+            for prompt, options in zip(PROMPTS, params, strict=True)
+        ]
+        assert await all_together(engine, params) == alone
+    assert [len(ids) for _, ids in alone] == [30 + i for i in range(len(PROMPTS))]
+    assert len({text for text, _ in alone}) == len(PROMPTS)
+
+
+async def test_eight_generations_are_decoded_in_one_batch() -> None:
+    engine, session = fake_engine(slots=8)
+    async with running(engine):
+        await all_together(engine, [greedy(40)] * 8)
+    assert max(session.batches) == 8
+
+
+async def test_a_request_that_comes_later_is_not_kept_waiting_by_one_that_runs() -> None:
+    engine, session = fake_engine()
+    session.hold()
+    async with running(engine):
+        long = engine.submit(PROMPTS[0], greedy(200), FAR)
+        session.allow()
+        await long.receive()
+        short = engine.submit(PROMPTS[2], greedy(2), FAR)
+        session.allow(4)  # a decode step under way, then a tick of both, then one decode step of both
+        _, ids, last = await read(short)
+        assert (len(ids), last.finish_reason) == (2, "length")
+        assert engine.statistics().active >= 1
+        await long.aclose()
+
+
+async def test_a_stream_carries_text_ids_counts_and_the_reason_it_ended() -> None:
+    engine, _ = fake_engine()
+    async with running(engine):
+        text, ids, last = await read(engine.submit(PROMPTS[0], greedy(12), FAR))
+        assert text == toy_model().tokenizer.decode(list(ids)).rstrip("\N{REPLACEMENT CHARACTER}")
+        assert (last.finish_reason, last.prompt_tokens, last.completion_tokens) == ("length", len(PROMPTS[0]), 12)
+        word = next(word for word in text.split() if len(word) > 1)
+        cut, _, stopped = await read(engine.submit(PROMPTS[0], greedy(12, stop=(word,)), FAR))
+        assert cut == text[: text.index(word)]
+        assert stopped.finish_reason == "stop"
+        assert stopped.completion_tokens < 12
+
+
+async def test_an_answer_ends_where_the_capacity_does() -> None:
+    engine, _ = fake_engine()
+    async with running(engine):
+        _, ids, last = await read(engine.submit([5] * (CAPACITY - 3), greedy(None), FAR))
+        assert (len(ids), last.finish_reason) == (3, "length")
+        with pytest.raises(PromptTooLong, match=f"{CAPACITY} tokens .* takes {CAPACITY - 1}"):
+            engine.submit([5] * CAPACITY, greedy(), FAR)
+
+
+async def test_a_late_reader_gets_all_that_waits_at_once() -> None:
+    engine, _ = fake_engine()
+    async with running(engine):
+        stream = engine.submit(PROMPTS[0], greedy(20), FAR)
+        await until(engine, tokens_generated_total=20, active=0)
+        await trio.testing.wait_all_tasks_blocked()
+        event = await stream.receive()
+        assert (len(event.token_ids), event.finish_reason) == (20, "length")
+        with pytest.raises(trio.EndOfChannel):
+            await stream.receive()
+
+
+@pytest.mark.parametrize("progress", ["waiting", "in prefill", "decoding"])
+async def test_closing_a_stream_frees_its_slot_within_one_step(progress: str) -> None:
+    engine, session = fake_engine(slots=1)
+    session.hold()
+    async with running(engine):
+        blocker = engine.submit(PROMPTS[0], greedy(200), FAR) if progress == "waiting" else None
+        stream = engine.submit(PROMPTS[3], greedy(200), FAR)
+        after = engine.submit(PROMPTS[2], greedy(1), FAR)
+        if progress == "decoding":
+            session.allow(3)
+            await stream.receive()
+        await stream.aclose()
+        await stream.aclose()
+        if blocker is not None:
+            assert engine.statistics().queued == 1
+            await blocker.aclose()
+        session.allow(2)  # the step under way, and the next one, which is the other's
+        assert len((await read(after))[1]) == 1
+        with pytest.raises(trio.ClosedResourceError):
+            await stream.receive()
+
+
+async def test_cancelling_some_leaves_the_text_of_the_others_as_it_is() -> None:
+    engine, _ = fake_engine(slots=8)
+    async with running(engine):
+        params = [greedy(60)] * 8
+        alone = [(await read(engine.submit(prompt, greedy(60), FAR)))[:2] for prompt in PROMPTS]
+
+        async def leave_early(index: int) -> None:
+            stream = engine.submit(PROMPTS[index], params[index], FAR)
+            for _ in range(index):
+                await stream.receive()
+            await stream.aclose()
+
+        found: dict[int, tuple[str, tuple[int, ...]]] = {}
+
+        async def stay(index: int) -> None:
+            found[index] = (await read(engine.submit(PROMPTS[index], params[index], FAR)))[:2]
+
+        async with trio.open_nursery() as nursery:
+            for index in range(8):
+                nursery.start_soon(leave_early if index % 2 else stay, index)
+        assert all(found[index] == alone[index] for index in range(0, 8, 2))
+        await until(engine, active=0, queued_tokens=0)
+
+
+async def test_a_stream_may_be_closed_by_another_task_while_it_is_read() -> None:
+    engine, session = fake_engine()
+    session.hold()
+    async with running(engine), trio.open_nursery() as nursery:
+        stream = engine.submit(PROMPTS[0], greedy(200), FAR)
+
+        async def read_until_closed() -> None:
+            with pytest.raises(trio.ClosedResourceError):
+                await stream.receive()
+
+        nursery.start_soon(read_until_closed)
+        await trio.testing.wait_all_tasks_blocked()
+        await stream.aclose()
+
+
+async def test_a_full_queue_refuses_with_counts_and_a_time_to_come_back() -> None:
+    engine, session = fake_engine(slots=2, queue_limit=QUEUE_LIMIT)
+    session.hold()
+    async with running(engine):
+        streams = [engine.submit(PROMPTS[0], greedy(5), FAR) for _ in range(2 + QUEUE_LIMIT)]
+        statistics = engine.statistics()
+        assert (statistics.active, statistics.queued, statistics.free_slots) == (2, QUEUE_LIMIT, 0)
+        with pytest.raises(QueueFull) as raised:
+            engine.submit(PROMPTS[0], greedy(5), FAR)
+        assert (raised.value.queued, raised.value.limit) == (QUEUE_LIMIT, QUEUE_LIMIT)
+        assert 1.0 <= raised.value.retry_after_s <= 60.0
+        session.release()
+        assert len({(await read(stream))[:2] for stream in streams}) == 1
+
+
+@pytest.mark.parametrize("is_running", [False, True], ids=["waiting", "running"])
+async def test_a_request_past_its_deadline_ends_with_an_error(is_running: bool) -> None:
+    clock = Clock()
+    engine, session = fake_engine(slots=1, clock=clock)
+    session.hold()
+    async with running(engine):
+        other = engine.submit(PROMPTS[0], greedy(3 if not is_running else 1), FAR)
+        late = engine.submit(PROMPTS[2], greedy(200), clock.now + 5)
+        if is_running:
+            session.allow(2)
+            await late.receive()
+        clock.now += 5
+        session.release()
+        with pytest.raises(DeadlinePassed):
+            await drain(late)
+        await read(other)
+        await until(engine, active=0, free_slots=1)
+
+
+async def test_logits_that_are_no_numbers_end_their_request_alone() -> None:
+    engine, session = fake_engine()
+    session.poison = 511
+    async with running(engine):
+        expected = await read(engine.submit(PROMPTS[0], greedy(), FAR))
+        assert session.poison not in expected[1]
+        good = engine.submit(PROMPTS[0], greedy(), FAR)
+        bad = engine.submit([5, session.poison], greedy(), FAR)
+        with pytest.raises(EngineFault, match="not finite"):
+            await bad.receive()
+        with pytest.raises(trio.EndOfChannel):
+            await bad.receive()
+        assert await read(good) == expected
+        assert engine.statistics().state == READY
+
+
+async def test_a_step_that_breaks_fails_every_stream_and_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+    engine, session = fake_engine(slots=1)
+    session.hold()
+    async with running(engine):
+        streams = [engine.submit(PROMPTS[0], greedy(), FAR) for _ in range(3)]
+        session.allow()
+        await streams[0].receive()
+        session.fails = True
+        session.release()
+        for stream in streams:
+            with pytest.raises(EngineFault):
+                await drain(stream)
+        statistics = engine.statistics()
+        assert (statistics.state, statistics.active, statistics.queued) == (FAILED, 0, 0)
+        with pytest.raises(EngineFault, match="has failed"):
+            engine.submit(PROMPTS[0], greedy(), FAR)
+        await streams[0].aclose()
+    assert [record.message for record in caplog.records] == ["a step of the engine failed"]
+
+
+async def test_a_reader_that_takes_nothing_is_ended_and_costs_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "STREAM_EVENTS_MAX", 5)
+    engine, _ = fake_engine()
+    async with running(engine):
+        stream = engine.submit(PROMPTS[0], greedy(100), FAR)
+        await until(engine, active=0, free_slots=4)
+        await trio.testing.wait_all_tasks_blocked()
+        event = await stream.receive()
+        assert len(event.token_ids) == 5
+        with pytest.raises(EngineOverflow, match="5 events unread"):
+            await stream.receive()
+
+
+async def test_readers_of_an_engine_that_stops_are_told() -> None:
+    engine, session = fake_engine()
+    assert engine.statistics().state == LOADING
+    with pytest.raises(EngineStopped):
+        engine.submit(PROMPTS[0], greedy(), FAR)
+    session.hold()
+    async with running(engine):
+        stream = engine.submit(PROMPTS[0], greedy(), FAR)
+        assert engine.statistics().state == READY
+    with pytest.raises(EngineStopped):
+        await drain(stream)
+    with pytest.raises(EngineStopped):
+        engine.submit(PROMPTS[0], greedy(), FAR)
+    await stream.aclose()
+
+
+async def test_statistics_tell_what_was_done() -> None:
+    engine, session = fake_engine(slots=2)
+    async with running(engine):
+        for _ in range(3):
+            await read(engine.submit(PROMPTS[3], greedy(10), FAR))
+        await until(engine, active=0)
+        statistics = engine.statistics()
+    assert statistics.tokens_generated_total == 30
+    assert statistics.prompt_tokens_total == 3 * len(PROMPTS[3])
+    assert statistics.step_count == 3 * (3 + 9)
+    assert (statistics.active, statistics.queued, statistics.free_slots, statistics.slots) == (0, 0, 2, 2)
+    assert statistics.queued_tokens == 0
+    assert statistics.tokens_per_s == pytest.approx(3.0, rel=0.2)
+    assert statistics.prefill_rate > 0
+    assert statistics.decode_rate > 0
+    assert statistics.median_step_s > 0
+    assert 0 < statistics.session_seconds_total < statistics.step_seconds_total
+    assert statistics.kv_bytes == session.kv_bytes
+    assert statistics.model_memory_bytes == session.kv_bytes + 1_000
+
+
+async def test_tokens_per_second_is_zero_when_idle() -> None:
+    clock = Clock()
+    engine, _ = fake_engine(clock=clock)
+    async with running(engine):
+        assert engine.statistics().tokens_per_s == 0.0
+        await read(engine.submit(PROMPTS[0], greedy(10), FAR))
+        clock.now += 9.9
+        assert engine.statistics().tokens_per_s > 0.0
+        clock.now += 1.0
+        assert engine.statistics().tokens_per_s == 0.0
+
+
+def test_a_broken_graph_is_found_while_loading(folder: ModelFolder, tmp_path: Path) -> None:
+    for file in folder.path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.onnx").write_bytes(b"garbage")
+    load = partial(load_engine, slots=1, queue_limit=1, threads=1, provider="cpu")
+    with pytest.raises(ModelFolderInvalid, match=r"model\.onnx cannot be loaded"):
+        load(read_model_folder(tmp_path))
+    engine = load(folder)
+    assert engine.statistics().load_time_s > 0
+    assert engine.context_length == folder.context_length
+    assert len(engine.fingerprint) >= 16

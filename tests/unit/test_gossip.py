@@ -1,0 +1,487 @@
+"""One Gossip, or a few joined by hand: what it does with datagrams, time, and what it is told."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mesh import wire
+from mesh.gossip import (
+    DuplicateNode,
+    Effect,
+    Gossip,
+    GossipConfig,
+    MemberChanged,
+    PingLink,
+    SeedUnanswered,
+    SendDatagram,
+)
+from mesh.seal import DEVELOPMENT_KEY, DatagramSealer, Keyring
+from mesh.state import encode_load
+from mesh.view import Address, MemberStatus, MemberView, ModelInfo, ModelLoad, NodeLoad, NodeProfile, Readiness
+
+KEYS = Keyring([DEVELOPMENT_KEY])
+READY = NodeLoad(Readiness.READY, 1, 8.0, 0.0, {"demo": ModelLoad(1, 0, 7)})
+PROFILE = NodeProfile("10.0.0.1:8080", "0.1.0", (ModelInfo("demo", "ab12", 2048, 8),))
+NOBODY = Address("10.9.9.9", 7946)
+
+
+def address(name: str) -> Address:
+    return Address(f"10.0.0.{ord(name[0]) - 96}", 7946)
+
+
+def gossip(
+    name: str = "a",
+    *,
+    seeds: tuple[Address, ...] = (),
+    generation: int = 1,
+    at: Address | None = None,
+    now: float = 0.0,
+) -> Gossip:
+    boot_id = f"{name} boot {generation} {at}".encode()[:16].ljust(16)
+    rng = random.Random(f"{name}{generation}")
+    made = Gossip(GossipConfig(), name, generation, at or address(name), seeds, KEYS, boot_id, rng, now)
+    made.set_load(READY, now)
+    made.set_profile(PROFILE, now)
+    return made
+
+
+class Wire:
+    """Delivers datagrams between Gossips at once and runs their timers; keeps all other effects."""
+
+    def __init__(self, *nodes: Gossip) -> None:
+        self.nodes = {node._own.address: node for node in nodes}
+        self.now = 0.0
+        self.effects: list[tuple[str, Effect]] = []
+        self.cut: set[Address] = set()  # nothing reaches these
+        for node in nodes:
+            self.perform(node, node.tick(self.now))
+
+    def perform(self, node: Gossip, effects: list[Effect]) -> None:
+        for effect in effects:
+            self.effects.append((node.node_id, effect))
+            if isinstance(effect, SendDatagram):
+                target = self.nodes.get(effect.address)
+                if target is not None and effect.address not in self.cut and node._own.address not in self.cut:
+                    self.perform(target, target.receive(effect.data, node._own.address, self.now))
+
+    def run(self, duration_s: float) -> None:
+        end = self.now + duration_s
+        while (due := min(node.next_wakeup() for node in self.nodes.values())) <= end:
+            self.now = max(self.now, due)
+            for node in list(self.nodes.values()):
+                if node.next_wakeup() <= self.now:
+                    self.perform(node, node.tick(self.now))
+        self.now = end
+
+    def member(self, observer: Gossip, name: str) -> MemberView:
+        return observer.view(self.now).members[name]
+
+    def of_type(self, kind: type) -> list[Effect]:
+        return [effect for _, effect in self.effects if isinstance(effect, kind)]
+
+
+def sealed(message: wire.Message, *records: wire.Record, sender: str = "b", boot: bytes = b"b" * 16) -> bytes:
+    """A datagram from b, as any holder of the key can make it. Once for each boot."""
+    return DatagramSealer(KEYS, boot).seal(wire.encode(wire.Packet(sender, message, records)))
+
+
+def record(
+    name: str,
+    version: int = 1,
+    *,
+    generation: int = 1,
+    status: MemberStatus = MemberStatus.ALIVE,
+    at: Address | None = None,
+    hot: bytes | None = None,
+) -> wire.Record:
+    return wire.Record(name, generation, version, status, at or address(name), hot=hot)
+
+
+def packets_of(effects: list[Effect], boot: bytes = b"reader".ljust(16)) -> list[tuple[Address, wire.Packet]]:
+    """The datagrams among effects, opened."""
+    opener = DatagramSealer(KEYS, boot)
+    return [(e.address, wire.decode(opener.open(e.data)[2])) for e in effects if isinstance(e, SendDatagram)]
+
+
+# --- joining, leaving, failing ---
+
+
+def test_two_nodes_join_and_see_each_other_whole() -> None:
+    a, b = gossip("a"), gossip("b", seeds=(address("a"),))
+    mesh = Wire(a, b)
+    for observer, name in ((a, "b"), (b, "a")):
+        seen = mesh.member(observer, name)
+        assert (seen.status, seen.load, seen.profile) == (MemberStatus.ALIVE, READY, PROFILE)
+        assert seen.load_version == seen.version
+
+
+def test_a_third_learns_of_the_second_from_the_first() -> None:
+    a, b = gossip("a"), gossip("b", seeds=(address("a"),))
+    c = gossip("c", seeds=(address("a"),))
+    mesh = Wire(a, b, c)
+    mesh.run(1.0)
+    assert set(c.view(mesh.now).members) == {"a", "b", "c"} == set(b.view(mesh.now).members)
+
+
+def test_an_own_address_among_the_seeds_is_not_called() -> None:
+    a = gossip("a", seeds=(address("a"),))
+    assert not packets_of(a.tick(0.0))
+
+
+def test_an_unanswered_seed_is_called_each_second_and_reported_ever_less_often() -> None:
+    a = gossip("a", seeds=(NOBODY,))
+    mesh = Wire(a)
+    mesh.run(16.5)
+    assert len(mesh.of_type(SendDatagram)) == 17
+    assert mesh.of_type(SeedUnanswered) == [SeedUnanswered(NOBODY, attempts) for attempts in (1, 2, 4, 8, 16)]
+
+
+def test_a_seed_that_answers_late_is_joined() -> None:
+    a, b = gossip("a"), gossip("b", seeds=(address("a"),))
+    mesh = Wire(a, b)
+    mesh = Wire(b)
+    mesh.run(3.0)
+    late = gossip("a", generation=2, now=mesh.now)
+    mesh.nodes[address("a")] = late
+    mesh.run(8.0)
+    assert mesh.member(b, "a").generation == 2
+
+
+def test_a_farewell_is_seen_at_once_and_nothing_follows_it() -> None:
+    a, b = gossip("a"), gossip("b", seeds=(address("a"),))
+    mesh = Wire(a, b)
+    mesh.perform(b, b.leave(mesh.now))
+    assert mesh.member(a, "b").status is MemberStatus.LEFT
+    assert b.next_wakeup() == float("inf")
+    assert b.tick(9.0) == b.leave(9.0) == b.receive(b"anything", NOBODY, 9.0) == []
+
+
+def test_a_silent_node_is_suspected_then_dead_within_five_seconds() -> None:
+    a, b, c = gossip("a"), gossip("b", seeds=(address("a"),)), gossip("c", seeds=(address("a"),))
+    mesh = Wire(a, b, c)
+    mesh.run(5.0)
+    mesh.cut.add(address("c"))
+    del mesh.nodes[address("c")]
+    mesh.effects.clear()
+    mesh.run(6.0)
+    for observer in ("a", "b"):
+        told = [e for name, e in mesh.effects if name == observer and isinstance(e, MemberChanged)]
+        assert [e.after.status for e in told] == [MemberStatus.SUSPECT, MemberStatus.DEAD]
+        assert told[0].before is not None
+    assert mesh.of_type(PingLink)
+    assert a.statistics().deaths + b.statistics().deaths >= 1
+
+
+def test_a_dead_node_that_speaks_again_is_called_and_back() -> None:
+    a, b = gossip("a"), gossip("b", seeds=(address("a"),))
+    mesh = Wire(a, b)
+    mesh.run(3.0)
+    mesh.cut.add(address("b"))
+    mesh.run(20.0)
+    assert mesh.member(a, "b").status is mesh.member(b, "a").status is MemberStatus.DEAD
+    mesh.cut.clear()
+    mesh.run(3.0)
+    assert mesh.member(a, "b").status is mesh.member(b, "a").status is MemberStatus.ALIVE
+
+
+def test_a_suspected_node_refutes_with_a_newer_version() -> None:
+    a = gossip("a")
+    a.tick(0.0)
+    held = a.view(0.0).me.version
+    effects = a.receive(
+        sealed(wire.Rumour(), record("b"), record("a", held, status=MemberStatus.SUSPECT)), address("b"), 0.01
+    )
+    answers = [(to, r) for to, packet in packets_of(effects) for r in packet.records if r.node_id == "a"]
+    assert answers[0][0] == address("b")
+    assert answers[0][1].version > held
+    assert answers[0][1].status is MemberStatus.ALIVE
+    assert (a.statistics().refutations, a.statistics().awareness) == (1, 1)
+
+
+def test_a_suspicion_of_a_former_version_is_answered_with_the_present_one() -> None:
+    a = gossip("a")
+    for second in range(3):
+        a.tick(float(second))
+    held = a.view(2.0).me.version
+    suspicion = record("a", held - 1, status=MemberStatus.SUSPECT)
+    effects = a.receive(sealed(wire.Rumour(), record("b"), suspicion), address("b"), 2.1)
+    assert any(r == record("a", held) or r.version == held for _, p in packets_of(effects) for r in p.records)
+    assert a.statistics().refutations == 0
+
+
+# --- evidence ---
+
+
+def test_an_answer_over_the_link_spares_a_member_the_suspicion() -> None:
+    a = gossip("a")
+    a.tick(0.0)
+    a.receive(sealed(wire.Rumour(), record("b")), address("b"), 0.0)
+    now, pinged = 0.0, False
+    while now < 6.0:
+        now = max(now, a.next_wakeup())
+        for effect in a.tick(now):
+            if isinstance(effect, PingLink):
+                pinged = True
+                a.link_answered(effect.node_id, now)
+    assert pinged
+    assert a.view(now).members["b"].status is MemberStatus.ALIVE
+
+
+def test_a_broken_link_has_its_member_probed_at_once() -> None:
+    a, b = gossip("a"), gossip("b", seeds=(address("a"),))
+    mesh = Wire(a, b)
+    mesh.run(2.3)
+    a.tick(mesh.now)
+    a.link_failed("b", mesh.now)
+    a.link_failed("nobody", mesh.now)
+    assert a.next_wakeup() <= mesh.now
+    [(to, packet)] = [(to, p) for to, p in packets_of(a.tick(mesh.now)) if isinstance(p.message, wire.Ping)]
+    assert (to, packet.message.target) == (address("b"), "b")  # type: ignore[union-attr]
+
+
+def test_a_load_seen_on_a_link_shows_until_the_next_publication() -> None:
+    a, b = gossip("a"), gossip("b", seeds=(address("a"),))
+    mesh = Wire(a, b)
+    mesh.run(0.5)
+    version = mesh.member(a, "b").load_version
+    a.observe_load("b", replace(READY, active_requests=7), mesh.now)
+    seen = mesh.member(a, "b")
+    assert (seen.load.active_requests, seen.load_age_s, seen.load_version) == (7, 0.0, version)
+    mesh.run(1.0)
+    assert mesh.member(a, "b").load.active_requests == 1
+
+
+def test_a_ping_meant_for_another_is_not_answered() -> None:
+    a = gossip("a")
+    assert not packets_of(a.receive(sealed(wire.Ping(1, "z"), record("b")), address("b"), 1.0))
+    [(to, packet)] = packets_of(a.receive(sealed(wire.Ping(2, "a"), boot=b"c" * 16), address("b"), 1.0))
+    assert (to, packet.message) == (address("b"), wire.Ack(2, "a"))
+
+
+def test_a_ping_request_is_passed_on_and_its_answer_returned() -> None:
+    a, c = gossip("a"), gossip("c")
+    asked = a.receive(sealed(wire.PingRequest(9, "c", address("c")), record("b")), address("b"), 1.0)
+    [ping] = [e for e in asked if isinstance(e, SendDatagram)]
+    [ack] = [e for e in c.receive(ping.data, address("a"), 1.0) if isinstance(e, SendDatagram)]
+    returned = packets_of(a.receive(ack.data, address("c"), 1.0))
+    [(to, packet)] = [(to, p) for to, p in returned if isinstance(p.message, wire.Ack)]
+    assert (to, packet.message) == (address("b"), wire.Ack(9, "c"))
+    assert "c" in [r.node_id for r in packet.records]
+
+
+# --- what is published ---
+
+
+def test_a_publication_each_second_and_each_with_a_greater_version() -> None:
+    a = gossip("a")
+    versions = []
+    for second in range(4):
+        a.tick(second * 1.0)
+        versions.append(a.view(second * 1.0).me.version)
+    assert versions == sorted(set(versions))
+
+
+@pytest.mark.parametrize(
+    ("load", "urgent"),
+    [
+        pytest.param(replace(READY, readiness=Readiness.DRAINING), True, id="draining"),
+        pytest.param(replace(READY, models={"demo": ModelLoad(8, 20, 0)}), True, id="queue jump"),
+        pytest.param(replace(READY, active_requests=5), False, id="one more stream"),
+    ],
+)
+def test_only_an_urgent_load_is_published_before_its_time(load: NodeLoad, urgent: bool) -> None:
+    a, b = gossip("a"), gossip("b", seeds=(address("a"),))
+    mesh = Wire(a, b)
+    mesh.run(2.5)
+    a.set_load(load, mesh.now)
+    mesh.run(0.1)
+    assert (mesh.member(b, "a").load == load) is urgent
+    mesh.run(1.0)
+    assert mesh.member(b, "a").load == load
+
+
+def test_a_load_that_fits_no_datagram_is_refused_and_the_former_stays() -> None:
+    a = gossip("a")
+    with pytest.raises(ValueError, match="60 models"):
+        a.set_load(NodeLoad(models={f"model-{i}-of-many": ModelLoad() for i in range(60)}), 1.0)
+    assert a.view(1.0).me.load == READY
+
+
+def test_a_new_profile_reaches_peers_at_once() -> None:
+    a, b = gossip("a"), gossip("b", seeds=(address("a"),))
+    mesh = Wire(a, b)
+    mesh.run(2.3)
+    a.set_profile(replace(PROFILE, version="0.2.0"), mesh.now)
+    mesh.run(0.1)
+    assert mesh.member(b, "a").profile.version == "0.2.0"
+
+
+def test_sections_that_share_no_datagram_still_both_arrive() -> None:
+    models = tuple(ModelInfo(f"a model with a long name, number {i}", "ab" * 16, 2048, 8) for i in range(12))
+    loads = {m.name: ModelLoad(1, 2, 3, 4.0, 5.0, 6, 7) for m in models}
+    a, b = gossip("a"), gossip("b", seeds=(address("a"),))
+    a.set_profile(NodeProfile("h", "v", models), 0.0)
+    a.set_load(replace(READY, models=loads), 0.0)
+    mesh = Wire(a, b)
+    mesh.run(3.0)
+    assert len(mesh.member(b, "a").profile.models) == len(mesh.member(b, "a").load.models) == 12
+
+
+# --- identity ---
+
+
+def test_a_node_whose_generation_was_lost_takes_the_next_one() -> None:
+    a, b = gossip("a"), gossip("b", seeds=(address("a"),), generation=7)
+    mesh = Wire(a, b)
+    mesh.run(2.0)
+    reborn = gossip("b", seeds=(address("a"),), generation=1, now=mesh.now)
+    mesh.nodes[address("b")] = reborn
+    mesh.run(2.0)
+    assert reborn.view(mesh.now).me.generation == 8
+    assert (mesh.member(a, "b").generation, mesh.member(a, "b").status) == (8, MemberStatus.ALIVE)
+    assert not mesh.of_type(DuplicateNode)
+
+
+def test_a_second_process_under_a_living_name_is_reported_and_ignored() -> None:
+    a, b = gossip("a"), gossip("b", seeds=(address("a"),), generation=3)
+    mesh = Wire(a, b)
+    mesh.run(2.0)
+    elsewhere = Address("10.0.0.99", 7946)
+    second = gossip("b", seeds=(address("a"),), generation=3, at=elsewhere, now=mesh.now)
+    mesh.nodes[elsewhere] = second
+    mesh.run(20.0)
+    seen = mesh.member(a, "b")
+    assert (seen.address, seen.status, seen.generation) == (address("b"), MemberStatus.ALIVE, 3)
+    told_by_a = [e for name, e in mesh.effects if name == "a" and isinstance(e, DuplicateNode)]
+    assert DuplicateNode("b", elsewhere) in told_by_a
+    assert len(told_by_a) <= 3
+    assert second.view(mesh.now).me.generation == 3
+
+
+def test_a_restart_under_the_next_generation_replaces_the_former_process() -> None:
+    a, b = gossip("a"), gossip("b", seeds=(address("a"),))
+    mesh = Wire(a, b)
+    mesh.run(1.0)
+    mesh.nodes[address("b")] = gossip("b", seeds=(address("a"),), generation=2, now=mesh.now)
+    mesh.run(0.5)
+    assert (mesh.member(a, "b").generation, mesh.member(a, "b").profile) == (2, PROFILE)
+
+
+@pytest.mark.parametrize("node_id", ["", "x" * 65], ids=["empty", "too long"])
+def test_an_impossible_name_is_refused(node_id: str) -> None:
+    with pytest.raises(ValueError, match="1 to 64 bytes"):
+        Gossip(GossipConfig(), node_id, 1, NOBODY, (), KEYS, b"b" * 16, random.Random(1), 0.0)
+
+
+# --- what is dropped ---
+
+
+def everything(of: Gossip, now: float) -> object:
+    statistics = of.statistics()
+    return of.view(now), replace(statistics, rejects={}), of.next_wakeup()
+
+
+@given(st.binary(max_size=1_300))
+def test_arbitrary_bytes_change_nothing_but_the_count_of_rejects(data: bytes) -> None:
+    a = gossip("a")
+    a.tick(0.0)
+    before = everything(a, 1.0)
+    assert a.receive(data, NOBODY, 0.5) == []
+    assert everything(a, 1.0) == before
+    assert sum(a.statistics().rejects.values()) == 1
+
+
+@given(st.binary(max_size=wire.PAYLOAD_BYTES_MAX))
+def test_arbitrary_bytes_under_the_right_key_never_raise(payload: bytes) -> None:
+    a = gossip("a")
+    a.receive(DatagramSealer(KEYS, b"z" * 16).seal(payload), NOBODY, 0.5)
+    a.tick(1.0)
+
+
+BAD_HOT = record("c", hot=b"\xc1")
+GOOD_HOT = record("d", hot=encode_load(READY))
+
+
+@pytest.mark.parametrize(
+    ("datagram", "reason"),
+    [
+        pytest.param(b"x" * 1_201, "oversized", id="oversized"),
+        pytest.param(b"x" * 20, "truncated", id="truncated"),
+        pytest.param(DatagramSealer(Keyring([bytes(32)]), b"b" * 16).seal(b""), "unknown key", id="another key"),
+        pytest.param(sealed(wire.Rumour())[:-1] + b"\x00", "tampered", id="tampered"),
+        pytest.param(DatagramSealer(KEYS, b"b" * 16).seal(b"\xc1"), "malformed", id="no message"),
+        pytest.param(sealed(wire.Rumour(), GOOD_HOT, BAD_HOT), "malformed", id="a bad load after a good one"),
+        pytest.param(sealed(wire.Join(1, 2, 3), record("b")), "protocol version", id="a later protocol"),
+    ],
+)
+def test_a_dropped_datagram_is_counted_by_its_reason(datagram: bytes, reason: str) -> None:
+    a = gossip("a")
+    assert a.receive(datagram, NOBODY, 1.0) == []
+    assert dict(a.statistics().rejects) == {reason: 1}
+    assert set(a.view(1.0).members) == {"a"}
+
+
+def test_replayed_and_reflected_datagrams_change_nothing() -> None:
+    a = gossip("a", seeds=(NOBODY,))
+    [own] = [e for e in a.tick(0.0) if isinstance(e, SendDatagram)]
+    datagram = sealed(wire.Rumour(), record("b"))
+    a.receive(datagram, address("b"), 0.1)
+    before = everything(a, 1.0)
+    assert a.receive(datagram, address("b"), 0.2) == a.receive(own.data, NOBODY, 0.2) == []
+    assert everything(a, 1.0) == before
+    assert dict(a.statistics().rejects) == {"replayed": 1, "reflected": 1}
+
+
+# --- stalls, views, limits ---
+
+
+def test_after_a_stall_the_node_blames_itself_and_nobody_else() -> None:
+    a, b = gossip("a"), gossip("b", seeds=(address("a"),))
+    mesh = Wire(a, b)
+    mesh.run(3.0)
+    effects = a.tick(mesh.now + 8.0)
+    assert not [e for e in effects if isinstance(e, MemberChanged)]
+    assert a.view(mesh.now + 8.0).members["b"].status is MemberStatus.ALIVE
+    assert (a.statistics().stalls, a.statistics().awareness) == (1, 1)
+    assert a.view(mesh.now + 8.0).members["b"].load_age_s >= 8.0
+
+
+def test_a_long_time_before_the_first_tick_is_no_stall() -> None:
+    a = gossip("a")
+    a.tick(60.0)
+    assert a.statistics().stalls == 0
+
+
+def test_a_view_is_kept_until_something_changes() -> None:
+    a = gossip("a")
+    a.tick(0.0)
+    first = a.view(0.5)
+    assert a.view(0.5) is a.view(0.52) is first
+    assert a.view(0.6) is not first
+    former = a.view(0.6)
+    a.receive(sealed(wire.Rumour(), record("b")), address("b"), 0.6)
+    assert set(a.view(0.6).members) == {"a", "b"}
+    assert set(former.members) == {"a"}
+
+
+def test_no_more_packets_leave_than_the_budget_has() -> None:
+    config = GossipConfig()
+    a = gossip("a")
+    opener = DatagramSealer(KEYS, b"b" * 16)
+    asked = 300
+    pings = [opener.seal(wire.encode(wire.Packet("b", wire.Ping(i, "a")))) for i in range(asked)]
+    sent = sum(len(a.receive(ping, address("b"), 1.0)) for ping in pings)
+    assert sent == config.packet_burst
+    assert a.statistics().packets_withheld == asked - sent
+
+
+def test_a_datagram_with_two_records_of_one_member_leaves_the_greater() -> None:
+    for versions in ((3, 4), (4, 3)):
+        a = gossip("a")
+        a.receive(sealed(wire.Rumour(), *[record("c", v) for v in versions]), address("b"), 1.0)
+        assert a.view(1.0).members["c"].version == 4

@@ -1,0 +1,229 @@
+"""The Generator over the engine: what goes in, what comes out, and what its observer is told."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+from deploy.models.random_llama import IM_END
+from mesh.errors import ModelUnknown, NoCapacity
+from nodes.engine.chat_template import ChatTemplate
+from nodes.engine.engine import Engine
+from nodes.engine.model_loader import LoadedModel
+from nodes.engine.tokenizer import ENCODE_INLINE_BYTES_MAX
+from nodes.generation import (
+    DeadlineExceeded,
+    GenerateEvent,
+    GenerateRequest,
+    GenerationFailed,
+    RequestInvalid,
+    Sampling,
+    Usage,
+)
+from nodes.local import LocalGenerator, LocalStream, Status
+from tests.unit.fake_session import CAPACITY, Clock, FakeSession, drain, running, toy_model, until
+
+GREEDY = Sampling(temperature=0.0, max_tokens=8)
+
+
+class Witness:
+    """Remembers what an observer is told, without the seconds."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[object, ...]] = []
+
+    def started(self, model: str) -> None:
+        self.told.append(("started", model))
+
+    def first_token(self, model: str, seconds: float) -> None:
+        assert seconds >= 0
+        self.told.append(("first_token", model))
+
+    def finished(self, model: str, status: Status, seconds: float, prompt_tokens: int, completion_tokens: int) -> None:
+        assert seconds >= 0
+        self.told.append(("finished", model, status, prompt_tokens, completion_tokens))
+
+
+class Setup:
+    """One generator over one fake engine of one slot."""
+
+    def __init__(self, queue_limit: int = 2, model: LoadedModel | None = None) -> None:
+        self.clock = Clock()
+        self.session = FakeSession(slots=1)
+        self.engine = Engine(model or toy_model(), self.session, queue_limit=queue_limit, now=self.clock)
+        self.witness = Witness()
+        self.local = LocalGenerator({"demo": self.engine}, observer=self.witness, rng=random.Random(5))
+
+    async def open(
+        self, content: str = "hello", sampling: Sampling = GREEDY, deadline_s: float = 600.0, model: str = "demo"
+    ) -> LocalStream:
+        messages = ({"role": "user", "content": content},)
+        return await self.local.open(GenerateRequest("r", model, messages, sampling, deadline_s))
+
+
+@asynccontextmanager
+async def serving(setup: Setup) -> AsyncIterator[Setup]:
+    async with running(setup.engine):
+        yield setup
+
+
+async def read(stream: LocalStream) -> tuple[str, tuple[int, ...], GenerateEvent]:
+    async with stream:
+        events = [event async for event in stream]
+    assert [event.finish_reason for event in events[:-1]] == [None] * (len(events) - 1)
+    assert all(event.usage is None for event in events[:-1])
+    return "".join(e.text for e in events), tuple(i for e in events for i in e.token_ids), events[-1]
+
+
+def prompt_tokens(content: str) -> int:
+    model = toy_model()
+    return len(model.tokenizer.encode(model.chat_template.render([{"role": "user", "content": content}])))
+
+
+async def test_an_answer_carries_text_ids_and_usage() -> None:
+    async with serving(Setup()) as setup:
+        text, ids, last = await read(await setup.open())
+        assert text == toy_model().tokenizer.decode(list(ids)).rstrip("\N{REPLACEMENT CHARACTER}")
+        assert last.finish_reason == "length"
+        assert last.usage == Usage(prompt_tokens("hello"), 8)
+        assert setup.witness.told == [
+            ("started", "demo"),
+            ("first_token", "demo"),
+            ("finished", "demo", "success", prompt_tokens("hello"), 8),
+        ]
+
+
+async def test_the_end_of_sequence_token_is_not_counted() -> None:
+    model = toy_model()
+    async with serving(Setup()) as setup:
+        _, ids, _ = await read(await setup.open())
+    ends_there = LoadedModel("f", frozenset({ids[5], IM_END}), model.tokenizer, model.chat_template)
+    cut = ids.index(ids[5])
+    async with serving(Setup(model=ends_there)) as setup:
+        _, shorter, last = await read(await setup.open())
+        assert shorter == ids[:cut]
+        assert (last.finish_reason, last.usage) == ("stop", Usage(prompt_tokens("hello"), cut))
+        ignoring = Sampling(temperature=0.0, max_tokens=8, ignore_eos=True)
+        assert (await read(await setup.open(sampling=ignoring)))[1] == ids
+
+
+async def test_a_seed_repeats_an_answer_and_without_one_answers_differ() -> None:
+    async with serving(Setup()) as setup:
+        seeded = Sampling(temperature=1.5, seed=-7, max_tokens=20)
+        free = Sampling(temperature=1.5, max_tokens=20)
+        texts = [(await read(await setup.open(sampling=s)))[0] for s in (seeded, seeded, free, free)]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) == 3
+
+
+async def test_max_tokens_is_cut_to_what_is_left_of_the_context() -> None:
+    content = "x" * (CAPACITY - prompt_tokens("") - 3)
+    room = CAPACITY - prompt_tokens(content)
+    assert 0 < room < 50
+    async with serving(Setup()) as setup:
+        for max_tokens in (None, 10_000):
+            _, ids, last = await read(await setup.open(content, Sampling(temperature=0.0, max_tokens=max_tokens)))
+            assert (len(ids), last.finish_reason) == (room, "length")
+
+
+@pytest.mark.parametrize("size", [CAPACITY * 8, ENCODE_INLINE_BYTES_MAX * 4], ids=["inline", "in a worker thread"])
+async def test_a_prompt_beyond_the_context_is_the_clients_fault(size: int) -> None:
+    async with serving(Setup()) as setup:
+        with pytest.raises(RequestInvalid, match=f"takes {CAPACITY - 1}") as raised:
+            await setup.open("0" * size)
+        assert (raised.value.param, raised.value.code) == ("messages", "context_length_exceeded")
+        assert setup.witness.told == []
+
+
+async def test_messages_that_the_template_refuses_are_the_clients_fault() -> None:
+    model = toy_model()
+    template = ChatTemplate("{{ raise_exception('no such role') }}", bos_token="", eos_token="")
+    setup = Setup(model=LoadedModel("f", model.eos_ids, model.tokenizer, template))
+    async with serving(setup):
+        with pytest.raises(RequestInvalid, match="no such role"):
+            await setup.open()
+    template = ChatTemplate("", bos_token="", eos_token="")
+    setup = Setup(model=LoadedModel("f", model.eos_ids, model.tokenizer, template))
+    async with serving(setup):
+        with pytest.raises(RequestInvalid, match="empty prompt"):
+            await setup.open()
+    assert setup.witness.told == []
+
+
+async def test_an_unknown_model_is_said_to_be_unknown() -> None:
+    async with serving(Setup()) as setup:
+        with pytest.raises(ModelUnknown, match="'absent'"):
+            await setup.open(model="absent")
+        assert setup.witness.told == []
+
+
+async def test_a_full_queue_is_no_capacity_and_counts_as_rejected() -> None:
+    async with serving(Setup(queue_limit=0)) as setup:
+        setup.session.hold()
+        stream = await setup.open()
+        with pytest.raises(NoCapacity) as raised:
+            await setup.open()
+        assert raised.value.retry_after_s >= 1.0
+        assert setup.witness.told[1:] == [("started", "demo"), ("finished", "demo", "rejected", 0, 0)]
+        await stream.aclose()
+
+
+async def test_an_engine_that_does_not_run_fails_the_request() -> None:
+    setup = Setup()
+    with pytest.raises(GenerationFailed):
+        await setup.open()
+    assert setup.witness.told == [("started", "demo"), ("finished", "demo", "error", 0, 0)]
+
+
+async def test_a_request_past_its_deadline_is_an_error_of_its_own_kind() -> None:
+    async with serving(Setup()) as setup:
+        setup.session.hold()
+        stream = await setup.open(deadline_s=3.0)
+        setup.clock.now += 3.0
+        setup.session.release()
+        with pytest.raises(DeadlineExceeded):
+            await drain(stream)
+        await stream.aclose()
+        assert setup.witness.told[-1][:3] == ("finished", "demo", "error")
+        assert [entry[0] for entry in setup.witness.told].count("finished") == 1
+
+
+async def test_an_engine_fault_is_a_failed_generation() -> None:
+    async with serving(Setup()) as setup:
+        setup.session.poison = IM_END  # the template writes it
+        stream = await setup.open()
+        with pytest.raises(GenerationFailed):
+            await drain(stream)
+        await stream.aclose()
+        assert [entry[0] for entry in setup.witness.told].count("finished") == 1
+        assert setup.witness.told[-1][:3] == ("finished", "demo", "error")
+
+
+@pytest.mark.parametrize("reads", [0, 1], ids=["before the first token", "in the middle"])
+async def test_a_reader_that_leaves_cancels_and_is_counted_once(reads: int) -> None:
+    async with serving(Setup()) as setup:
+        setup.session.hold()
+        stream = await setup.open(sampling=Sampling(temperature=0.0, max_tokens=200))
+        setup.session.allow(reads)
+        for _ in range(reads):
+            assert (await stream.receive()).token_ids
+        await stream.aclose()
+        await stream.aclose()
+        setup.session.release()
+        await until(setup.engine, active=0, free_slots=1)
+        first = [("first_token", "demo")] * reads
+        counts = (prompt_tokens("hello"), 1) if reads else (0, 0)
+        assert setup.witness.told == [("started", "demo"), *first, ("finished", "demo", "cancelled", *counts)]
+        with pytest.raises(trio.ClosedResourceError):
+            await stream.receive()
+
+
+async def test_a_generator_without_an_observer_generates() -> None:
+    setup = Setup()
+    setup.local = LocalGenerator({"demo": setup.engine})
+    async with serving(setup):
+        assert (await read(await setup.open()))[2].finish_reason == "length"
