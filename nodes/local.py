@@ -81,7 +81,7 @@ class LocalGenerator:
         try:
             stream = engine.submit(prompt_ids, self._params(request), deadline)
         except PromptTooLong as exc:
-            raise RequestInvalid(str(exc), param="messages", code="context_length_exceeded") from exc
+            raise _too_long(exc) from exc
         except QueueFull as exc:
             record.begin()
             record.end("rejected")
@@ -106,15 +106,22 @@ class LocalGenerator:
 
 
 def _prompt_ids(engine: Engine, request: GenerateRequest) -> list[int]:
-    """Raises RequestInvalid when the model's template does not take the messages."""
+    """Raises RequestInvalid when the model's template does not take the messages, or they are far too long."""
     try:
         text = engine.model.chat_template.render(request.messages)
     except ChatTemplateError as exc:
         raise RequestInvalid(str(exc), param="messages") from exc
-    prompt_ids = engine.model.tokenizer.encode(text)
+    try:
+        prompt_ids = engine.model.tokenizer.encode(text, engine.context_length - 1)
+    except PromptTooLong as exc:
+        raise _too_long(exc) from exc
     if not prompt_ids:
         raise RequestInvalid("the messages give an empty prompt", param="messages")
     return prompt_ids
+
+
+def _too_long(error: PromptTooLong) -> RequestInvalid:
+    return RequestInvalid(str(error), param="messages", code="context_length_exceeded")
 
 
 class _Record:

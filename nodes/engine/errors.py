@@ -10,8 +10,10 @@ class EngineError(Exception):
 class PromptTooLong(EngineError):
     """The client's fault: the prompt leaves no room for one token of an answer. Nothing was queued."""
 
-    def __init__(self, tokens: int, limit: int) -> None:
-        super().__init__(f"the prompt has {tokens} tokens and leaves no room for an answer: this model takes {limit}")
+    def __init__(self, tokens: int, limit: int, *, is_exact: bool = True) -> None:
+        """tokens: at least that many where it is not exact."""
+        count = f"{tokens} tokens" if is_exact else f"more than {tokens} tokens"
+        super().__init__(f"the prompt has {count} and leaves no room for an answer: this model takes {limit}")
         self.tokens = tokens
         self.limit = limit
 

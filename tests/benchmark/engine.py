@@ -1,8 +1,9 @@
 """Tokens per second of one engine, through its streams: prefill alone, and decoding with 1, 4 and 8 sequences.
 
 `python -m tests.benchmark.engine --model FOLDER [--threads 0] [--prompt 256] [--tokens 48]` prints one JSON line. Make
-a folder with `python -m deploy.models.random_llama --out FOLDER --size 200m`. Decoding is timed from when every sequence
-has its first token until the first of them ends; outside_share is the part of all steps spent outside ONNX Runtime.
+a folder with `python -m deploy.models.random_llama --out FOLDER --size 200m`. Decoding is timed from when every
+sequence has its first token until the first of them ends; outside_share is the part of all steps spent outside ONNX
+Runtime.
 """
 
 from __future__ import annotations

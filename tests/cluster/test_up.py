@@ -57,6 +57,17 @@ def text(folder: Path) -> str:
     return (folder / "output").read_text()
 
 
+def healthy_nodes(port: int) -> int:
+    """As `ai-cluster status` tells it; its exit code says whether these are all."""
+    status = subprocess.run(
+        [sys.executable, "-m", "nodes", "status", "--url", f"http://127.0.0.1:{port}", "--json"],
+        capture_output=True, text=True, timeout=60, check=False, env=environment(),
+    )  # fmt: skip
+    counts = json.loads(status.stdout)["nodes"]
+    assert (status.returncode == 0) is (counts["degraded"] == counts["offline"] == 0)
+    return int(counts["healthy"])
+
+
 def alive(process: subprocess.Popen[bytes], folder: Path) -> None:
     assert process.poll() is None, text(folder)
 
@@ -74,11 +85,8 @@ def test_one_ctrl_c_stops_all_and_leaves_no_process(tmp_path: Path) -> None:
             capture_output=True, text=True, timeout=60, check=True, env=environment(),
         )  # fmt: skip
         assert "ai-cluster serve --join" in answer.stdout
-        status = subprocess.run(
-            [sys.executable, "-m", "nodes", "status", "--url", f"http://127.0.0.1:{first}", "--json"],
-            capture_output=True, text=True, timeout=60, check=True, env=environment(),
-        )  # fmt: skip
-        assert json.loads(status.stdout)["nodes"] == {"healthy": 3, "degraded": 0, "offline": 0}
+        # Each node is ready by its own word; that all know it of all takes gossip a moment more.
+        wait_for(lambda: healthy_nodes(first) == 3, "all nodes are healthy in the status", 20)
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
         assert [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE] == []

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deploy.models.random_llama import IM_END, small_tokenizer
+from nodes.engine.errors import PromptTooLong
 from nodes.engine.tokenizer import Tokenizer, TokenizerInvalid
 
 VOCABULARY = 512
@@ -49,6 +50,22 @@ def test_ids_beyond_the_vocabulary_decode_to_nothing() -> None:
     assert TOKENIZER.vocabulary_size == VOCABULARY
     assert TOKENIZER.token(IM_END) == "<|im_end|>"
     assert TOKENIZER.token(VOCABULARY) is None
+
+
+@pytest.mark.parametrize("text", ["0" * 300_000, "word " * 60_000, "😀" * 40_000])
+def test_a_text_far_beyond_the_limit_is_not_encoded_to_its_end(text: str) -> None:
+    with pytest.raises(PromptTooLong, match="more than") as raised:
+        TOKENIZER.encode(text, 100)
+    assert 100 < raised.value.tokens <= len(TOKENIZER.encode(text))
+
+
+@given(st.text(max_size=200), st.integers(1, 20))
+def test_a_limit_changes_no_ids(text: str, limit: int) -> None:
+    ids = TOKENIZER.encode(text)
+    try:
+        assert TOKENIZER.encode(text, limit) == ids
+    except PromptTooLong:
+        assert len(ids) > limit
 
 
 def test_lone_surrogates_become_question_marks() -> None:
