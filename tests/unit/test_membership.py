@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from itertools import permutations
 
 import pytest
@@ -73,7 +74,7 @@ def merge(into: MemberTable, item: Record, now: float = 1.0) -> Change:
     return plan.change
 
 
-def state(of: MemberTable) -> list[object]:
+def state(of: MemberTable) -> Sequence[object]:
     """Everything that what comes later is compared with or shown from."""
     return sorted(
         (
