@@ -298,7 +298,7 @@ class Node:
         )
 
     def _publish_profile(self) -> None:
-        """Tell what this node serves, models still loading included: requests for them are refused for now, not for good."""
+        """Tell what this node serves. Models still loading count too: their requests are refused for now, not for good."""
         models = []
         for name, folder in self._folders:
             engine = self._engines.get(name)
