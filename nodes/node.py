@@ -298,7 +298,7 @@ class Node:
         )
 
     def _publish_profile(self) -> None:
-        """Tell what this node serves. Models still loading count too: their requests are refused for now, not for good."""
+        """Tell what this node serves. What still loads is told of too: it is refused for now, not unknown."""
         models = []
         for name, folder in self._folders:
             engine = self._engines.get(name)
