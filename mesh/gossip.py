@@ -140,9 +140,9 @@ class Gossip:
         if peer is not None:
             self._outbox.send(peer.address, self._digests.build(), now, is_filled=False)
         if now >= self._urgent_at:
-            self._urgent_at = float("inf")
             self._urgent_told_at = now
-            self._outbox.tell(self._cycle.take(self._config.direct_peers), now, is_urgent=True)
+            has_more = self._outbox.tell_urgently(self._cycle.take(self._config.direct_peers), now)
+            self._urgent_at = now + self._config.urgent_spacing_s if has_more else float("inf")
         if now >= self._round_at:
             self._tell_round(now)
         if now >= self._forget_at:

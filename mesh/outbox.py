@@ -21,7 +21,7 @@ class Outbox:
     """Effects in the order they are to be performed, drained at the end of each call into the core."""
 
     def __init__(self, config: GossipConfig, table: MemberTable, sealer: DatagramSealer, now: float) -> None:
-        self.rumours = Rumours(config.retransmit_max)
+        self.rumours = Rumours(table, config.retransmit_max)
         self.sent: Counter[str] = Counter()
         self.bytes_sent = 0
         self.withheld = 0
@@ -59,7 +59,7 @@ class Outbox:
             return False
         parts = [wire.encode_head(self._own.node_id, message), *records]
         size = sum(map(len, parts))
-        must = [self.rumours.take_own(self._own) if is_filled else self._own.encoded(with_warm=False)]
+        must = [self.rumours.take_own() if is_filled else self._own.encoded(with_warm=False)]
         if to is not None and to.status is not MemberStatus.ALIVE:
             must.append(to.encoded(with_warm=False))  # Lifeguard's buddy system: who is suspected hears it first
         for part in must:
@@ -67,7 +67,7 @@ class Outbox:
                 parts.append(part)
                 size += len(part)
         if is_filled:
-            parts += self.rumours.take(self._table, wire.PAYLOAD_BYTES_MAX - size, to.node_id if to else "")
+            parts += self.rumours.take(wire.PAYLOAD_BYTES_MAX - size, to.node_id if to else "")
         datagram = self._sealer.seal(b"".join(parts))
         self.sent[wire.MESSAGE_LABELS[type(message)]] += 1
         self.bytes_sent += len(datagram)
@@ -79,6 +79,12 @@ class Outbox:
         for peer in peers:
             reserve = self._reserve if is_urgent else 2 * self._reserve
             self.send(peer.address, wire.Rumour(), now, to=peer, reserve=reserve)
+
+    def tell_urgently(self, peers: Iterable[Member], now: float) -> bool:
+        """True where it helped and urgent news are left: worth telling the next peers soon."""
+        before = self.rumours.urgent_tellings
+        self.tell(peers, now, is_urgent=True)
+        return self.rumours.has_urgent and self.rumours.urgent_tellings > before
 
     def send_join(self, address: Address, sequence: int, now: float, to: Member | None) -> None:
         records = [self._own.encoded(with_warm=True)]

@@ -196,8 +196,8 @@ class Router:
         """retry_after_s: until the shortest queue would have drained at the rate at which slots become free."""
         failed = sum(member.node_id in request.exclude for member, _ in owners)
         message = (
-            f"{len(owners)} nodes have the model {request.model[:MODEL_NAME_CHARS_SHOWN]!r} and none can take a "
-            f"request: {len(full)} with a full queue, {failed} failed it, {len(owners) - len(full) - failed} not ready"
+            f"no node can take a request for the model {request.model[:MODEL_NAME_CHARS_SHOWN]!r} now; of its nodes "
+            f"{len(full)} have a full queue, {failed} failed it, {len(owners) - len(full) - failed} are not ready"
         )
         if full:
             wait_s = min(load.queued * _slot_interval_s(load) for load in full)

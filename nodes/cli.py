@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -199,8 +200,17 @@ def config_check(config: Annotated[Path | None, typer.Argument(help="TOML file",
     except ConfigInvalid as exc:
         print(f"ai-cluster: {exc}", file=sys.stderr)
         raise typer.Exit(EXIT_USAGE) from exc
-    for key, value in checked.model_dump(exclude={"key"}).items():
-        print(f"{key} = {value}")
+    for key in sorted(type(checked).model_fields):
+        value = getattr(checked, key)
+        if value is not None and key != "key":
+            print(f"{key} = {_toml(value)}")
+
+
+def _toml(value: object) -> str:
+    """A configuration value as TOML; strings and lists are written as in JSON."""
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(part) for part in value) + "]"
+    return json.dumps(value if isinstance(value, bool | int | float) else str(value))
 
 
 def main() -> None:

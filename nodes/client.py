@@ -82,11 +82,14 @@ def _row(member: dict[str, Any]) -> list[str]:
         "now" if member["is_self"] else f"{member['age_s']:.1f} s",
         member["http"],
         ", ".join(model["name"] for model in models) or "-",
-        str(member["active_requests"]),
-        str(sum(model.get("queued", 0) for model in models)),
-        str(sum(model.get("free_slots", 0) for model in models)),
-        f"{member['tokens_per_s']:.1f}",
+        *(_load(member) if member["status"] != "offline" else "----"),  # its last load says nothing of now
     ]
+
+
+def _load(member: dict[str, Any]) -> list[str]:
+    queued = sum(model.get("queued", 0) for model in member["models"])
+    free = sum(model.get("free_slots", 0) for model in member["models"])
+    return [str(member["active_requests"]), str(queued), str(free), f"{member['tokens_per_s']:.1f}"]
 
 
 def _reason(member: dict[str, Any]) -> str:
@@ -110,6 +113,7 @@ def stream_chat(
     url: str, question: str, *, model: str | None, temperature: float, max_tokens: int | None, api_key: str | None
 ) -> int:
     """Print the answer token by token. 1 when it could not be had whole."""
+    newline = ""  # once part of an answer is on the line
     try:
         if model is None:
             served = _get(url, "/v1/models", api_key)["data"]
@@ -126,9 +130,10 @@ def stream_chat(
             body["max_tokens"] = max_tokens
         for text in _stream(url, body, api_key):
             print(text, end="", flush=True)
+            newline = "\n"
         print()
     except NodeAnswered as exc:
-        print(f"\nai-cluster: {exc}", file=sys.stderr)
+        print(f"{newline}ai-cluster: {exc}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print()

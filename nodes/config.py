@@ -22,6 +22,7 @@ from mesh.view import Address
 ENV_PREFIX = "AI_CLUSTER_"
 # Variables of this prefix that other commands read; a node does not refuse them.
 ENV_OF_OTHERS = {"URL"}
+VALUE_CHARS_SHOWN = 100  # of a bad value in its error line
 BUILTIN_MODEL = Path(__file__).parent / "models" / "demo"
 BUILTIN_MODEL_NAME = "demo"
 
@@ -185,7 +186,7 @@ def load_config(file: Path | None, environment: Mapping[str, str], flags: Mappin
         fault = exc.errors()[0]
         key = str(fault["loc"][0])
         reason = str(fault.get("ctx", {}).get("error", "")) or _lower_first(fault["msg"])
-        shown = "" if key == "key" else f" = {values.get(key)!r}"
+        shown = "" if key == "key" else f" = {repr(values.get(key))[:VALUE_CHARS_SHOWN]}"
         raise ConfigInvalid(f"{key}{shown} {origin.get(key, '')}: {reason}") from exc
 
 

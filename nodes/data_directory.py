@@ -15,6 +15,10 @@ except ImportError:  # no flock outside POSIX; there two nodes in one folder go 
     fcntl = None  # type: ignore[assignment]
 
 
+# More starts than a node sees; gossip carries it in 64 bits, with room to go past what a peer remembers.
+GENERATION_MAX = 2**48
+
+
 class DataDirectory:
     """`with DataDirectory(path) as data`: creates and locks the folder. Raises ConfigInvalid when it cannot."""
 
@@ -57,10 +61,14 @@ class DataDirectory:
         file = self.path / "generation"
         try:
             last = int(file.read_text())
+            if not 0 <= last < GENERATION_MAX:
+                raise ValueError
         except FileNotFoundError:
             last = 0
         except ValueError as exc:
-            raise ConfigInvalid(f"{file} holds no number; delete it, peers will tell this node its generation") from exc
+            raise ConfigInvalid(
+                f"{file} holds no generation number; delete it, peers will tell this node its generation"
+            ) from exc
         _write_durably(file, f"{last + 1}\n")
         return last + 1
 

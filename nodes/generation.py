@@ -19,10 +19,13 @@ FINISH_LENGTH = "length"
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to choose tokens. temperature 0 is greedy. seed None means: the node that executes draws one."""
+    """How to choose tokens. temperature 0 is greedy.
 
-    temperature: float = 1.0
-    top_p: float = 1.0
+    None leaves it to the node that executes: temperature and top_p as the model folder says, a seed drawn at random.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
     seed: int | None = None
     max_tokens: int | None = None  # None: what is left of the context
     stop: tuple[str, ...] = ()
@@ -137,8 +140,8 @@ def decode_request(data: bytes) -> GenerateRequest:
             model=str(body["model"]),
             messages=tuple({str(k): str(v) for k, v in message.items()} for message in body["messages"]),
             sampling=Sampling(
-                temperature=float(body["temperature"]),
-                top_p=float(body["top_p"]),
+                temperature=None if body["temperature"] is None else float(body["temperature"]),
+                top_p=None if body["top_p"] is None else float(body["top_p"]),
                 seed=None if body["seed"] is None else int(body["seed"]),
                 max_tokens=None if body["max_tokens"] is None else int(body["max_tokens"]),
                 stop=tuple(str(s) for s in body["stop"]),

@@ -19,6 +19,7 @@ from nodes.engine.errors import (
     PromptTooLong,
     QueueFull,
 )
+from nodes.engine.model_loader import LoadedModel
 from nodes.engine.sequence import EngineEvent, SamplingParams
 from nodes.engine.stream import EngineStream
 from nodes.engine.tokenizer import ENCODE_INLINE_BYTES_MAX
@@ -79,7 +80,7 @@ class LocalGenerator:
             await trio.lowlevel.checkpoint()
         record = _Record(self._observer, request.model, started)
         try:
-            stream = engine.submit(prompt_ids, self._params(request), deadline)
+            stream = engine.submit(prompt_ids, self._params(engine.model, request), deadline)
         except PromptTooLong as exc:
             raise _too_long(exc) from exc
         except QueueFull as exc:
@@ -93,11 +94,11 @@ class LocalGenerator:
         record.begin()
         return LocalStream(stream, record)
 
-    def _params(self, request: GenerateRequest) -> SamplingParams:
+    def _params(self, model: LoadedModel, request: GenerateRequest) -> SamplingParams:
         sampling = request.sampling
         return SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
+            temperature=model.temperature if sampling.temperature is None else sampling.temperature,
+            top_p=model.top_p if sampling.top_p is None else sampling.top_p,
             seed=self._rng.getrandbits(SEED_BITS) if sampling.seed is None else sampling.seed,
             max_tokens=sampling.max_tokens,
             stop=sampling.stop,

@@ -14,8 +14,10 @@ import trio
 from rich.console import Console
 from rich.text import Text
 
+from mesh.view import Address
 from nodes.config import ConfigInvalid, load_config
 from nodes.messages import NODE_READY
+from nodes.sockets import bind_http, bind_mesh
 from observability.logs import LogMerger
 
 # Longest line taken from a child; a longer one is cut into pieces of this size.
@@ -77,12 +79,24 @@ def run_local_mesh(mesh: LocalMesh) -> int:
     2 when a node could not start as configured."""
     # Checked here for one line about a fault instead of one from every node.
     drain_s = load_config(mesh.config, os.environ, {}).drain_s
+    _check_ports(mesh)
     for folder in (mesh.data_dir, mesh.log_dir):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
             raise ConfigInvalid(f"{folder}: {exc.strerror}; give a writable folder") from exc
     return trio.run(_Supervisor(mesh, drain_s).run)
+
+
+def _check_ports(mesh: LocalMesh) -> None:
+    """Before any node starts, or the first ones would join whatever runs on the ports of the others."""
+    for index in range(mesh.nodes):
+        try:
+            bind_http(Address("127.0.0.1", mesh.http_port + index)).close()
+            for bound in bind_mesh(Address("127.0.0.1", mesh.mesh_port + index)):
+                bound.close()
+        except ConfigInvalid as exc:
+            raise ConfigInvalid(f"{exc}; for `up` these are --http-port and --mesh-port") from exc
 
 
 class _Supervisor:

@@ -14,13 +14,15 @@ from pathlib import Path
 import trio
 
 from mesh.seal import Keyring
-from nodes.config import ConfigInvalid, NodeConfig
+from nodes.config import ConfigInvalid, NodeConfig, is_loopback
 from nodes.data_directory import DataDirectory
 from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid, read_model_folder
 from nodes.node import Node, StopRequest
 from nodes.sockets import NodeSockets, bind_http, bind_mesh, bound_address
 from observability.log_writer import WriterThread
 from observability.logs import configure_logging
+
+logger = logging.getLogger(__name__)
 
 # Read from a standard input that is only watched for its end.
 STDIN_BYTES = 4096
@@ -38,6 +40,7 @@ def run_node(config: NodeConfig) -> None:
         log_writer = _enter_logging(stack, config)
         stack.enter_context(_address_file(config, sockets))
         generation = data.next_generation()
+        _warn_of_exposure(config)
 
         async def main() -> None:
             node = Node(config, keyring, folders, sockets, generation, log_writer)
@@ -53,6 +56,17 @@ def run_node(config: NodeConfig) -> None:
             trio.run(main, strict_exception_groups=True)
         except BaseExceptionGroup as group:
             raise _first_fault(group) from group
+
+
+def _warn_of_exposure(config: NodeConfig) -> None:
+    """What an operator may have opened without knowing."""
+    key_file = config.cluster_key_file
+    if key_file is not None and os.name == "posix" and key_file.stat().st_mode & 0o077:
+        logger.warning("other users may read the cluster key; chmod 600 it", extra={"file": str(key_file)})
+    if not is_loopback(config.http.host):
+        v1 = "open to everyone" if config.open else "refused, since there are no API keys (--open)"
+        reason = f"/v1 is {v1}; health, metrics and status are open"
+        logger.warning("the HTTP address is off loopback", extra={"address": str(config.http), "reason": reason})
 
 
 def _enter_logging(stack: ExitStack, config: NodeConfig) -> WriterThread[logging.LogRecord]:

@@ -34,6 +34,7 @@ def register(app: Quart, services: Services) -> None:
         exchange.on_end = outcome.count
         try:
             outcome.key_id = services.access.authorize()
+            _check_content_type(request.mimetype)
             body = parse_chat(await request.get_data(False, False, False))
             outcome.model, outcome.is_stream = body.model, bool(body.stream)
             exchange.log_fields |= {"model": body.model, "key_id": outcome.key_id}
@@ -46,6 +47,16 @@ def register(app: Quart, services: Services) -> None:
         except Exception as exc:
             outcome.status = _failure_status(exc)
             raise
+
+
+def _check_content_type(mimetype: str) -> None:
+    """JSON alone: any web page can make a browser post other types to a node on loopback, JSON it cannot."""
+    if mimetype != "application/json":
+        raise RequestInvalid(
+            f"the content type is {mimetype[:100] or 'missing'}; send content-type: application/json",
+            code="unsupported_media_type",
+            status=415,
+        )
 
 
 class _Outcome:

@@ -75,7 +75,7 @@ class ChatCompletionRequest(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -96,8 +96,8 @@ class ChatCompletionRequest(_Body):
                 {"role": message.role, "content": message.text(index)} for index, message in enumerate(self.messages)
             ),
             sampling=Sampling(
-                temperature=1.0 if self.temperature is None else self.temperature,
-                top_p=1.0 if self.top_p is None else self.top_p,
+                temperature=self.temperature,
+                top_p=self.top_p,
                 seed=self.seed,
                 max_tokens=self.max_tokens or self.max_completion_tokens,
                 stop=stop,

@@ -54,7 +54,7 @@ class ModelFolder:
     """The configuration of one folder. Lengths in tokens.
 
     sliding_window: KV rows that the model's attention looks back, None for all. bos_token, eos_token: as the tokenizer
-    configuration spells them, None where it does not.
+    configuration spells them, None where it does not. temperature, top_p: for requests that leave them open.
     """
 
     path: Path
@@ -71,6 +71,8 @@ class ModelFolder:
     eos_token: str | None
     chat_template: str
     tensors: TensorNames
+    temperature: float
+    top_p: float
 
     def weight_files(self) -> list[Path]:
         """The graph and the files of external data beside it, which start with its name."""
@@ -79,13 +81,17 @@ class ModelFolder:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """What an engine needs of a model beside its session. weight_bytes: on disk, and about that in memory."""
+    """What an engine needs of a model beside its session. weight_bytes: on disk, and about that in memory.
+
+    temperature, top_p: for requests that leave them open."""
 
     fingerprint: str
     eos_ids: frozenset[int]
     tokenizer: Tokenizer
     chat_template: ChatTemplate
     weight_bytes: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
 
 
 def read_model_folder(path: Path) -> ModelFolder:
@@ -131,7 +137,7 @@ def load_model(folder: ModelFolder) -> LoadedModel:
     except OSError as exc:
         reason = f"{Path(str(exc.filename)).name} cannot be read ({exc.strerror})"
         raise ModelFolderInvalid(folder.path, reason, BUILD_FIX) from exc
-    return LoadedModel(fingerprint, folder.eos_ids, tokenizer, template, weight_bytes)
+    return LoadedModel(fingerprint, folder.eos_ids, tokenizer, template, weight_bytes, folder.temperature, folder.top_p)
 
 
 def fingerprint_of(folder: ModelFolder) -> str:
@@ -158,6 +164,8 @@ class _ConfigReader:
         self._path = path
         self._model = self._table(config, "model", "")
         self._decoder = self._table(self._model, "decoder", "model.")
+        search = config.get("search")
+        self._search: dict[str, Any] = search if isinstance(search, dict) else {}
 
     def folder(self) -> ModelFolder:
         path, model, decoder = self._path, self._model, self._decoder
@@ -182,13 +190,19 @@ class _ConfigReader:
             eos_token=_token_text(tokenizer_config.get("eos_token")),
             chat_template=_chat_template(path, tokenizer_config),
             tensors=self._tensors(),
+            # Greedy where the model's author left sampling off, as onnxruntime-genai does.
+            temperature=self._search_number("temperature", 0.0, 2.0) if self._search.get("do_sample", True) else 0.0,
+            top_p=self._search_number("top_p", 0.0, 1.0),
         )
 
     def _eos_ids(self) -> frozenset[int]:
         value = self._model.get("eos_token_id")
         ids = value if isinstance(value, list) else [value]
-        if not ids or not all(isinstance(token_id, int) and token_id >= 0 for token_id in ids):
-            raise self._invalid("model.eos_token_id is neither an id nor a list of ids")
+        vocabulary_size = self._number(self._model, "vocab_size", "model.")
+        if not ids or not all(isinstance(token_id, int) and 0 <= token_id < vocabulary_size for token_id in ids):
+            raise self._invalid(
+                f"model.eos_token_id is neither an id nor a list of ids below the vocabulary's {vocabulary_size}"
+            )
         return frozenset(ids)
 
     def _tensors(self) -> TensorNames:
@@ -224,6 +238,13 @@ class _ConfigReader:
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise self._invalid(f"{prefix}{key} is {'missing' if value is None else 'no positive integer'}")
         return value
+
+    def _search_number(self, key: str, least: float, most: float) -> float:
+        """search.KEY, 1.0 where it is absent."""
+        value = self._search.get(key, 1.0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+            raise self._invalid(f"search.{key} is no number from {least:g} to {most:g}")
+        return float(value)
 
     def _invalid(self, reason: str) -> ModelFolderInvalid:
         return ModelFolderInvalid(self._path, f"{CONFIG_FILE}: {reason}", BUILD_FIX)

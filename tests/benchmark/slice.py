@@ -91,7 +91,7 @@ def stream(node: NodeProcess) -> tuple[float, float, int]:
     }
     connection = http.client.HTTPConnection(node.http, timeout=120)
     started = time.perf_counter()
-    connection.request("POST", "/v1/chat/completions", json.dumps(body))
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
     response = connection.getresponse()
     first = 0.0
     tokens = 0

@@ -8,6 +8,7 @@ import threading
 
 from tests.cluster.mesh import Mesh, NodeProcess, wait_for
 
+JSON = {"content-type": "application/json"}
 BODY = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "Is there a master?"}], "temperature": 0})
 
 
@@ -15,7 +16,7 @@ def ask(node: NodeProcess) -> int:
     """HTTP status of one plain completion; 0 without an answer."""
     connection = http.client.HTTPConnection(node.http, timeout=60)
     try:
-        connection.request("POST", "/v1/chat/completions", BODY)
+        connection.request("POST", "/v1/chat/completions", BODY, JSON)
         response = connection.getresponse()
         response.read()
         return response.status
@@ -79,7 +80,7 @@ def test_sigterm_lets_streams_finish_and_the_node_leaves(mesh: Mesh) -> None:
             "max_tokens": 400,
         }
     )
-    connection.request("POST", "/v1/chat/completions", body)
+    connection.request("POST", "/v1/chat/completions", body, JSON)
     response = connection.getresponse()
     assert response.status == 200
     response.read(10)

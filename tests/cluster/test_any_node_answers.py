@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.cluster.mesh import Mesh, NodeProcess, wait_for
 
+JSON = {"content-type": "application/json"}
 QUESTION = [{"role": "user", "content": "How do I add a node?"}]
 
 
@@ -136,7 +137,7 @@ def test_an_unknown_model_is_404_in_openais_shape(calm_mesh: Mesh) -> None:
 )
 def test_every_error_has_openais_shape(calm_mesh: Mesh, method: str, path: str, body: bytes, status: int) -> None:
     connection = http.client.HTTPConnection(calm_mesh.nodes[0].http, timeout=30)
-    connection.request(method, path, body)
+    connection.request(method, path, body, JSON)
     response = connection.getresponse()
     answer = json.loads(response.read())
     assert response.status == status
@@ -154,7 +155,8 @@ def test_a_client_that_leaves_frees_its_slot_wherever_it_is(calm_mesh: Mesh) -> 
     for node in calm_mesh.nodes * 2:
         host, port = node.http.split(":")
         connection = socket.create_connection((host, int(port)))
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head += f"content-length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         sockets.append(connection)
     for connection in sockets:
@@ -228,7 +230,7 @@ def post(
     node: NodeProcess, body: dict[str, object], headers: dict[str, str] | None = None
 ) -> tuple[int, dict[str, str], bytes]:
     connection = http.client.HTTPConnection(node.http, timeout=60)
-    connection.request("POST", "/v1/chat/completions", json.dumps(body), headers or {})
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), JSON | (headers or {}))
     response = connection.getresponse()
     answer = response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
     connection.close()

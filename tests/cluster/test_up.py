@@ -122,5 +122,6 @@ def test_a_port_in_use_is_told_once_and_nothing_stays(tmp_path: Path) -> None:
             cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False, env=environment(),
         )  # fmt: skip
     assert result.returncode == 2
-    assert f"127.0.0.1:{first + 1}" in result.stdout
-    assert "Traceback" not in result.stdout + result.stderr
+    assert f"127.0.0.1:{first + 1}" in result.stderr
+    assert "--http-port" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1

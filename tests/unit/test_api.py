@@ -301,8 +301,18 @@ async def test_a_405_says_what_is_allowed() -> None:
     assert response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", None])
+async def test_a_body_that_a_web_page_could_send_unasked_is_refused(content_type: str | None) -> None:
+    dispatch = ScriptedDispatch(*ANSWER)
+    headers = {} if content_type is None else {"content-type": content_type}
+    response = await Api(dispatch).client.post("/v1/chat/completions", content=json.dumps(BODY), headers=headers)
+    assert response.status_code == 415
+    assert dispatch.requests == []
+
+
 async def test_a_body_over_the_limit_is_413() -> None:
-    response = await Api(ScriptedDispatch()).client.post("/v1/chat/completions", content=b" " * 10_001)
+    headers = {"content-type": "application/json"}
+    response = await Api(ScriptedDispatch()).client.post("/v1/chat/completions", content=b" " * 10_001, headers=headers)
     assert response.status_code == 413
     assert response.json()["error"]["type"] == "invalid_request_error"
 

@@ -28,9 +28,10 @@ def test_the_folder_is_free_again_after_an_exit(tmp_path: Path) -> None:
         assert data.next_generation() == 1
 
 
-def test_a_generation_file_that_holds_no_number_is_named(tmp_path: Path) -> None:
-    (tmp_path / "generation").write_text("many")
-    with DataDirectory(tmp_path) as data, pytest.raises(ConfigInvalid, match="generation holds no number"):
+@pytest.mark.parametrize("text", ["many", "", "-1", "9" * 23])
+def test_a_generation_file_that_holds_no_generation_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "generation").write_text(text)
+    with DataDirectory(tmp_path) as data, pytest.raises(ConfigInvalid, match="generation holds no generation number"):
         data.next_generation()
 
 

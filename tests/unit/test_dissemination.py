@@ -24,70 +24,78 @@ def table(*names: str, told_by: str = "teller") -> MemberTable:
 
 
 def test_the_most_recent_news_are_told_first() -> None:
-    made, rumours = table("b", "c", "d"), Rumours(4)
+    made = table("b", "c", "d")
+    rumours = Rumours(made, 4)
     for name in ("b", "c", "d", "b"):
         rumours.add_load(name)
     room = 2 * len(made.members["b"].encoded(with_warm=False))
-    told = rumours.take(made, room, "x")
+    told = rumours.take(room, "x")
     assert told == [made.members[name].encoded(with_warm=False) for name in ("b", "d")]
 
 
 def test_news_are_told_a_bounded_number_of_times() -> None:
-    made, rumours = table("b"), Rumours(4)
+    made = table("b")
+    rumours = Rumours(made, 4)
     rumours.add_load("b")
-    assert [len(rumours.take(made, PLENTY, "x")) for _ in range(6)] == [1, 1, 1, 1, 0, 0]
+    assert [len(rumours.take(PLENTY, "x")) for _ in range(6)] == [1, 1, 1, 1, 0, 0]
     assert rumours.waiting_count == 0
 
 
 def test_news_do_not_go_to_whom_they_are_about_nor_back_to_their_teller() -> None:
-    made, rumours = table("b"), Rumours(4)
+    made = table("b")
+    rumours = Rumours(made, 4)
     rumours.add_load("b")
     rumours.add_urgent("b", with_warm=False)
-    assert rumours.take(made, PLENTY, "b") == rumours.take(made, PLENTY, "teller") == []
-    assert len(rumours.take(made, PLENTY, "x")) == 1
+    assert rumours.take(PLENTY, "b") == rumours.take(PLENTY, "teller") == []
+    assert len(rumours.take(PLENTY, "x")) == 1
 
 
 def test_urgent_news_leave_room_for_loads_and_loads_for_urgent_news() -> None:
     urgent, loads = [f"u{i}" for i in range(40)], [f"l{i}" for i in range(40)]
-    made, rumours = table(*urgent, *loads), Rumours(4)
+    made = table(*urgent, *loads)
+    rumours = Rumours(made, 4)
     for name in urgent:
         rumours.add_urgent(name, with_warm=False)
     for name in loads:
         rumours.add_load(name)
-    told = rumours.take(made, 1_000, "x")
+    told = rumours.take(1_000, "x")
     ids = {bytes(record[2:4]) for record in told}
     assert {i[:1] for i in ids} == {b"u", b"l"}
     assert sum(map(len, told)) <= 1_000
 
 
 def test_a_profile_goes_along_while_it_is_news() -> None:
-    made, rumours = table("b"), Rumours(2)
+    made = table("b")
+    rumours = Rumours(made, 2)
     rumours.add_urgent("b", with_warm=True)
-    assert rumours.take(made, PLENTY, "x") == [made.members["b"].encoded(with_warm=True)]
+    assert rumours.take(PLENTY, "x") == [made.members["b"].encoded(with_warm=True)]
     rumours.add_urgent("b", with_warm=False)  # later news about it do not take that back
-    assert rumours.take(made, PLENTY, "x") == [made.members["b"].encoded(with_warm=True)]
+    assert rumours.take(PLENTY, "x") == [made.members["b"].encoded(with_warm=True)]
 
 
 def test_the_own_profile_goes_along_as_often_as_any_other() -> None:
-    made, rumours = table(), Rumours(2)
+    made = table()
+    rumours = Rumours(made, 2)
     made.own.warm, made.own.profile_version, made.own.warm_version = WARM, 2, 2
     rumours.add_urgent("own", with_warm=True)
-    assert rumours.take(made, PLENTY, "x") == []
+    assert rumours.take(PLENTY, "x") == []
     with_profile, without = made.own.encoded(with_warm=True), made.own.encoded(with_warm=False)
-    assert [rumours.take_own(made.own) for _ in range(3)] == [with_profile, with_profile, without]
+    assert [rumours.take_own() for _ in range(3)] == [with_profile, with_profile, without]
 
 
 def test_what_does_not_fit_waits_for_the_next_packet() -> None:
-    made, rumours = table("b"), Rumours(4)
+    made = table("b")
+    rumours = Rumours(made, 4)
     rumours.add_urgent("b", with_warm=True)
-    assert rumours.take(made, 30, "x") == []
+    assert rumours.take(30, "x") == []
     assert rumours.waiting_count == 1
 
 
 def test_news_of_the_forgotten_are_dropped() -> None:
-    made, rumours = table("b"), Rumours(4)
+    made = table("b")
+    rumours = Rumours(made, 4)
     rumours.add_load("gone")
-    assert rumours.take(made, PLENTY, "x") == []
+    assert rumours.take(PLENTY, "x") == []
     assert rumours.waiting_count == 0
 
 

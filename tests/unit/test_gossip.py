@@ -480,6 +480,20 @@ def test_no_more_packets_leave_than_the_budget_has() -> None:
     assert a.statistics().packets_withheld == asked - sent
 
 
+def test_news_that_nobody_is_left_to_hear_cost_no_wakeups() -> None:
+    a, b, c = gossip("a"), gossip("b", seeds=(address("a"),)), gossip("c", seeds=(address("a"),))
+    mesh = Wire(a, b, c)
+    mesh.run(3.0)
+    del mesh.nodes[address("b")], mesh.nodes[address("c")]
+    mesh.run(10.0)
+    ticks = 0
+    while mesh.now < 23.0:
+        mesh.now = max(mesh.now, a.next_wakeup())
+        mesh.perform(a, a.tick(mesh.now))
+        ticks += 1
+    assert ticks <= 40
+
+
 def test_a_datagram_with_two_records_of_one_member_leaves_the_greater() -> None:
     for versions in ((3, 4), (4, 3)):
         a = gossip("a")

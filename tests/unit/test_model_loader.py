@@ -163,3 +163,36 @@ def test_equal_models_have_equal_fingerprints_and_every_part_counts(whole: Path,
         change(folder)
         seen.append(fingerprint(folder))
     assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.parametrize(
+    ("search", "expected"),
+    [
+        ({"do_sample": False, "temperature": 0.7, "top_p": 0.8}, (0.0, 0.8)),
+        ({"do_sample": True, "temperature": 0.7, "top_p": 0.8}, (0.7, 0.8)),
+        ({}, (1.0, 1.0)),
+        (None, (1.0, 1.0)),
+    ],
+    ids=["greedy", "sampled", "empty", "absent"],
+)
+def test_what_a_request_leaves_open_is_in_the_folder(
+    folder: Path, search: dict[str, Any] | None, expected: tuple[float, float]
+) -> None:
+    edit("genai_config.json", lambda content: content.update(search=search))(folder)
+    model = load_model(read_model_folder(folder))
+    assert (model.temperature, model.top_p) == expected
+
+
+@pytest.mark.parametrize(
+    "search", [{"temperature": -1}, {"temperature": "hot"}, {"top_p": 2}, {"top_p": True}], ids=str
+)
+def test_a_default_that_is_none_is_named(folder: Path, search: dict[str, Any]) -> None:
+    edit("genai_config.json", lambda content: content.update(search={"do_sample": True} | search))(folder)
+    with pytest.raises(ModelFolderInvalid, match=f"search.{next(iter(search))}"):
+        read_model_folder(folder)
+
+
+def test_an_end_id_outside_the_vocabulary_is_named(folder: Path) -> None:
+    config(lambda model: model.update(eos_token_id=9_999_999))(folder)
+    with pytest.raises(ModelFolderInvalid, match="eos_token_id"):
+        read_model_folder(folder)

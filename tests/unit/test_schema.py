@@ -24,10 +24,10 @@ def test_fields_become_a_generate_request() -> None:
     assert request.messages == ({"role": "user", "content": "hi"},)
 
 
-def test_what_is_absent_or_null_takes_openais_defaults() -> None:
+def test_what_is_absent_or_null_is_left_to_the_model() -> None:
     for fields in ({}, {"temperature": None, "top_p": None, "seed": None, "max_tokens": None, "stop": None}):
         sampling = generate(**fields).sampling
-        assert (sampling.temperature, sampling.top_p, sampling.seed, sampling.stop) == (1.0, 1.0, None, ())
+        assert (sampling.temperature, sampling.top_p, sampling.seed, sampling.stop) == (None, None, None, ())
 
 
 def test_text_parts_are_joined() -> None:
@@ -54,7 +54,8 @@ def test_fields_that_ask_for_nothing_are_accepted() -> None:
         ({"logit_bias": {"5": 1}}, "logit_bias"),
         ({"temperature": 2.5}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens"),
         ({"stop": ""}, "stop"),
