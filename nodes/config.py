@@ -22,6 +22,9 @@ from mesh.view import Address
 ENV_PREFIX = "AI_CLUSTER_"
 # Variables of this prefix that other commands read; a node does not refuse them.
 ENV_OF_OTHERS = {"URL"}
+# What gossip tells of a node's models fits one section of a datagram.
+MODELS_MAX = 6
+MODEL_NAME_BYTES_MAX = 64
 VALUE_CHARS_SHOWN = 100  # of a bad value in its error line
 BUILTIN_MODEL = Path(__file__).parent / "models" / "demo"
 BUILTIN_MODEL_NAME = "demo"
@@ -148,11 +151,17 @@ class NodeConfig(BaseModel):
             return []
         if not self.model:
             return [(BUILTIN_MODEL_NAME, BUILTIN_MODEL)]
+        if len(self.model) > MODELS_MAX:
+            raise ConfigInvalid(f"model is given {len(self.model)} times; a node serves at most {MODELS_MAX} models")
         found: dict[str, Path] = {}
         for entry in self.model:
             folder, _, name = entry.partition("=")
             path = Path(folder).expanduser()
             name = name or path.resolve().name
+            if len(name.encode()) > MODEL_NAME_BYTES_MAX:
+                raise ConfigInvalid(
+                    f"model name {name[:80]!r} exceeds {MODEL_NAME_BYTES_MAX} bytes; use --model FOLDER=NAME"
+                )
             if name in found:
                 raise ConfigInvalid(f"model name {name!r} is given twice; name one with --model FOLDER=NAME")
             found[name] = path

@@ -69,8 +69,12 @@ class DataDirectory:
             raise ConfigInvalid(
                 f"{file} holds no generation number; delete it, peers will tell this node its generation"
             ) from exc
-        _write_durably(file, f"{last + 1}\n")
+        self.keep_generation(last + 1)
         return last + 1
+
+    def keep_generation(self, generation: int) -> None:
+        """Remember a generation: the next start's is higher. On disk before it returns."""
+        _write_durably(self.path / "generation", f"{generation}\n")
 
 
 def _write_durably(file: Path, text: str) -> None:

@@ -10,7 +10,7 @@ import logging
 import os
 import random
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -77,9 +77,12 @@ class Node:
         folders: list[tuple[str, ModelFolder]],
         sockets: NodeSockets,
         generation: int,
+        keep_generation: Callable[[int], None],
         log_writer: WriterThread[logging.LogRecord],
     ) -> None:
         self._config = config
+        self._generation = generation
+        self._keep_generation = keep_generation
         self._log_writer = log_writer
         self._folders = folders
         self._sockets = sockets
@@ -238,6 +241,11 @@ class Node:
                 self._readiness = Readiness.FAILED
                 logger.error("an engine has failed; this node takes no more requests until it is restarted")
             self._gossip_socket.set_load(self._load())
+            generation = self._view().me.generation
+            if generation > self._generation:
+                # Peers remembered a later life of this node than its data directory does.
+                await trio.to_thread.run_sync(self._keep_generation, generation)
+                self._generation = generation
 
     async def _check_seeds(self) -> None:
         """Shake hands with the seeds until one accepts. Raises ConfigInvalid when all that answer refuse this node."""

@@ -43,7 +43,7 @@ def run_node(config: NodeConfig) -> None:
         _warn_of_exposure(config)
 
         async def main() -> None:
-            node = Node(config, keyring, folders, sockets, generation, log_writer)
+            node = Node(config, keyring, folders, sockets, generation, data.keep_generation, log_writer)
             stop = StopRequest()
             async with trio.open_nursery() as nursery:
                 await nursery.start(_watch_signals, stop)

@@ -95,3 +95,18 @@ def test_a_node_that_leaves_is_no_longer_counted(mesh: Mesh) -> None:
     assert second.stop() == 0
     wait_for(lambda: first.status()["nodes"]["healthy"] == 1, "the leave has arrived", 5)
     assert first.status()["nodes"] == {"healthy": 1, "degraded": 0, "offline": 0}
+
+
+def test_a_node_that_lost_its_data_directory_learns_its_generation_from_peers(mesh: Mesh) -> None:
+    first, second = mesh.add("--no-model"), mesh.add("--no-model")
+    mesh.wait_until_agreed()
+    for _ in range(2):
+        second.kill()
+        second.start(first.mesh)
+    generation_file = second.folder / "data" / "generation"
+    assert int(generation_file.read_text()) == 3
+    second.kill()
+    generation_file.unlink()
+    second.start(first.mesh)
+    mesh.wait_until_agreed(10)
+    wait_for(lambda: int(generation_file.read_text()) > 3, "the generation is kept", 5)

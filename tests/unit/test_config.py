@@ -4,8 +4,18 @@ from pathlib import Path
 import pytest
 
 from mesh.seal import DEVELOPMENT_KEY
-from mesh.view import Address
-from nodes.config import ConfigInvalid, NodeConfig, is_loopback, load_config, parse_address
+from mesh.state import encode_load, encode_profile
+from mesh.view import Address, ModelInfo, ModelLoad, NodeLoad, NodeProfile, Readiness
+from nodes.config import (
+    MODEL_NAME_BYTES_MAX,
+    MODELS_MAX,
+    ConfigInvalid,
+    NodeConfig,
+    is_loopback,
+    load_config,
+    parse_address,
+)
+from nodes.engine.model_loader import FINGERPRINT_HEX_CHARS
 
 
 def test_flags_win_over_environment_and_environment_over_file(tmp_path: Path) -> None:
@@ -110,6 +120,21 @@ def test_models_are_named_by_their_folder_or_as_given() -> None:
 def test_one_model_name_for_two_folders_is_refused() -> None:
     with pytest.raises(ConfigInvalid, match="given twice"):
         load_config(None, {}, {"model": ["/models/llama", "/other/llama"]}).models()
+
+
+def test_more_models_than_gossip_can_tell_of_are_refused() -> None:
+    with pytest.raises(ConfigInvalid, match="at most"):
+        load_config(None, {}, {"model": [f"/models/{i}" for i in range(MODELS_MAX + 1)]}).models()
+    with pytest.raises(ConfigInvalid, match="bytes"):
+        load_config(None, {}, {"model": ["/models/a=" + "x" * 65]}).models()
+
+
+def test_what_gossip_tells_of_the_most_models_fits_a_section() -> None:
+    model = ModelInfo("x" * MODEL_NAME_BYTES_MAX, "f" * FINGERPRINT_HEX_CHARS, 10**7, 256, 100_000)
+    encode_profile(NodeProfile("[" + "f" * 39 + "]:65535", "0.1.0.dev12345", (model,) * MODELS_MAX))
+    load = ModelLoad(256, 100_000, 256, 123456.789, 123456.789, 2**40, 10**8)
+    names = [f"{i}".ljust(MODEL_NAME_BYTES_MAX, "x") for i in range(MODELS_MAX)]
+    encode_load(NodeLoad(Readiness.READY, 10**6, 123456.7, 12.3, dict.fromkeys(names, load)))
 
 
 def test_an_entry_without_models_cannot_be_given_one() -> None:

@@ -14,6 +14,13 @@ def test_each_start_has_a_higher_generation(tmp_path: Path) -> None:
     assert generations == [1, 2, 3]
 
 
+def test_a_generation_that_peers_remembered_is_kept_for_the_next_start(tmp_path: Path) -> None:
+    with DataDirectory(tmp_path) as data:
+        data.next_generation()
+        data.keep_generation(41)
+        assert data.next_generation() == 42
+
+
 def test_a_second_node_in_one_folder_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
     with DataDirectory(tmp_path) as data:
         with pytest.raises(ConfigInvalid, match=r"in use by process \d+"), DataDirectory(tmp_path):

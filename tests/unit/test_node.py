@@ -33,7 +33,7 @@ async def running_node(tmp_path: Path) -> AsyncIterator[tuple[httpx.AsyncClient,
     with bind_http(config.http) as http, (mesh := bind_mesh(config.mesh))[0], mesh[1]:
         keyring = Keyring([config.cluster_key()])
         log_writer: Any = SimpleNamespace(lines_dropped=0)
-        node = Node(config, keyring, folders, NodeSockets(http, *mesh), 1, log_writer)
+        node = Node(config, keyring, folders, NodeSockets(http, *mesh), 1, lambda generation: None, log_writer)
         stop = StopRequest()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(node.run, stop)
