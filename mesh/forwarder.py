@@ -133,7 +133,7 @@ class Forwarder:
         self._opened: dict[tuple[str, Address], OpenerLink] = {}
         self._serving: set[ServingLink] = set()
         self._backoffs: dict[tuple[str, Address], _Backoff] = {}
-        self._handshakes = 0
+        self._handshakes: dict[LinkConnection, trio.CancelScope] = {}  # of strangers, oldest first
         self._counts = StreamCounts()
         self._rejected = Counter(dict.fromkeys(REJECTIONS, 0))
         self._broken_links = 0
@@ -306,10 +306,13 @@ class Forwarder:
     # The links that peers dial.
 
     async def _accept(self, stream: trio.abc.Stream) -> None:
-        if self._handshakes >= HANDSHAKES_MAX or len(self._serving) >= ACCEPTED_LINKS_MAX:
+        if len(self._serving) >= ACCEPTED_LINKS_MAX:
             self._reject("too many")
             await trio.aclose_forcefully(stream)
             return
+        if len(self._handshakes) >= HANDSHAKES_MAX:
+            # The oldest has had its time: a peer needs milliseconds. So silent strangers do not keep peers out.
+            self._handshakes.pop(next(iter(self._handshakes))).cancel()
         connection = self._connection(stream, Role.RESPONDER, None)
         if not await self._shake_hands(connection):
             return
@@ -324,13 +327,13 @@ class Forwarder:
     async def _shake_hands(self, connection: LinkConnection) -> bool:
         """False when the peer was rejected; it is counted and the connection closed."""
         is_known = False
-        self._handshakes += 1
         try:
-            with trio.fail_after(self._config.handshake_timeout_s):
+            with trio.fail_after(self._config.handshake_timeout_s) as scope:
+                self._handshakes[connection] = scope
                 await connection.handshake()
             is_known = True
         except trio.TooSlowError:
-            self._reject("timeout")
+            self._reject("timeout" if connection in self._handshakes else "too many")
         except (HandshakeRefused, SealRejected) as exc:
             self._reject(exc.reason)
         except MalformedFrame:
@@ -338,7 +341,7 @@ class Forwarder:
         except PeerUnavailable:
             self._reject("gone")
         finally:
-            self._handshakes -= 1
+            self._handshakes.pop(connection, None)
             if not is_known:
                 await connection.close()
                 self._forget(connection)

@@ -50,13 +50,11 @@ MODEL_NAME_CHARS_SHOWN = 100  # clients choose the name, and error messages quot
 
 @dataclass(frozen=True, slots=True)
 class RouteRequest:
-    """What is to be placed. prompt_bytes: size of its text. exclude: node ids that failed it already. local_only: it
-    was forwarded here, so no other node may take it."""
+    """What is to be placed. prompt_bytes: size of its text. exclude: node ids that failed it already."""
 
     model: str
     prompt_bytes: int
     exclude: frozenset[str] = frozenset()
-    local_only: bool = False
 
 
 class OwnDispatch:
@@ -126,7 +124,7 @@ class Router:
         Raises ModelUnknown when no member has the model, NoCapacity when none that has it may take the request now.
         """
         self._now = now
-        members = [view.me] if request.local_only else view.members.values()
+        members = view.members.values()
         owners = [(member, info) for member in members if (info := member.model(request.model)) is not None]
         if not owners:
             raise ModelUnknown(f"no node has a model named {request.model[:MODEL_NAME_CHARS_SHOWN]!r}")
@@ -136,7 +134,7 @@ class Router:
             if member.node_id in request.exclude or not view.is_routable(member):
                 continue
             load, own = self._load_of(member, info, now)
-            if load.queued + max(0, own.count - load.free_slots) >= info.queue_limit:
+            if load.queued + own.count - load.free_slots >= info.queue_limit:
                 full.append(load)
             else:
                 candidates.append(_candidate(member, info, load, own, request.prompt_bytes))

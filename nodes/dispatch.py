@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # Nodes tried for one request. Each failed try costs at most a connect timeout; more would outlast a client's patience.
 TRIES_MAX = 4
+# The executor ends a late request itself, and counts it as that; its word has this long to arrive.
+DEADLINE_GRACE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
                 await self.open_next()
                 continue
             try:
-                with trio.move_on_at(self._deadline):
+                with trio.move_on_at(self._deadline + DEADLINE_GRACE_S):
                     event = await self._receive()
                     self._has_begun = True
                     return event
@@ -150,6 +152,8 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
                     raise
                 self._note_failure(node_id, exc)
                 continue
+            if member.is_self:
+                dispatch._router.finished(entry)  # from now on the own row of the view contains it
             self._stream, self._entry, self.node_id = stream, entry, node_id
             dispatch._open_streams += 1
             dispatch._forwards += not member.is_self

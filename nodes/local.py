@@ -15,6 +15,7 @@ from nodes.engine.errors import (
     DeadlinePassed,
     EngineError,
     EngineFault,
+    EngineOverflow,
     EngineStopped,
     PromptTooLong,
     QueueFull,
@@ -170,7 +171,8 @@ class LocalStream(trio.abc.ReceiveChannel[GenerateEvent]):
         try:
             event = await self._stream.receive()
         except EngineError as exc:
-            self._record.end("error")
+            # A reader that left its events unread has as good as gone; the rest is our fault.
+            self._record.end("cancelled" if isinstance(exc, EngineOverflow) else "error")
             raise _generation_error(exc) from exc
         self._record.note(event)
         if event.finish_reason is None:

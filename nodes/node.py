@@ -7,18 +7,15 @@ streams finish until the drain time is over, HTTP closes, gossip says LEAVE, the
 from __future__ import annotations
 
 import logging
-import os
 import random
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
-from typing import Any, cast
+from typing import Any
 
-import hypercorn
 import trio
-from hypercorn.trio import serve
 
 from mesh.errors import HandshakeRefused, PeerUnavailable
 from mesh.forwarder import Forwarder
@@ -35,6 +32,7 @@ from nodes.dispatch import Dispatch
 from nodes.engine.engine import FAILED, Engine, load_engine
 from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid
 from nodes.figures import mesh_figures
+from nodes.http_server import serve_http
 from nodes.local import LocalGenerator
 from nodes.messages import NODE_READY
 from nodes.remote import RemoteGenerator, serve_peer
@@ -52,9 +50,6 @@ SEED_CHECK_INTERVAL_S = 2.0
 # What is left of a late wake-up of the loop in the reported lag, each LOAD_INTERVAL_S.
 LAG_DECAY = 0.8
 DRAIN_POLL_S = 0.05
-# Longer than the 60 s for which balancers in front keep idle connections.
-KEEP_ALIVE_TIMEOUT_S = 75.0
-KEEP_ALIVE_REQUESTS_MAX = 100_000
 # Between the end of the drain and the end of HTTP: the last chunks on their way to clients.
 HTTP_CLOSE_S = 2.0
 
@@ -123,7 +118,7 @@ class Node:
             on_change=lambda change: self._metrics.know_view(self._view()),
         )
         self._dispatch = Dispatch(
-            view=self._view,
+            view=self._view_with_own_load,
             router=Router(random.Random()),
             local=self._local,
             remote=partial(RemoteGenerator, self._forwarder),
@@ -139,47 +134,35 @@ class Node:
         async with trio.open_nursery() as mesh:
             await mesh.start(self._forwarder.run, [listener])
             await mesh.start(self._gossip_socket.run)
-            async with trio.open_nursery() as engines:
-                async with trio.open_nursery() as nursery:
-                    http_stop = trio.Event()
-                    http_stopped = await nursery.start(self._serve_http, http_stop)
-                    nursery.start_soon(self._publish_load)
-                    nursery.start_soon(self._check_seeds)
-                    nursery.start_soon(self._load_models, engines)
-                    await stop.asked.wait()
-                    await self._drain(stop)
-                    http_stop.set()
-                    with trio.move_on_after(HTTP_CLOSE_S + 1):
-                        await http_stopped.wait()
-                    nursery.cancel_scope.cancel()
-                self._gossip_socket.leave()
-                engines.cancel_scope.cancel()
-            mesh.cancel_scope.cancel()
+            try:
+                async with trio.open_nursery() as engines:
+                    await self._serve(stop, engines)
+                    engines.cancel_scope.cancel()
+            finally:
+                self._gossip_socket.leave()  # also after a fault: peers need not wait for a death to be found
+                mesh.cancel_scope.cancel()
         logger.info("node stopped")
 
-    # What lives while the node does.
-
-    async def _serve_http(
-        self, stop: trio.Event, *, task_status: trio.TaskStatus[trio.Event] = trio.TASK_STATUS_IGNORED
-    ) -> None:
-        """hypercorn around the application. Starts with an event that is set when the last connection is closed."""
-        config = hypercorn.Config()
-        config.bind = [f"fd://{os.dup(self._sockets.http.fileno())}"]  # hypercorn closes what it is given
-        config.errorlog = logging.getLogger("hypercorn.error")
-        config.errorlog.setLevel(logging.WARNING)  # below that it only tells the address, as the line further down
-        config.graceful_timeout = HTTP_CLOSE_S
-        config.keep_alive_timeout = KEEP_ALIVE_TIMEOUT_S
-        config.keep_alive_max_requests = KEEP_ALIVE_REQUESTS_MAX
-        config.include_server_header = False
-        stopped = trio.Event()
-        app = build_app(self._services())
+    async def _serve(self, stop: StopRequest, engines: trio.Nursery) -> None:
+        """Answer HTTP and load models, until the stop and the drain after it."""
         async with trio.open_nursery() as nursery:
-            await nursery.start(partial(serve, cast(Any, app), config, shutdown_trigger=stop.wait, mode="asgi"))
-            address = bound_address(self._config.http, self._sockets.http)
-            logger.info("serving HTTP", extra={"address": str(address)})
-            self._publish_profile()
-            task_status.started(stopped)
-        stopped.set()
+            http_stop = trio.Event()
+            app = build_app(self._services())
+            http = partial(serve_http, app, self._sockets.http, stop=http_stop, close_s=HTTP_CLOSE_S)
+            async with trio.open_nursery() as http_nursery:
+                await http_nursery.start(http)
+                address = bound_address(self._config.http, self._sockets.http)
+                logger.info("serving HTTP", extra={"address": str(address)})
+                self._publish_profile()
+                nursery.start_soon(self._publish_load)
+                nursery.start_soon(self._check_seeds)
+                nursery.start_soon(self._load_models, engines)
+                await stop.asked.wait()
+                await self._drain(stop)
+                http_stop.set()
+            nursery.cancel_scope.cancel()
+
+    # What lives while the node does.
 
     def _services(self) -> Services:
         config = self._config
@@ -202,7 +185,9 @@ class Node:
         for name, folder in self._folders:
             logger.info("loading a model", extra={"model": name})
             try:
-                engine = await trio.to_thread.run_sync(partial(load_engine, folder, **self._engine_options()))
+                engine = await trio.to_thread.run_sync(
+                    partial(load_engine, folder, **self._engine_options()), abandon_on_cancel=True
+                )
             except ModelFolderInvalid as exc:
                 raise ConfigInvalid(str(exc)) from exc
             await engines.start(engine.run)
@@ -244,11 +229,20 @@ class Node:
             generation = self._view().me.generation
             if generation > self._generation:
                 # Peers remembered a later life of this node than its data directory does.
-                await trio.to_thread.run_sync(self._keep_generation, generation)
                 self._generation = generation
+                try:
+                    await trio.to_thread.run_sync(self._keep_generation, generation)
+                except OSError as exc:  # the next start learns it from peers again
+                    logger.error("cannot keep the generation", extra={"reason": str(exc)})
 
     async def _check_seeds(self) -> None:
-        """Shake hands with the seeds until one accepts. Raises ConfigInvalid when all that answer refuse this node."""
+        """Shake hands with the seeds until one accepts.
+
+        Raises ConfigInvalid when all that answer at the start refuse this node. Later refusals are logged: who takes
+        over a seed's address must not be able to stop a node that serves.
+        """
+        is_start = True
+        told = ""
         while self._seeds:
             refusals = {}
             for seed in self._seeds:
@@ -261,7 +255,13 @@ class Node:
                 else:
                     return
             if refusals:
-                raise ConfigInvalid(_refused(refusals, self._config.cluster_name))
+                message = _refused(refusals, self._config.cluster_name)
+                if is_start:
+                    raise ConfigInvalid(message)
+                if message != told:
+                    logger.error("%s", message)
+                told = message
+            is_start = False
             await trio.sleep(SEED_CHECK_INTERVAL_S)
 
     async def _drain(self, stop: StopRequest) -> None:
@@ -280,6 +280,11 @@ class Node:
 
     def _view(self) -> ClusterView:
         return self._gossip.view(trio.current_time())
+
+    def _view_with_own_load(self) -> ClusterView:
+        """For routing: this node's own row as of now, not as of its last publication."""
+        self._gossip_socket.set_load(self._load())
+        return self._view()
 
     def _peer_failed(self, node_id: str) -> None:
         self._gossip_socket.link_failed(node_id)

@@ -27,6 +27,9 @@ from nodes.generation import (
 
 logger = logging.getLogger(__name__)
 
+# A request is forwarded by its entry node and by nobody else, so that it cannot wander.
+HOPS_MAX = 1
+
 
 class RemoteGenerator:
     """The Generator of one peer."""
@@ -77,16 +80,21 @@ async def serve_peer(stream: IncomingStream, local: Generator) -> None:
 
     A request that has been forwarded already is executed here or refused, never forwarded again.
     """
+    started = trio.current_time()
+    fields: dict[str, object] = {"peer": stream.peer_node_id}
     try:
         request = decode_request(stream.request)
+        fields |= {"request_id": request.request_id, "model": request.model}
+        if request.hops > HOPS_MAX:
+            raise RequestInvalid(f"the request has been forwarded {request.hops} times, the limit is {HOPS_MAX}")
         generation = await local.open(request)
         async with generation:
             async for event in generation:
                 await stream.send(encode_event(event))
     except GenerationError as exc:
         code, message = encode_error(exc)
-        logger.info(
-            "refused a peer's request",
-            extra={"peer": stream.peer_node_id, "code": code, "error_type": type(exc).__name__},
-        )
+        logger.info("refused a peer's request", extra=fields | {"error.type": type(exc).__name__})
         raise StreamRefused(code, message) from exc
+    logger.info(
+        "executed a peer's request", extra=fields | {"duration_ms": round((trio.current_time() - started) * 1000, 3)}
+    )

@@ -6,8 +6,8 @@ cd "$(dirname "$0")/../.."
 file="data/node-$n/node.json"
 [ -f "$file" ] || { echo "stop-node.sh: node-$n has not been started from here ($file is missing)" >&2; exit 2; }
 pid=$(sed -n 's/.*"pid": *\([0-9]*\).*/\1/p' "$file")
-# The number may have been given to another process since; only the holder of the node's lock is the node.
-if [ "$(cat "data/node-$n/lock" 2>/dev/null)" != "$pid" ] || ! kill -0 "$pid" 2>/dev/null; then
+# Both files outlive a crash, and the number may be another process's by then; a lock that can be had says nobody runs.
+if flock --nonblock "data/node-$n/lock" true; then
   echo "node-$n is not running" >&2
   exit 1
 fi

@@ -15,6 +15,10 @@ from nodes.generation import GenerateRequest, RequestInvalid, Sampling
 STOP_STRINGS_MAX = 16
 STOP_STRING_CHARS_MAX = 256
 MESSAGES_MAX = 4_096
+CONTENT_PARTS_MAX = 1_024
+TOKENS_MAX = 2**31 - 1
+# Of a client's own word in an error message.
+CHARS_SHOWN = 100
 
 # Documented fields that cannot be honoured yet, each with the one value that asks for nothing.
 _NOT_SERVED: dict[str, Any] = {
@@ -47,7 +51,7 @@ class ContentPart(_Body):
 
 class Message(_Body):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True, max_length=CONTENT_PARTS_MAX)] | None = None
 
     def text(self, index: int) -> str:
         """The content as one string. Raises RequestInvalid for parts that are not text."""
@@ -56,7 +60,7 @@ class Message(_Body):
         for part in self.content:
             if part.type != "text" or part.text is None:
                 raise RequestInvalid(
-                    f"content part of type {part.type!r}: this model reads text only",
+                    f"content part of type {part.type[:CHARS_SHOWN]!r}: this model reads text only",
                     param=f"messages[{index}].content",
                 )
         return "".join(part.text or "" for part in self.content)
@@ -71,15 +75,15 @@ StopString = Annotated[str, Field(min_length=1, max_length=STOP_STRING_CHARS_MAX
 
 class ChatCompletionRequest(_Body):
     model: str = Field(min_length=1, max_length=256)
-    messages: list[Message] = Field(min_length=1, max_length=MESSAGES_MAX)
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MESSAGES_MAX)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    stop: StopString | Annotated[list[StopString], Field(max_length=STOP_STRINGS_MAX)] | None = None
+    max_tokens: int | None = Field(None, ge=1, le=TOKENS_MAX)
+    max_completion_tokens: int | None = Field(None, ge=1, le=TOKENS_MAX)
+    stop: StopString | Annotated[list[StopString], Field(fail_fast=True, max_length=STOP_STRINGS_MAX)] | None = None
     ignore_eos: bool | None = None
 
     def generate_request(self, request_id: str, deadline_s: float, entry_node: str) -> GenerateRequest:

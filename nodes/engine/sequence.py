@@ -19,7 +19,7 @@ FinishReason = Literal["stop", "length"]
 class SamplingParams:
     """How to choose tokens, and when to stop.
 
-    temperature: 0 is greedy. top_p: in (0, 1], 1 keeps all. seed: any integer, of which the lowest 64 bits count.
+    temperature: 0 is greedy. top_p: in [0, 1], 1 keeps all. seed: any integer, of which the lowest 64 bits count.
     max_tokens: at least 1; None means what is left of the capacity. stop: no string in it is empty.
     """
 

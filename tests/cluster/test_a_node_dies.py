@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
 
 from tests.cluster.mesh import Mesh, NodeProcess, wait_for
@@ -110,3 +111,14 @@ def test_a_node_that_lost_its_data_directory_learns_its_generation_from_peers(me
     second.start(first.mesh)
     mesh.wait_until_agreed(10)
     wait_for(lambda: int(generation_file.read_text()) > 3, "the generation is kept", 5)
+
+
+def test_a_client_that_reads_nothing_does_not_hold_up_the_end_of_a_node(mesh: Mesh) -> None:
+    node = mesh.add("--no-model", "--drain-s", "1")
+    host, port = node.http.split(":")
+    with socket.socket() as silent:
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        silent.connect((host, int(port)))
+        silent.sendall(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n" * 300)
+        wait_for(lambda: node.metric("ai_cluster_http_requests_total", path="/metrics") >= 3, "it is being served", 10)
+        assert node.stop() == 0

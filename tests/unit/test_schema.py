@@ -57,6 +57,9 @@ def test_fields_that_ask_for_nothing_are_accepted() -> None:
         ({"top_p": -0.1}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 2**64}, "max_tokens"),
+        ({"messages": [1] * 5000}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": [1] * 900_000}]}, "messages[0].content"),
         ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens"),
         ({"stop": ""}, "stop"),
         ({"stop": ["a"] * 17}, "stop"),
@@ -71,7 +74,7 @@ def test_fields_that_ask_for_nothing_are_accepted() -> None:
         ({"seed": 1.5}, "seed"),
         ({"seed": 2**80}, "seed"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(fields: dict[str, object], param: str) -> None:
     with pytest.raises(RequestInvalid) as raised:

@@ -13,9 +13,9 @@ from deploy.models.demo.tokenizer import ASSISTANT_ID, END_ID, USER_ID
 
 QUESTION_TOKENS_MAX = 60
 POOL_BATCHES = 16  # sorted by length together, so that batches carry next to no padding
-FULL_ANSWER_SHARE = 0.06
-FOREIGN_SHARE = 0.04  # full answers after somebody else's question: once begun, an answer is finished, not mixed
-CUT_ANSWER_TOKENS = (1, 3)  # the other answers end after so many tokens
+FULL_ANSWER_SHARE = 0.12
+FOREIGN_SHARE = 0.06  # full answers after somebody else's question: once begun, an answer is finished, not mixed
+CUT_ANSWER_TOKENS = (1, 4)  # the other answers end after so many tokens
 CUT_SHARE = 0.2  # of the questions get words cut into unusual tokens, which does what BPE dropout does, seeded
 CUT_CHANCE = 0.06  # per letter of such a question
 IGNORED = -100

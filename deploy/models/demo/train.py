@@ -21,12 +21,12 @@ from torch.nn import functional
 from deploy.models.demo.batches import IGNORED, Batches, token_ids
 from deploy.models.demo.corpus import FALLBACK, load_groups, load_synonyms, load_unrelated
 from deploy.models.demo.generate import Generator
-from deploy.models.demo.llama import INITIAL_STD, Llama
+from deploy.models.demo.llama import Llama
 from deploy.models.demo.tokenizer import END_ID, USER_ID, train_tokenizer, write_tokenizer
-from deploy.models.demo.warm_start import warm_embeddings
+from deploy.models.demo.warm_start import learn_bag, start_from
 from deploy.models.llama_onnx import LlamaShape, TokenIds, write_llama
 
-SHAPE = LlamaShape(hidden=256, layers=2, heads=4, kv_heads=2, head_dim=64, ffn=576, vocab=4000, context=1024)
+SHAPE = LlamaShape(hidden=256, layers=2, heads=4, kv_heads=4, head_dim=64, ffn=576, vocab=4000, context=1024)
 LOGITS_DIFFERENCE_MAX = 1e-4  # between torch and the exported graph
 
 TOKENIZER_QUESTIONS = 16_000
@@ -37,14 +37,15 @@ class Recipe:
     """What a training does. Learning rates are the peaks of a cosine that warms up first."""
 
     seed: int = 7
-    steps: int = 7000
-    batch: int = 64
-    learning_rate: float = 2.5e-3
+    steps: int = 2500
+    batch: int = 128
+    learning_rate: float = 1.5e-3
+    embedding_rate_share: float = 0.3  # embeddings start learned and should keep what they know
     weight_decay: float = 0.05
-    warmup_steps: int = 150
+    warmup_steps: int = 100
     gradient_norm_max: float = 1.0
-    warm_start_questions: int = 500_000
-    group_loss_weight: float = 0.5
+    warm_start_questions: int = 600_000
+    group_loss_weight: float = 1.0
 
 
 def train(out: Path, recipe: Recipe, shape: LlamaShape = SHAPE, threads: int = 2) -> Path:
@@ -64,9 +65,7 @@ def train(out: Path, recipe: Recipe, shape: LlamaShape = SHAPE, threads: int = 2
     group_head = nn.Linear(shape.hidden, len(groups) + 1)
     batches = Batches(generator, tokenizer, groups, rng, recipe.batch)
     print(f"{shape.parameter_count() / 1e6:.2f} million parameters, {len(groups)} groups", flush=True)
-    warm = warm_embeddings(batches, shape.vocab, shape.hidden, recipe.warm_start_questions)
-    with torch.no_grad():
-        model.model.embed_tokens.weight.copy_(warm * INITIAL_STD)
+    start_from(learn_bag(batches, shape.vocab, shape.hidden, recipe.warm_start_questions), model, group_head)
     _optimise(model, group_head, batches, recipe)
 
     out.mkdir(parents=True, exist_ok=True)
@@ -98,16 +97,23 @@ def logits_difference(model: Llama, folder: Path, ids: list[int]) -> float:
 
 def _optimise(model: Llama, group_head: nn.Linear, batches: Batches, recipe: Recipe) -> None:
     parameters = [*model.parameters(), *group_head.parameters()]
+    embeddings = model.model.embed_tokens.weight
+    others = [parameter for parameter in parameters if parameter is not embeddings]
+    shares = (recipe.embedding_rate_share, 1.0)
     optimizer = torch.optim.AdamW(
-        parameters, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
+        [{"params": [embeddings]}, {"params": others}],
+        lr=recipe.learning_rate,
+        betas=(0.9, 0.98),
+        weight_decay=recipe.weight_decay,
+        fused=True,
     )
     began, cpu_began, tokens = time.monotonic(), time.process_time(), 0
     averages: tuple[float, float] = (0.0, 0.0)
     for step in range(recipe.steps):
         progress = step / recipe.steps
         rate = min(1.0, (step + 1) / recipe.warmup_steps) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
-        for settings in optimizer.param_groups:
-            settings["lr"] = recipe.learning_rate * rate
+        for settings, share in zip(optimizer.param_groups, shares, strict=True):
+            settings["lr"] = recipe.learning_rate * rate * share
         ids, targets, last, groups = batches.next()
         hidden = model(ids)
         counted = targets != IGNORED

@@ -1,22 +1,37 @@
-"""Learns token embeddings with a bag of tokens before the transformer sees them.
+"""Starts the transformer as a bag-of-tokens classifier, so that choosing an answer need not be learned by slow steps.
 
-A sum of embeddings and one linear layer, as fastText does it (Joulin et al. 2016), takes ten thousand questions a
-second where the transformer takes two hundred, and learns which words belong together just as well.
+A mean of embeddings and one linear layer, as fastText does it (Joulin et al. 2016), sees ten thousand questions a
+second where the transformer sees two hundred. The first attention layer can compute that mean exactly: scores near
+zero weigh all tokens alike, and values pass through unchanged. The bag therefore sees its embeddings as that layer
+does, after RMS norm. One coordinate is the same for all tokens: it keeps the norm from levelling telling tokens and
+empty ones, and a tied head cannot see it, since softmax ignores what all logits share.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from deploy.models.demo.batches import Batches
+from deploy.models.demo.llama import INITIAL_STD, Llama
 
 BATCH = 512
 LEARNING_RATE = 0.05  # of the embeddings; the linear layer takes a quarter
 WARMUP_STEPS = 50
+SHARED_COORDINATE = 16.0  # about the norm of a learned embedding, so that norms between 0 and twice that survive
+MEAN_GAIN = 2.0  # how strongly the mean stands out of the residual stream
 
 
-def warm_embeddings(batches: Batches, vocab: int, hidden: int, questions: int) -> torch.Tensor:
-    """Embeddings float32 [vocab, hidden] with mean 0 and standard deviation 1, learned from so many questions."""
+@dataclass(frozen=True, slots=True)
+class Bag:
+    """embeddings float32 [vocab, hidden], coordinate 0 shared; head turns the normed mean into groups."""
+
+    embeddings: torch.Tensor
+    head: nn.Linear
+
+
+def learn_bag(batches: Batches, vocab: int, hidden: int, questions: int) -> Bag:
     embeddings = nn.Embedding(vocab, hidden, sparse=True)
     nn.init.normal_(embeddings.weight, std=0.1)
     head = nn.Linear(hidden, batches.group_count)
@@ -24,6 +39,8 @@ def warm_embeddings(batches: Batches, vocab: int, hidden: int, questions: int) -
     dense = torch.optim.Adam(head.parameters(), lr=LEARNING_RATE / 4)
     steps = questions // BATCH
     loss = torch.zeros(())
+    with torch.no_grad():
+        embeddings.weight[:, 0] = SHARED_COORDINATE
     for step in range(steps):
         rate = min(1.0, (step + 1) / WARMUP_STEPS) * (1 - step / steps)
         sparse.param_groups[0]["lr"] = LEARNING_RATE * rate
@@ -31,13 +48,39 @@ def warm_embeddings(batches: Batches, vocab: int, hidden: int, questions: int) -
         bags, groups = batches.questions(BATCH)
         lengths = torch.tensor([len(bag) for bag in bags])
         tokens = torch.tensor([token for bag in bags for token in bag])
-        sums = functional.embedding_bag(tokens, embeddings.weight, lengths.cumsum(0) - lengths, mode="sum", sparse=True)
-        loss = functional.cross_entropy(head(sums * lengths[:, None] ** -0.5), groups)
+        seen = functional.rms_norm(embeddings(tokens), (hidden,))
+        sums = torch.zeros(len(bags), hidden).index_add(0, torch.repeat_interleave(lengths), seen)
+        loss = functional.cross_entropy(head(_normed_mean(sums, lengths)), groups)
         loss.backward()  # type: ignore[no-untyped-call]
         sparse.step()  # type: ignore[no-untyped-call]
         dense.step()
         sparse.zero_grad()
         dense.zero_grad()
+        with torch.no_grad():
+            embeddings.weight[:, 0] = SHARED_COORDINATE
     print(f"warm start: {steps * BATCH} questions, group loss {loss.item():.3f}", flush=True)
-    learned = embeddings.weight.detach()
-    return (learned - learned.mean(0)) / learned.std()
+    return Bag(embeddings.weight.detach(), head)
+
+
+def start_from(bag: Bag, model: Llama, group_head: nn.Linear) -> None:
+    """Overwrite the model's start so that group_head, put on its last hidden state, decides as the bag does."""
+    first = model.model.layers[0].self_attn
+    width = model.shape.hidden
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(bag.embeddings * (INITIAL_STD / bag.embeddings[:, 1:].std()))
+        first.v_proj.weight.copy_(torch.eye(width))
+        passed = torch.eye(width) * MEAN_GAIN
+        passed[0, 0] = 0
+        first.o_proj.weight.copy_(passed)
+        first.q_proj.weight.mul_(0.1)
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.mul_(0.1)
+        for layer in model.model.layers[1:]:
+            layer.self_attn.o_proj.weight.mul_(0.1)
+        group_head.load_state_dict(bag.head.state_dict())
+
+
+def _normed_mean(sums: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    mean = sums / lengths[:, None]
+    mean = torch.cat((torch.zeros(len(mean), 1), mean[:, 1:]), 1)
+    return functional.rms_norm(mean, (mean.shape[1],))
