@@ -13,12 +13,21 @@ from deploy.models.demo.tokenizer import ASSISTANT_ID, END_ID, USER_ID
 
 QUESTION_TOKENS_MAX = 60
 POOL_BATCHES = 16  # sorted by length together, so that batches carry next to no padding
-FULL_ANSWER_SHARE = 0.12
-FOREIGN_SHARE = 0.06  # full answers after somebody else's question: once begun, an answer is finished, not mixed
-CUT_ANSWER_TOKENS = (1, 4)  # the other answers end after so many tokens
+CUT_ANSWER_TOKENS = (1, 4)  # answers that are not given in full end after so many tokens
 CUT_SHARE = 0.2  # of the questions get words cut into unusual tokens, which does what BPE dropout does, seeded
 CUT_CHANCE = 0.06  # per letter of such a question
 IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerShares:
+    """How much of the examples teaches to say an answer; the rest teaches to choose one, and is short.
+
+    full: whole answers. foreign: whole answers after somebody else's question: once begun, an answer is finished.
+    """
+
+    full: float
+    foreign: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +44,16 @@ class Batches:
     """Turns examples into tensors, POOL_BATCHES at a time."""
 
     def __init__(
-        self, generator: Generator, tokenizer: Tokenizer, groups: Sequence[Group], rng: random.Random, batch: int
+        self,
+        generator: Generator,
+        tokenizer: Tokenizer,
+        groups: Sequence[Group],
+        rng: random.Random,
+        batch: int,
+        shares: AnswerShares,
     ) -> None:
         self._generator, self._tokenizer, self._rng, self._batch = generator, tokenizer, rng, batch
+        self._shares = shares
         self._answers = [[*token_ids(tokenizer, group.answer), END_ID] for group in groups]
         self._answers.append([*token_ids(tokenizer, FALLBACK), END_ID])  # found at FALLBACK_GROUP
         self._telling = [_telling_tokens(answer, self._answers) for answer in self._answers]
@@ -82,13 +98,13 @@ class Batches:
         example = self._generator.example()
         prompt = [USER_ID, *self._question(example.question)[:QUESTION_TOKENS_MAX], ASSISTANT_ID]
         dice = self._rng.random()
-        if dice < FOREIGN_SHARE:
+        if dice < self._shares.foreign:
             group = self._rng.randrange(self.group_count)
             tokens = prompt + self._answers[group]
             return _Row(tokens, len(prompt), min(len(prompt) + self._telling[group], len(tokens) - 1), IGNORED)
         group = example.group % self.group_count
         answer = self._answers[group]
-        if dice >= FOREIGN_SHARE + FULL_ANSWER_SHARE:
+        if dice >= self._shares.foreign + self._shares.full:
             answer = answer[: self._rng.randint(*CUT_ANSWER_TOKENS)]
         return _Row(prompt + answer, len(prompt), len(prompt), group)
 

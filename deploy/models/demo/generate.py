@@ -36,8 +36,14 @@ class Generator:
     """Draws examples without end. One generator serves one training; it is not shared between threads."""
 
     def __init__(
-        self, groups: Sequence[Group], unrelated: Unrelated, synonyms: Sequence[tuple[str, ...]], rng: random.Random
+        self,
+        groups: Sequence[Group],
+        unrelated: Unrelated,
+        synonyms: Sequence[tuple[str, ...]],
+        rng: random.Random,
+        unrelated_share: float = UNRELATED_SHARE,
     ) -> None:
+        self._unrelated_share = unrelated_share
         self._groups = groups
         self._unrelated = unrelated
         self._rng = rng
@@ -62,7 +68,7 @@ class Generator:
                 return example
 
     def _draw(self) -> Example:
-        if self._rng.random() < UNRELATED_SHARE:
+        if self._rng.random() < self._unrelated_share:
             return Example(self.unrelated(), FALLBACK_GROUP)
         (index,) = self._rng.choices(range(len(self._groups)), self._weights)
         return Example(self.related(self._groups[index]), index)
