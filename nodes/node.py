@@ -162,8 +162,6 @@ class Node:
                 http_stop.set()
             nursery.cancel_scope.cancel()
 
-    # What lives while the node does.
-
     def _services(self) -> Services:
         config = self._config
         return Services(
@@ -179,6 +177,8 @@ class Node:
             body_bytes_max=config.body_bytes_max,
             nodes_expected=config.nodes_expected,
         )
+
+    # What lives while the node does.
 
     async def _load_models(self, engines: trio.Nursery) -> None:
         """Load one model after the other in a worker thread, then report ready."""
