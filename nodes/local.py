@@ -21,7 +21,8 @@ from nodes.engine.errors import (
     QueueFull,
 )
 from nodes.engine.model_loader import LoadedModel
-from nodes.engine.sequence import EngineEvent, SamplingParams
+from nodes.engine.sampling import SamplingParams
+from nodes.engine.sequence import EngineEvent
 from nodes.engine.stream import EngineStream
 from nodes.engine.tokenizer import ENCODE_INLINE_BYTES_MAX
 from nodes.generation import (
@@ -100,6 +101,7 @@ class LocalGenerator:
         return SamplingParams(
             temperature=model.temperature if sampling.temperature is None else sampling.temperature,
             top_p=model.top_p if sampling.top_p is None else sampling.top_p,
+            is_seeded=sampling.seed is not None,
             seed=self._rng.getrandbits(SEED_BITS) if sampling.seed is None else sampling.seed,
             max_tokens=sampling.max_tokens,
             stop=sampling.stop,

@@ -25,8 +25,9 @@ from nodes.engine.errors import EngineError, EngineFault, EngineStopped, PromptT
 from nodes.engine.meter import Meter
 from nodes.engine.model_loader import LoadedModel, ModelFolder, load_model
 from nodes.engine.sampler import sample
+from nodes.engine.sampling import Sampled, SamplingParams
 from nodes.engine.scheduler import Failed, Outcome, Plan, PrefillChunk, Progress, Scheduler
-from nodes.engine.sequence import SamplingParams, Sequence
+from nodes.engine.sequence import Sequence
 from nodes.engine.session import Provider, load_session
 from nodes.engine.stream import EngineStream
 
@@ -318,7 +319,7 @@ class Engine:
         started = time.perf_counter()
         for move in plan.moves:
             self._session.copy(move.source, move.target, move.length)
-        tokens: list[int] = []
+        tokens: list[Sampled] = []
         decode_s = prefill_s = 0.0
         if plan.decode:
             tokens, decode_s = self._decode(plan.decode)
@@ -336,23 +337,22 @@ class Engine:
             meter.stepped(generated, time.perf_counter() - started, self.now())
         return outcomes
 
-    def _decode(self, batch: SequenceOf[Sequence]) -> tuple[list[int], float]:
+    def _decode(self, batch: SequenceOf[Sequence]) -> tuple[list[Sampled], float]:
         """One token per sequence, and the seconds that the session took."""
         kv, count = self._scheduler.kv, len(batch)
         started = time.perf_counter()
         logits = self._session.decode(kv.next_ids[:count], kv.lengths[:count])
         seconds = time.perf_counter() - started
-        params = [sequence.params for sequence in batch]
-        return sample(logits, params, [sequence.position for sequence in batch]), seconds
+        return sample(logits, [sequence.sampling for sequence in batch]), seconds
 
-    def _prefill(self, chunk: PrefillChunk) -> tuple[int | None, float]:
+    def _prefill(self, chunk: PrefillChunk) -> tuple[Sampled | None, float]:
         """The answer's first token after the last chunk, and the seconds that the session took."""
         started = time.perf_counter()
         logits = self._session.prefill(chunk.slot, np.asarray(chunk.token_ids, np.int64), chunk.start)
         seconds = time.perf_counter() - started
         if not chunk.is_last:
             return None, seconds
-        return sample(logits[None], [chunk.sequence.params], [chunk.sequence.position])[0], seconds
+        return sample(logits[None], [chunk.sequence.sampling])[0], seconds
 
     def _post(self, call: Callable[..., object], *args: object) -> None:
         assert self._trio is not None

@@ -18,7 +18,7 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 import numpy.typing as npt
 
-from nodes.engine.sequence import SamplingParams
+from nodes.engine.sampling import Sampled, SamplingParams, SamplingState
 
 FloatArray = npt.NDArray[np.float32]
 DoubleArray = npt.NDArray[np.float64]
@@ -34,18 +34,18 @@ _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 
 
-def sample(logits: FloatArray, params: SequenceOf[SamplingParams], positions: SequenceOf[int]) -> list[int]:
-    """One token, or INVALID, per row. logits: float32 [rows, vocabulary], not changed. positions: of these tokens."""
-    tokens = []
-    for row, options, position in zip(logits, params, positions, strict=True):
+def sample(logits: FloatArray, states: SequenceOf[SamplingState]) -> list[Sampled]:
+    """One token, or INVALID, per row. logits: float32 [rows, vocabulary], may be overwritten."""
+    sampled = []
+    for row, state in zip(logits, states, strict=True):
         best = int(row.argmax())
         peak = float(row[best])
         if not np.isfinite(peak):
             best = INVALID
-        elif options.temperature >= TEMPERATURE_MIN:
-            best = _draw(row, peak, options, position)
-        tokens.append(best)
-    return tokens
+        elif state.params.temperature >= TEMPERATURE_MIN:
+            best = _draw(row, peak, state.params, state.position)
+        sampled.append(Sampled(best))
+    return sampled
 
 
 def gumbel_noise(seed: int, position: int, token_ids: IdArray) -> DoubleArray:

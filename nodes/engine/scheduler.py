@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from nodes.engine.errors import DeadlinePassed, EngineError, EngineFault, QueueFull
 from nodes.engine.kv_slots import KvSlots, SlotMove
 from nodes.engine.sampler import INVALID
+from nodes.engine.sampling import Sampled
 from nodes.engine.sequence import EngineEvent, Phase, Sequence
 
 # One chunk takes about as long as one decode step of a full batch, so prefilling halves the others' rate, not more.
@@ -124,7 +125,7 @@ class Scheduler:
             self.kv.begin(sequence)
         return Plan(moves, self.kv.decoding(), self._next_chunk(), expired)
 
-    def commit(self, plan: Plan, tokens: SequenceOf[int], first_token: int | None) -> list[Outcome]:
+    def commit(self, plan: Plan, tokens: SequenceOf[Sampled], first_token: Sampled | None) -> list[Outcome]:
         """Record that the plan was executed.
 
         tokens: one for each of plan.decode. first_token: the one sampled after the prompt's last chunk, else None.
@@ -161,16 +162,16 @@ class Scheduler:
     def _free(self) -> int:
         return self.kv.free + self._leaving
 
-    def _accept(self, sequence: Sequence, slot: int, token: int, outcomes: list[Outcome]) -> None:
+    def _accept(self, sequence: Sequence, slot: int, sampled: Sampled, outcomes: list[Outcome]) -> None:
         if sequence.is_cancelled:
             return
-        if token == INVALID:
+        if sampled.token_id == INVALID:
             self._leave(sequence)
             outcomes.append(Failed(sequence, EngineFault("the model's logits are not finite numbers")))
             return
-        event = sequence.accept(token)
+        event = sequence.accept(sampled)
         if event.finish_reason is None:
-            self.kv.next_ids[slot] = token
+            self.kv.next_ids[slot] = sampled.token_id
         else:
             self._leave(sequence)
         outcomes.append(Progress(sequence, event))

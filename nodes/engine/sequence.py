@@ -3,6 +3,11 @@
 A sequence ends with `stop` at an end-of-sequence token or a stop string, and with `length` at max_tokens or when its
 capacity is used up. An end-of-sequence token is not part of the answer: it is neither in the ids nor counted, unless
 ignore_eos makes it a token like any other. The token that completes a stop string is in both, its text is not.
+
+A sequence may begin with a part of its answer, made elsewhere before. It goes on at the next token: text decoder, stop
+strings, penalties and noise stand where they would. The KV rows of that part are written in one of two ways: with the
+prompt's, in chunks (fast), or one by one by the decode steps that would have made it (replay; exact in quantised
+models, where a chunk's rows differ from a step's).
 """
 
 from __future__ import annotations
@@ -12,36 +17,25 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Literal, Protocol
 
+from nodes.engine.sampling import Sampled, SamplingParams, SamplingState, TokenLogprobs
+
 FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How to choose tokens, and when to stop.
-
-    temperature: 0 is greedy. top_p: in [0, 1], 1 keeps all. seed: any integer, of which the lowest 64 bits count.
-    max_tokens: at least 1; None means what is left of the capacity. stop: no string in it is empty.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
-    max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class EngineEvent:
     """Tokens of one sequence and the text they complete; text may be empty. The last event has a finish_reason.
 
-    completion_tokens: generated so far, these included."""
+    completion_tokens: of the whole answer so far, these included. cached_tokens: prompt tokens whose KV rows were there
+    already. logprobs: one for each token, where they were asked for."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
     def merged_with(self, later: EngineEvent) -> EngineEvent:
         """One event that says what both say. later: the one that came next."""
@@ -51,6 +45,8 @@ class EngineEvent:
             later.finish_reason,
             later.prompt_tokens,
             later.completion_tokens,
+            later.cached_tokens,
+            self.logprobs + later.logprobs,
         )
 
 
@@ -74,21 +70,28 @@ class Phase(Enum):
 class Sequence:
     """One request from its submission to its end.
 
-    capacity: KV rows of a slot, which hold prompt and answer; len(prompt_ids) < capacity. deadline: on the engine's
-    clock. After the end, accept() must not be called.
+    capacity: KV rows of a slot, which hold prompt and answer; prompt and what is generated already are shorter.
+    deadline: on the engine's clock. generated_ids: of the answer, made before; replays: by decode steps. fairness_id:
+    whose request it is. text_blocks: hashes of the conversation's beginning, see prefix_digest. After the end, accept()
+    must not be called.
     """
 
     __slots__ = (
         "_decoder",
         "_eos_ids",
         "_stop",
+        "cached_tokens",
         "deadline",
+        "fairness_id",
         "generated_ids",
         "is_cancelled",
-        "params",
         "phase",
+        "prefill_ids",
         "prefilled",
         "prompt_ids",
+        "replayed",
+        "sampling",
+        "text_blocks",
         "token_limit",
     )
 
@@ -101,41 +104,93 @@ class Sequence:
         eos_ids: frozenset[int],
         capacity: int,
         deadline: float,
+        generated_ids: SequenceOf[int] = (),
+        replays: bool = False,
+        fairness_id: str = "",
+        text_blocks: tuple[int, ...] = (),
     ) -> None:
-        assert 0 < len(prompt_ids) < capacity, f"{len(prompt_ids)} prompt ids, capacity {capacity}"
+        count = len(prompt_ids) + len(generated_ids)
+        assert 0 < len(prompt_ids) <= count < capacity, f"{count} ids, capacity {capacity}"
         self.prompt_ids = prompt_ids
-        self.params = params
-        self.deadline = deadline
         self.generated_ids: list[int] = []
-        self.prefilled = 0  # prompt ids whose KV rows are written
+        self.prefill_ids = [*prompt_ids, *(() if replays else generated_ids)]
+        self.prefilled = 0  # of prefill_ids: those whose KV rows are written
+        self.replayed = 0 if replays else len(generated_ids)  # of generated_ids: those that were fed, or need not be
+        self.cached_tokens = 0  # of prefill_ids: those whose rows were found in a slot
+        self.deadline = deadline
+        self.fairness_id = fairness_id
+        self.text_blocks = text_blocks
         self.phase = Phase.WAITING
         self.is_cancelled = False
         left = capacity - len(prompt_ids)
         self.token_limit = left if params.max_tokens is None else min(left, params.max_tokens)
+        self.sampling = SamplingState(params, prompt_ids, eos_ids)
         self._decoder = decoder
         self._eos_ids = frozenset() if params.ignore_eos else eos_ids
         self._stop = StopMatcher(params.stop)
+        for token_id in generated_ids:
+            self._take(token_id)
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.sampling.params
 
     @property
     def position(self) -> int:
-        """Of the next token, counted from the prompt's first. It keys the sampling noise, so a sequence that is
-        resumed elsewhere with prompt and answer so far as its prompt draws the same noise."""
-        return len(self.prompt_ids) + len(self.generated_ids)
+        """Of the next token, counted from the prompt's first."""
+        return self.sampling.position
 
-    def accept(self, token_id: int) -> EngineEvent:
+    @property
+    def forced_id(self) -> int | None:
+        """What the next decode step feeds whatever the model says; None once nothing is left to replay."""
+        return self.generated_ids[self.replayed] if self.replayed < len(self.generated_ids) else None
+
+    def ended_before(self) -> EngineEvent | None:
+        """The last event of an answer that was complete when it came here; None when it goes on."""
+        if self._stop.is_matched:
+            return self._event("", (), "stop")
+        if len(self.generated_ids) >= self.token_limit:
+            return self._event(self._stop.flush(), (), "length")
+        return None
+
+    def accept(self, sampled: Sampled) -> EngineEvent:
         """Take the token sampled for `position`. The event that its reader gets."""
+        token_id = sampled.token_id
         if token_id in self._eos_ids:
             return self._event(self._stop.flush(), (), "stop")
-        self.generated_ids.append(token_id)
-        text = self._stop.feed(self._decoder.feed(token_id))
+        text = self._take(token_id)
+        self.replayed += 1
+        logprobs = () if sampled.logprobs is None else (sampled.logprobs,)
         if self._stop.is_matched:
-            return self._event(text, (token_id,), "stop")
+            return self._event(text, (token_id,), "stop", logprobs)
         if len(self.generated_ids) >= self.token_limit:
-            return self._event(text + self._stop.flush(), (token_id,), "length")
-        return self._event(text, (token_id,), None)
+            return self._event(text + self._stop.flush(), (token_id,), "length", logprobs)
+        return self._event(text, (token_id,), None, logprobs)
 
-    def _event(self, text: str, token_ids: tuple[int, ...], finish_reason: FinishReason | None) -> EngineEvent:
-        return EngineEvent(text, token_ids, finish_reason, len(self.prompt_ids), len(self.generated_ids))
+    def _take(self, token_id: int) -> str:
+        """Add a token to the answer; the text that is now certain."""
+        self.generated_ids.append(token_id)
+        self.sampling.accept(token_id)
+        text = self._decoder.feed(token_id)
+        # Text before min_tokens neither is nor begins a stop string.
+        return self._stop.feed(text) if len(self.generated_ids) > self.params.min_tokens else text
+
+    def _event(
+        self,
+        text: str,
+        token_ids: tuple[int, ...],
+        finish_reason: FinishReason | None,
+        logprobs: tuple[TokenLogprobs, ...] = (),
+    ) -> EngineEvent:
+        return EngineEvent(
+            text,
+            token_ids,
+            finish_reason,
+            len(self.prompt_ids),
+            len(self.generated_ids),
+            min(self.cached_tokens, len(self.prompt_ids)),
+            logprobs,
+        )
 
 
 class StopMatcher:

@@ -19,7 +19,7 @@ import trio
 
 from nodes.engine.engine import Engine, load_engine
 from nodes.engine.model_loader import read_model_folder
-from nodes.engine.sequence import SamplingParams
+from nodes.engine.sampling import SamplingParams
 
 BATCHES = (1, 4, 8)
 SHORT_PROMPT = 16

@@ -17,8 +17,9 @@ from deploy.models.random_llama import CHAT_TEMPLATE, IM_END, SPECIAL_TOKENS, sm
 from nodes.engine.chat_template import ChatTemplate
 from nodes.engine.engine import Engine
 from nodes.engine.model_loader import LoadedModel
+from nodes.engine.sampling import SamplingParams
 from nodes.engine.scheduler import PREFILL_CHUNK_TOKENS
-from nodes.engine.sequence import EngineEvent, SamplingParams
+from nodes.engine.sequence import EngineEvent
 from nodes.engine.stream import EngineStream
 from nodes.engine.tokenizer import Tokenizer
 

@@ -20,7 +20,7 @@ from nodes.engine.errors import (
     QueueFull,
 )
 from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid, read_model_folder
-from nodes.engine.sequence import SamplingParams
+from nodes.engine.sampling import SamplingParams
 from tests.unit.fake_session import (
     CAPACITY,
     Clock,

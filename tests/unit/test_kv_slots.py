@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nodes.engine.kv_slots import KvSlots, SlotMove
-from nodes.engine.sequence import SamplingParams, Sequence
+from nodes.engine.sampling import SamplingParams
+from nodes.engine.sequence import Sequence
 from tests.unit.test_sequence import LetterDecoder
 
 SLOTS = 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +12,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodes.engine.sampler import INVALID, SHORTLIST, gumbel_noise, sample
-from nodes.engine.sequence import SamplingParams
+from nodes.engine import sampler
+from nodes.engine.sampler import INVALID, SHORTLIST, gumbel_noise
+from nodes.engine.sampling import SamplingParams, SamplingState
 
 VOCABULARY = 50
+
+
+def sample(logits: npt.NDArray[np.float32], params: Sequence[SamplingParams], positions: Iterable[int]) -> list[int]:
+    """The tokens chosen for rows at these positions of otherwise empty answers."""
+    states = [SamplingState(p, range(position), frozenset()) for p, position in zip(params, positions, strict=True)]
+    return [sampled.token_id for sampled in sampler.sample(logits, states)]
+
+
 DRAWS = 20_000
 # The 1 - 1e-6 quantile of chi-square with few degrees of freedom: the seeds are fixed, so this never flickers.
 CHI_SQUARE_MAX = {5: 38.3, 9: 45.1, 19: 63.0}

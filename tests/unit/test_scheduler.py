@@ -9,8 +9,9 @@ import pytest
 
 from nodes.engine.errors import DeadlinePassed, EngineFault, QueueFull
 from nodes.engine.sampler import INVALID, sample
+from nodes.engine.sampling import Sampled, SamplingParams
 from nodes.engine.scheduler import Failed, Outcome, Plan, Progress, Scheduler
-from nodes.engine.sequence import Phase, SamplingParams, Sequence
+from nodes.engine.sequence import Phase, Sequence
 from tests.unit.fake_session import CAPACITY, FakeSession, greedy
 from tests.unit.test_sequence import LetterDecoder
 
@@ -30,16 +31,16 @@ def execute(plan: Plan, scheduler: Scheduler, session: FakeSession) -> list[Outc
     """What an engine does with a plan."""
     for move in plan.moves:
         session.copy(move.source, move.target, move.length)
-    tokens: list[int] = []
+    tokens: list[Sampled] = []
     if plan.decode:
         count = len(plan.decode)
         logits = session.decode(scheduler.kv.next_ids[:count], scheduler.kv.lengths[:count])
-        tokens = sample(logits, [s.params for s in plan.decode], [s.position for s in plan.decode])
+        tokens = sample(logits, [s.sampling for s in plan.decode])
     first = None
     if (chunk := plan.prefill) is not None:
         logits = session.prefill(chunk.slot, np.array(chunk.token_ids), chunk.start)
         if chunk.is_last:
-            first = sample(logits[None], [chunk.sequence.params], [chunk.sequence.position])[0]
+            first = sample(logits[None], [chunk.sequence.sampling])[0]
     return scheduler.commit(plan, tokens, first)
 
 
@@ -47,7 +48,7 @@ def tick(scheduler: Scheduler, now: float = NOW, token: int = 5) -> Plan:
     """One tick in which every token is `token`."""
     plan = scheduler.plan(now)
     is_last = plan.prefill is not None and plan.prefill.is_last
-    scheduler.commit(plan, [token] * len(plan.decode), token if is_last else None)
+    scheduler.commit(plan, [Sampled(token)] * len(plan.decode), Sampled(token) if is_last else None)
     return plan
 
 
@@ -240,7 +241,7 @@ def test_logits_that_are_no_numbers_end_their_sequence_alone() -> None:
         scheduler.submit(one)
         tick(scheduler)
     plan = scheduler.plan(NOW)
-    outcomes = scheduler.commit(plan, [INVALID, 5], None)
+    outcomes = scheduler.commit(plan, [Sampled(INVALID), Sampled(5)], None)
     assert isinstance(outcomes[0], Failed)
     assert isinstance(outcomes[0].error, EngineFault)
     assert isinstance(outcomes[1], Progress)

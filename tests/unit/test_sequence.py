@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodes.engine.sequence import EngineEvent, SamplingParams, Sequence, StopMatcher
+from nodes.engine.sampling import Sampled, SamplingParams
+from nodes.engine.sequence import EngineEvent, Sequence, StopMatcher
 
 EOS = 1
 CAPACITY = 12
@@ -35,7 +36,7 @@ def feed(target: Sequence, text: str) -> list[EngineEvent]:
     """Feed letters until one of them ends the sequence."""
     events = []
     for letter in text:
-        events.append(target.accept(ord(letter) - ord("a")))
+        events.append(target.accept(Sampled(ord(letter) - ord("a"))))
         if events[-1].finish_reason is not None:
             break
     return events
