@@ -157,7 +157,7 @@ def test_a_sequence_cancelled_during_the_step_gives_no_event() -> None:
         tick(scheduler)
     plan = scheduler.plan(NOW)
     scheduler.cancel(leaves)
-    outcomes = scheduler.commit(plan, [5] * len(plan.decode), None)
+    outcomes = scheduler.commit(plan, [Sampled(5)] * len(plan.decode), None)
     assert [outcome.sequence for outcome in outcomes] == [stays]
 
 
