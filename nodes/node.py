@@ -29,7 +29,7 @@ from nodes.api.auth import Access
 from nodes.api.services import Services
 from nodes.config import ConfigInvalid, NodeConfig, is_loopback
 from nodes.dispatch import Dispatch
-from nodes.engine.engine import FAILED, Engine, load_engine
+from nodes.engine.engine import FAILED, STUCK, Engine, load_engine
 from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid
 from nodes.figures import mesh_figures
 from nodes.http_server import serve_http
@@ -220,11 +220,7 @@ class Node:
             # A single late wake-up shows for about a second, so that a publication carries it.
             self._loop_lag_s = max(late_s, self._loop_lag_s * LAG_DECAY)
             due += late_s
-            if self._readiness is Readiness.READY and any(
-                e.statistics().state == FAILED for e in self._engines.values()
-            ):
-                self._readiness = Readiness.FAILED
-                logger.error("an engine has failed; this node takes no more requests until it is restarted")
+            self._check_engines()
             self._gossip_socket.set_load(self._load())
             generation = self._view().me.generation
             if generation > self._generation:
@@ -234,6 +230,16 @@ class Node:
                     await trio.to_thread.run_sync(self._keep_generation, generation)
                 except OSError as exc:  # the next start learns it from peers again
                     logger.error("cannot keep the generation", extra={"reason": str(exc)})
+
+    def _check_engines(self) -> None:
+        """A node whose engine has failed, or is stuck in a step, takes no requests; in the second case for a while."""
+        states = {engine.statistics().state for engine in self._engines.values()}
+        if self._readiness is Readiness.READY and states & {FAILED, STUCK}:
+            self._readiness = Readiness.FAILED
+            if FAILED in states:
+                logger.error("an engine has failed; this node takes no more requests until it is restarted")
+        elif self._readiness is Readiness.FAILED and not states & {FAILED, STUCK}:
+            self._readiness = Readiness.READY
 
     async def _check_seeds(self) -> None:
         """Shake hands with the seeds until one accepts.

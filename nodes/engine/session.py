@@ -293,6 +293,17 @@ class OnnxSession:
         """Copy rows [0, length) of one slot to another."""
         self._kv.copy(source, target, length)
 
+    def swap(self, first: int, second: int, first_length: int, second_length: int) -> None:
+        for buffer in self._kv._buffers:  # type: ignore[attr-defined]
+            held = buffer[first, :, :first_length].copy()
+            buffer[first, :, :second_length] = buffer[second, :, :second_length]
+            buffer[second, :, :first_length] = held
+
+    def recover(self) -> None:
+        self._decode_bindings.clear()
+
+    is_exact = True
+
     def _set_mask(self, lengths: IntArray) -> None:
         """Let row i of the mask be lengths[i] + 1 ones. As a rule each row has grown by one since the last step."""
         count = len(lengths)
