@@ -29,7 +29,8 @@ from nodes.api.auth import Access
 from nodes.api.services import Services
 from nodes.config import ConfigInvalid, NodeConfig, is_loopback
 from nodes.dispatch import Dispatch
-from nodes.engine.engine import FAILED, STUCK, Engine, load_engine
+from nodes.engine.engine import Engine, load_engine
+from nodes.engine.engine_statistics import FAILED, STUCK
 from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid
 from nodes.figures import mesh_figures
 from nodes.http_server import serve_http

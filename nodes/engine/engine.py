@@ -14,35 +14,26 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from dataclasses import replace
+from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 import trio
 
+from nodes.engine.engine_statistics import FAILED, LOADING, READY, STUCK, EngineStatistics, State
 from nodes.engine.errors import EngineError, EngineFault, EngineStopped, PromptTooLong, QueueFull
 from nodes.engine.estimate import FirstTokenEstimate, estimate_first_token
-from nodes.engine.kv_slots import CopyRows, Move, SwapRows
+from nodes.engine.executor import Execution, Executor, Session
 from nodes.engine.meter import Meter
 from nodes.engine.model_loader import LoadedModel, ModelFolder, load_model
-from nodes.engine.sampler import TEMPERATURE_MIN, sample
-from nodes.engine.sampling import Sampled, SamplingParams
-from nodes.engine.scheduler import Failed, Outcome, Plan, PrefillChunk, Progress, Scheduler
+from nodes.engine.sampler import TEMPERATURE_MIN
+from nodes.engine.sampling import SamplingParams
+from nodes.engine.scheduler import Failed, Outcome, Plan, Progress, Scheduler
 from nodes.engine.sequence import Sequence
 from nodes.engine.session import Provider, load_session
 from nodes.engine.stream import EngineStream
 
 logger = logging.getLogger(__name__)
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float32]
-
-State = Literal["loading", "ready", "stuck", "failed"]
-LOADING: State = "loading"
-READY: State = "ready"
-STUCK: State = "stuck"  # a step has not returned for far too long; ready again once it does
-FAILED: State = "failed"  # steps broke one after the other; for good
 Resume = Literal["auto", "prefill", "replay"]
 
 # How long run() waits for the step in progress when it is cancelled; a step on a loaded CPU takes up to seconds.
@@ -59,82 +50,6 @@ STUCK_FIRST_S = 60.0
 WATCH_INTERVAL_S = 0.5
 # Steps that break one after the other until the engine gives up: what is left of a device after that is not worth it.
 FAULTS_MAX = 3
-
-
-class Session(Protocol):
-    """A model that runs, with the KV rows of `slots` sequences of up to `capacity` tokens. One thread uses it.
-
-    nodes.engine.session.OnnxSession has the details; tests have another."""
-
-    @property
-    def slots(self) -> int: ...
-    @property
-    def capacity(self) -> int: ...
-    @property
-    def kv_bytes(self) -> int: ...
-    @property
-    def is_exact(self) -> bool:
-        """All arithmetic is float32, so that rows written by a chunk and by a step may be mixed."""
-        ...
-
-    def decode(self, token_ids: IntArray, lengths: IntArray) -> FloatArray:
-        """Feed token_ids[i] to slot i at row lengths[i]. Returns float32 [k, vocabulary], valid until the next call."""
-        ...
-
-    def prefill(self, slot: int, token_ids: IntArray, start: int) -> FloatArray:
-        """Write rows from `start` on. Returns float32 [vocabulary] after the last, valid until the next call."""
-        ...
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy rows [0, length) of one slot to another."""
-        ...
-
-    def swap(self, first: int, second: int, first_length: int, second_length: int) -> None:
-        """Exchange rows [0, first_length) of one slot and [0, second_length) of another."""
-        ...
-
-    def recover(self) -> None:
-        """Forget whatever a step that broke may have left half done. Rows keep what they hold."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStatistics:
-    """One engine at one instant. Rates in tokens per second over the time spent on them, 0.0 while unmeasured.
-
-    active, queued, free_slots: active + free_slots is slots; a sequence is queued only while no slot is free.
-    queued_tokens: prompt tokens not prefilled yet. decode_rate: of the whole batch. tokens_per_s: generated over the
-    last 10 s. step_seconds_total, session_seconds_total: time in ticks, and the part of it inside the session.
-    median_step_s: of the last ticks, to tell a hang from slowness. first_token: what a request that comes now has to
-    expect; first_token_error: median of |estimated - actual| / actual of the last ones. cache: prompts and their tokens
-    looked up in the prefix cache, and found there. step_faults_total: steps that broke.
-    """
-
-    state: State
-    slots: int
-    active: int
-    queued: int
-    free_slots: int
-    queued_tokens: int
-    prefill_rate: float
-    decode_rate: float
-    tokens_per_s: float
-    step_count: int
-    median_step_s: float
-    step_seconds_total: float
-    session_seconds_total: float
-    tokens_generated_total: int
-    prompt_tokens_total: int
-    kv_bytes: int
-    model_memory_bytes: int
-    load_time_s: float
-    first_token: FirstTokenEstimate
-    first_token_error: float
-    cache_queries_total: int
-    cache_hits_total: int
-    cache_query_tokens_total: int
-    cache_hit_tokens_total: int
-    step_faults_total: int
 
 
 def load_engine(
@@ -189,6 +104,7 @@ class Engine:
         # The lock of _wake guards these three. It is held for bookkeeping only.
         self._wake = threading.Condition()
         self._scheduler = Scheduler(session.slots, queue_limit, mixes_rows=session.is_exact)
+        self._executor = Executor(session)
         self._meter = Meter()
         self._is_stopping = False
         # The engine thread writes these, and only it.
@@ -439,75 +355,37 @@ class Engine:
 
     def _execute(self, plan: Plan) -> list[Outcome]:
         started = time.perf_counter()
-        tokens: list[Sampled] = []
-        first_token = None
-        decode_s = prefill_s = 0.0
-        broken: SequenceOf[Sequence] | None = None  # who ends when what follows raises; None: all that have a slot
-        try:
-            for move in plan.moves:
-                self._move(move)
-            broken = plan.decode
-            if plan.decode:
-                tokens, decode_s = self._decode(plan.decode)
-            if plan.prefill is not None:
-                broken = [plan.prefill.sequence]
-                first_token, prefill_s = self._prefill(plan.prefill)
-        except Exception as exc:  # ONNX Runtime has no common root for what it raises
-            return self._recover(plan, tokens, broken, exc)
+        done = self._executor.execute(plan, self._scheduler.kv)
+        if done.fault is not None:
+            return self._recover(plan, done, done.fault)
         self._faults = 0
         with self._wake:
-            outcomes = self._scheduler.commit(plan, tokens, first_token)
+            outcomes = self._scheduler.commit(plan, done.tokens, done.first_token)
             meter = self._meter
             if plan.decode:
-                meter.decoded(len(plan.decode), decode_s)
+                meter.decoded(len(plan.decode), done.decode_s)
             if plan.prefill is not None:
-                meter.prefilled(len(plan.prefill.token_ids), prefill_s)
+                meter.prefilled(len(plan.prefill.token_ids), done.prefill_s)
             generated = sum(len(outcome.event.token_ids) for outcome in outcomes if isinstance(outcome, Progress))
             meter.stepped(generated, time.perf_counter() - started, self.now())
         return outcomes
 
-    def _recover(
-        self, plan: Plan, tokens: list[Sampled], broken: SequenceOf[Sequence] | None, error: Exception
-    ) -> list[Outcome]:
-        """A step raised: end whose step it was, and let the others go on. Raises the error again after too many."""
+    def _recover(self, plan: Plan, done: Execution, fault: Exception) -> list[Outcome]:
+        """A step raised: end whose step it was, and let the others go on. Raises the fault again after too many."""
         self._faults += 1
         self._faults_total += 1
         if self._faults >= FAULTS_MAX:
-            raise error
-        logger.error("a step of the engine failed; its requests end, the others go on", exc_info=error)
+            raise fault
+        logger.error("a step of the engine failed; its requests end, the others go on", exc_info=fault)
         self._session.recover()
-        fault = EngineFault("the engine failed in the middle of the answer")
+        error = EngineFault("the engine failed in the middle of the answer")
         with self._wake:
-            if broken is None:
-                return self._scheduler.fail_placed(fault)
+            if done.are_rows_lost:
+                return self._scheduler.fail_placed(error)
             outcomes: list[Outcome] = []
-            if tokens:  # the decode step went well, the chunk after it did not
-                outcomes += self._scheduler.commit(replace(plan, prefill=None), tokens, None)
-            return outcomes + self._scheduler.fail(broken, fault)
-
-    def _move(self, move: Move) -> None:
-        match move:
-            case CopyRows():
-                self._session.copy(move.source, move.target, move.length)
-            case SwapRows():
-                self._session.swap(move.first, move.second, move.first_length, move.second_length)
-
-    def _decode(self, batch: SequenceOf[Sequence]) -> tuple[list[Sampled], float]:
-        """One token per sequence, and the seconds that the session took."""
-        kv, count = self._scheduler.kv, len(batch)
-        started = time.perf_counter()
-        logits = self._session.decode(kv.next_ids[:count], kv.lengths[:count])
-        seconds = time.perf_counter() - started
-        return sample(logits, [sequence.sampling for sequence in batch]), seconds
-
-    def _prefill(self, chunk: PrefillChunk) -> tuple[Sampled | None, float]:
-        """The answer's first token after the last chunk, and the seconds that the session took."""
-        started = time.perf_counter()
-        logits = self._session.prefill(chunk.slot, np.asarray(chunk.token_ids, np.int64), chunk.start)
-        seconds = time.perf_counter() - started
-        if not chunk.is_last:
-            return None, seconds
-        return sample(logits[None], [chunk.sequence.sampling])[0], seconds
+            if done.tokens:  # the decode step went well, the chunk after it did not
+                outcomes += self._scheduler.commit(replace(plan, prefill=None), done.tokens, None)
+            return outcomes + self._scheduler.fail(done.broken, error)
 
     def _post(self, call: Callable[..., object], *args: object) -> None:
         assert self._trio is not None

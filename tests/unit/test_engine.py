@@ -11,7 +11,8 @@ import trio
 from deploy.models.random_llama import write_random_llama
 from nodes.engine import engine as engine_module
 from nodes.engine import stream as stream_module
-from nodes.engine.engine import FAILED, LOADING, READY, STUCK, Engine, Resume, load_engine
+from nodes.engine.engine import Engine, Resume, load_engine
+from nodes.engine.engine_statistics import FAILED, LOADING, READY, STUCK
 from nodes.engine.errors import (
     DeadlinePassed,
     EngineFault,

@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from deploy.models.llama_onnx import TokenIds, write_llama
 from deploy.models.random_llama import SIZES, random_weights, small_tokenizer, write_random_llama
 from nodes.engine import devices
-from nodes.engine.engine import Session
+from nodes.engine.executor import Session
 from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid, read_model_folder
 from nodes.engine.session import OnnxSession, load_session
 from tests.unit.fake_session import FakeSession
