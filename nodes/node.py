@@ -51,6 +51,7 @@ SEED_CHECK_INTERVAL_S = 2.0
 # What is left of a late wake-up of the loop in the reported lag, each LOAD_INTERVAL_S.
 LAG_DECAY = 0.8
 DRAIN_POLL_S = 0.05
+MIB = 1024 * 1024
 # Between the end of the drain and the end of HTTP: the last chunks on their way to clients.
 HTTP_CLOSE_S = 2.0
 
@@ -209,6 +210,8 @@ class Node:
             "threads": config.threads,
             "spinning": config.spinning,
             "provider": config.provider,
+            "memory_limit_bytes": None if config.memory_limit_mib is None else config.memory_limit_mib * MIB,
+            "device_index": config.device,
         }
 
     async def _publish_load(self) -> None:
@@ -327,7 +330,7 @@ class Node:
                     name=name,
                     fingerprint=engine.fingerprint if engine else "",
                     context_length=engine.context_length if engine else folder.context_length,
-                    slots=self._config.slots,
+                    slots=engine.statistics().slots if engine else 0,
                     queue_limit=self._config.queue,
                 )
             )

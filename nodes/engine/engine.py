@@ -55,12 +55,14 @@ FAULTS_MAX = 3
 def load_engine(
     folder: ModelFolder,
     *,
-    slots: int,
+    slots: int | None = None,
     queue_limit: int,
     capacity: int | None = None,
     threads: int = 0,
     spinning: bool = True,
     provider: Provider = "auto",
+    memory_limit_bytes: int | None = None,
+    device_index: int = 0,
 ) -> Engine:
     """Load everything of a model folder; blocks for seconds to minutes, so call it in a worker thread.
 
@@ -69,7 +71,14 @@ def load_engine(
     started = time.monotonic()
     model = load_model(folder)
     session = load_session(
-        folder, slots=slots, capacity=capacity, threads=threads, spinning=spinning, provider=provider
+        folder,
+        slots=slots,
+        capacity=capacity,
+        threads=threads,
+        spinning=spinning,
+        provider=provider,
+        memory_limit_bytes=memory_limit_bytes,
+        device_index=device_index,
     )
     return Engine(model, session, queue_limit=queue_limit, load_time_s=time.monotonic() - started)
 
@@ -166,11 +175,13 @@ class Engine:
         model that is not exact and for requests that are greedy or seeded. fairness_id: whose request it is.
         text_blocks: the conversation's, from prefix_digest, under which its cached rows are told of.
 
-        Raises PromptTooLong, QueueFull, EngineFault after a fault, EngineStopped while run() does not run; nothing was
-        queued then.
+        Raises PromptTooLong, QueueFull, EngineFault when it has failed or is stuck, EngineStopped while run() does not
+        run; nothing was queued then.
         """
         if self._state is FAILED:
             raise EngineFault("the engine has failed; the log says why")
+        if self._state is STUCK:
+            raise EngineFault("a step of the engine does not return")
         if not self._is_running:
             raise EngineStopped("the engine is not running")
         if len(prompt_ids) + len(generated_ids) >= self.context_length:

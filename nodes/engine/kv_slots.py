@@ -120,15 +120,18 @@ class KvSlots:
         busy = [sequence.text_blocks for sequence in self._sequences if sequence is not None]
         return frozenset().union(*busy, *(rows.text_blocks for rows in self.retained()))
 
-    def match(self, ids: SequenceOf[int]) -> Match:
+    def match(self, ids: list[int]) -> Match:
         """The longest beginning of ids that a slot holds: whole blocks, and never all, so that logits come of it."""
         best = Match(None, 0)
         limit = (len(ids) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
         if limit == 0:
             return best
+        first_block = ids[:BLOCK_TOKENS]
         for slot in range(self.slots):
-            held = self._held_ids(slot)
-            length = _common_blocks(ids, held, limit)
+            sequence = self._sequences[slot]
+            if sequence is not None and first_block != sequence.prefill_ids[:BLOCK_TOKENS]:
+                continue  # as a rule; spares putting its ids together
+            length = _common_blocks(ids, self._held_ids(slot), limit)
             if length > best.length:
                 best = Match(slot, length)
         return best

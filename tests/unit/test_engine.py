@@ -335,6 +335,8 @@ async def test_a_step_that_does_not_return_makes_the_engine_stuck_until_it_does(
         assert engine.statistics().state == READY
         clock.now += 0.1
         await until(engine, state=STUCK)
+        with pytest.raises(EngineFault, match="does not return"):
+            engine.submit(PROMPTS[0], greedy(3), FAR)
         session.release()
         assert len((await read(stream))[1]) == 3
         await until(engine, state=READY)
