@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from nodes.engine.grammar import MaskWorker
 from nodes.engine.kv_slots import CopyRows, KvSlots, Move, SwapRows
 from nodes.engine.sampler import sample
 from nodes.engine.sampling import Sampled
@@ -32,6 +33,8 @@ class Session(Protocol):
     def slots(self) -> int: ...
     @property
     def capacity(self) -> int: ...
+    @property
+    def vocabulary_size(self) -> int: ...
     @property
     def kv_bytes(self) -> int: ...
     @property
@@ -82,6 +85,11 @@ class Executor:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self._masks = MaskWorker()
+
+    def close(self) -> None:
+        """End the thread that computes grammars' masks. Any number of times."""
+        self._masks.close()
 
     def execute(self, plan: Plan, kv: KvSlots) -> Execution:
         """Do what the plan says. Raises nothing that the session raises; see Execution.fault."""
@@ -110,10 +118,13 @@ class Executor:
     def _decode(self, batch: SequenceOf[Sequence], kv: KvSlots) -> tuple[list[Sampled], float]:
         """One token per sequence, and the seconds that the session took."""
         count = len(batch)
+        states = [sequence.sampling for sequence in batch]
+        self._masks.begin(states)
         started = time.perf_counter()
         logits = self._session.decode(kv.next_ids[:count], kv.lengths[:count])
         seconds = time.perf_counter() - started
-        return sample(logits, [sequence.sampling for sequence in batch]), seconds
+        self._masks.wait()
+        return sample(logits, states), seconds
 
     def _prefill(self, chunk: PrefillChunk) -> tuple[Sampled | None, float]:
         """The answer's first token after the last chunk, and the seconds that the session took."""

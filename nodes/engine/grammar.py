@@ -1,9 +1,9 @@
 """Answers that must look a certain way: which tokens may come next, through llguidance.
 
-A GrammarCompiler belongs to a model, a Matcher to one sequence. Compiling takes microseconds to, for what is badly
-written, a second, so it is done in a worker thread. A mask takes about 0.05 ms, at times several; MaskWorker computes
-those of a batch while the session decodes, so that they are there when its logits are. A fault in a grammar ends the
-sequence that has it and no other: Matcher.error says what it was, and the sampler gives INVALID.
+A GrammarCompiler belongs to a model, a GrammarMatcher to one sequence. Compiling takes microseconds to, for what is
+badly written, a second, so it is done in a worker thread. A mask takes about 0.05 ms, at times several; MaskWorker
+computes those of a batch while the session decodes, so that they are there when its logits are. A fault in a grammar
+ends the sequence that has it and no other: GrammarMatcher.error says what it was, and the sampler gives INVALID.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from nodes.engine.errors import EngineError
-from nodes.engine.sampling import GrammarSpec, SamplingState
+from nodes.engine.sampling import GrammarSpec, Matcher, SamplingState
 
 FloatArray = npt.NDArray[np.float32]
 IdArray = npt.NDArray[np.int64]
@@ -71,7 +71,7 @@ class _Compiled:
         self.is_spent = False
 
 
-class Matcher:
+class GrammarMatcher:
     """What one sequence's tokens so far leave open for the next. One thread at a time uses it.
 
     error: in one line, once the grammar broke or a token came that it does not allow; it stays. must_end: after
@@ -188,7 +188,7 @@ class GrammarCompiler:
         self._compiled: OrderedDict[GrammarSpec, _Compiled] = OrderedDict()  # the last used last
         self._compiled_lock = threading.Lock()
 
-    def compile(self, spec: GrammarSpec) -> Matcher:
+    def compile(self, spec: GrammarSpec) -> GrammarMatcher:
         """A fresh matcher. Raises GrammarInvalid, GrammarUnavailable."""
         with self._compiled_lock:
             compiled = self._compiled.get(spec)
@@ -203,8 +203,8 @@ class GrammarCompiler:
                 self._compiled.popitem(last=False)
             return self._matcher(compiled)
 
-    def _matcher(self, compiled: _Compiled) -> Matcher:
-        return Matcher(compiled, self._vocabulary_size, np.array(self._eos_ids, np.int64))
+    def _matcher(self, compiled: _Compiled) -> GrammarMatcher:
+        return GrammarMatcher(compiled, self._vocabulary_size, np.array(self._eos_ids, np.int64))
 
     def _compile(self, spec: GrammarSpec) -> _Compiled:
         grammar = _llguidance_grammar(spec)

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from nodes.engine.penalties import LogitBias, Penalties
-
-if TYPE_CHECKING:
-    from nodes.engine.grammar import Matcher
 
 TOP_LOGPROBS_MAX = 20  # as OpenAI's API
 
@@ -82,6 +80,21 @@ class Sampled:
 
     token_id: int
     logprobs: TokenLogprobs | None = None
+
+
+class Matcher(Protocol):
+    """What a grammar leaves open for one sequence's next token; nodes.engine.grammar.GrammarMatcher has the details."""
+
+    @property
+    def error(self) -> str | None: ...
+    @property
+    def must_end(self) -> bool: ...
+
+    def accept(self, token_id: int) -> None: ...
+
+    def prepare(self) -> None: ...
+
+    def forbid(self, row: npt.NDArray[np.float32]) -> None: ...
 
 
 class SamplingState:

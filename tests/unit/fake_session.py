@@ -45,6 +45,7 @@ class FakeSession:
         self.capacity = capacity
         self.kv_bytes = slots * capacity * 8
         self.is_exact = is_exact
+        self.vocabulary_size = VOCABULARY
         self.recoveries = 0
         self.entered = 0  # decode and prefill calls begun
         self.prefilled = 0  # tokens computed by prefill

@@ -13,7 +13,7 @@ import pytest
 
 from deploy.models.random_llama import BOS, IM_END, small_tokenizer
 from nodes.engine import grammar
-from nodes.engine.grammar import GrammarCompiler, GrammarInvalid, GrammarUnavailable, MaskWorker, Matcher
+from nodes.engine.grammar import GrammarCompiler, GrammarInvalid, GrammarMatcher, GrammarUnavailable, MaskWorker
 from nodes.engine.sampler import INVALID, sample
 from nodes.engine.sampling import GrammarSpec, SamplingParams, SamplingState
 from nodes.engine.tokenizer import Tokenizer
@@ -310,7 +310,7 @@ def test_the_worker_prepares_every_mask_of_a_batch() -> None:
         for _ in range(3):
             worker.begin([plain, *states])
             worker.wait()
-            matchers: Sequence[Matcher] = [state.matcher for state in states if state.matcher is not None]
+            matchers: Sequence[GrammarMatcher] = [state.matcher for state in states if state.matcher is not None]
             assert all(matcher._is_prepared for matcher in matchers)
             logits = np.zeros((len(states) + 1, WIDTH), np.float32)
             for state, sampled in zip([plain, *states], sample(logits, [plain, *states]), strict=True):
