@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,9 +31,11 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from nodes.model_tools.errors import HubUnreachable, ModelToolError
 
 LIST_TIMEOUT_S = 30.0
+DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # a hub's word that becomes the name of a file here
 HASH_BLOCK_BYTES = 1 << 20
 COMPLAINT_CHARS_MAX = 200
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+TRANSIENT_STATUSES = (408, 429)
 # huggingface-hub has changed its HTTP client twice, and lets that client's errors through.
 HTTP_CLIENTS = ("httpx2", "httpx", "httpcore2", "httpcore", "requests", "urllib3")
 
@@ -61,7 +64,10 @@ def list_files(repo: str, revision: str) -> HubListing:
     """Ask the hub what a revision holds. Raises ModelToolError, HubUnreachable."""
     with _hub_errors(repo, revision):
         api = HfApi(endpoint=_endpoint())
-        info = api.model_info(repo, revision=revision, files_metadata=True, timeout=LIST_TIMEOUT_S)
+        try:
+            info = api.model_info(repo, revision=revision, files_metadata=True, timeout=LIST_TIMEOUT_S)
+        except (TypeError, KeyError, AttributeError) as exc:
+            raise ValueError("JSON that describes no repository") from exc
     if info.sha is None:
         raise ModelToolError(
             f"{repo}: {_endpoint_name()} names no commit for {revision!r}; is HF_ENDPOINT a model hub?"
@@ -71,7 +77,7 @@ def list_files(repo: str, revision: str) -> HubListing:
         lfs = sibling.lfs
         digest = sibling.blob_id if lfs is None else lfs.sha256
         size = sibling.size if lfs is None else lfs.size
-        if digest is not None and size is not None:
+        if digest is not None and size is not None and DIGEST.fullmatch(digest):
             files[sibling.rfilename] = HubFile(sibling.rfilename, size, digest, is_sha256=lfs is not None)
     return HubListing(repo, info.sha, files)
 
@@ -173,7 +179,11 @@ def _hub_errors(repo: str, revision: str) -> Iterator[None]:
             raise ModelToolError(
                 f"{where} refuses {repo} ({status}); set HF_TOKEN to a token that may read it"
             ) from exc
-        raise HubUnreachable(f"{where} answered {status} for {repo}; run the command again later") from exc
+        if status in TRANSIENT_STATUSES or status >= 500:
+            raise HubUnreachable(f"{where} answered {status} for {repo}; run the command again later") from exc
+        raise ModelToolError(f"{where} answered {status} for {repo}; is HF_ENDPOINT a model hub?") from exc
+    except ValueError as exc:  # of the answer's JSON, which a hub's is
+        raise ModelToolError(f"{where} does not answer as a model hub does; check HF_ENDPOINT and the proxy") from exc
     except Exception as exc:
         if isinstance(exc, OSError) and exc.errno in DISK_ERRORS:
             raise ModelToolError(

@@ -57,11 +57,24 @@ def pull(repo: str, *, revision: str | None, variant: str | None, out: Path, say
         (out / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
         busy = f"another pull is filling {out}; wait for it, or give another folder with --out"
         with held(out / PARTS_FOLDER / "lock", busy):
-            pulled = _Pull(repo, revision, variant, out, manifest, say).run()
-            shutil.rmtree(out / PARTS_FOLDER, ignore_errors=True)
+            try:
+                pulled = _Pull(repo, revision, variant, out, manifest, say).run()
+            finally:
+                _tidy(out)
     except OSError as exc:
         raise ModelToolError(f"{exc.filename or out}: {exc.strerror}; give a writable folder with --out") from exc
     return pulled
+
+
+def _tidy(out: Path) -> None:
+    """Remove what was made for the work: all of it once the folder has its manifest or nothing came, else what is
+    incomplete stays for the next pull."""
+    names = {entry.name for entry in out.iterdir()}
+    parts = list((out / PARTS_FOLDER).glob("*.part"))
+    if MANIFEST_FILE in names and not parts:
+        shutil.rmtree(out / PARTS_FOLDER, ignore_errors=True)
+    elif names == {PARTS_FOLDER} and not parts:
+        shutil.rmtree(out, ignore_errors=True)
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -158,6 +171,8 @@ class _Pull:
 
     def _bring(self, listing: HubListing, placed: dict[str, str]) -> None:
         """Download what is not there yet. placed: place in the model folder by path in the repository."""
+        if foreign := [source for source, name in placed.items() if not is_inside(name)]:
+            raise ModelToolError(f"{self._repo}: {foreign[0]!r} would be written outside the folder; do not use it")
         missing = [
             listing.files[source] for source, name in placed.items() if not self._is_there(listing, source, name)
         ]

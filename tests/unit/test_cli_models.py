@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer.main
 from click.testing import Result
 from typer.testing import CliRunner
 
 from nodes import cli
+from nodes.cli_models import models_app
 from nodes.engine.errors import EngineFault
 from nodes.engine.model_loader import load_model, read_model_folder
 from nodes.model_tools import inspect_folder
@@ -22,6 +24,7 @@ from tests.unit.fake_hub import FakeRepository, running_hub
 
 runner = CliRunner()
 COMMIT = "a" * 40
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
 def models(*arguments: str) -> Result:
@@ -205,3 +208,34 @@ def test_build_passes_its_options_on_and_shows_the_builders_output_when_it_fails
         "ai-cluster: the builder could not build strange",
     ]
     assert "--precision q4 is none of int4, fp16, fp32" in one_line(models("build", "hf", "--precision", "q4"), 2)
+
+
+def test_every_option_of_every_models_command_is_on_its_page() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    group = typer.main.get_command(models_app)
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        assert f"`models {name}" in page
+        section = page.partition(f"`models {name}")[2].partition("\n## ")[0]
+        for parameter in command.params:
+            if parameter.param_type_name == "option" and parameter.name != "help":
+                missing = [
+                    option for option in parameter.opts + parameter.secondary_opts if f"`{option}" not in section
+                ]
+                assert missing == []
+
+
+def test_the_pages_first_commands_bring_a_model_that_can_be_served(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    pull, check, serve = (line.split() for line in page.partition("```\n")[2].partition("```")[0].splitlines())
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    monkeypatch.chdir(tmp_path)
+    with running_hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        files = {file.name: file.read_bytes() for file in tiny.iterdir()}
+        hub.repositories[pull[3]] = FakeRepository({COMMIT: files}, {"main": COMMIT})
+        assert runner.invoke(cli.app, pull[1:]).exit_code == 0
+    assert runner.invoke(cli.app, [*check[1:], "--no-load"]).exit_code == 0
+    assert serve[:3] == ["ai-cluster", "serve", "--model"]
+    assert read_model_folder(Path(serve[3])).precision.kind == "int4"

@@ -307,6 +307,23 @@ def test_a_hub_that_fails_and_one_that_is_away_are_network_trouble(
         pulled(tmp_path)
 
 
+@pytest.mark.parametrize("body", [b"<html>Please log in</html>", b"[1]"])
+def test_a_portal_that_answers_in_the_hubs_place_is_named(
+    repository: FakeRepository, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: bytes
+) -> None:
+    monkeypatch.setattr(HubHandler, "_list", lambda self, repo, revision: self._send(body, {}))
+    with pytest.raises(ModelToolError, match="does not answer as a model hub does"):
+        pulled(tmp_path / "out")
+
+
+def test_a_server_without_the_hubs_paths_is_no_hub(hub: FakeHub, repository: FakeRepository, tmp_path: Path) -> None:
+    hub.broken = 404
+    with pytest.raises(ModelToolError, match=r"answered 404 .* is HF_ENDPOINT a model hub\?") as caught:
+        pulled(tmp_path / "out")
+    assert not isinstance(caught.value, HubUnreachable)
+    assert not (tmp_path / "out").exists(), "a pull that brought nothing leaves nothing"
+
+
 def test_offline_mode_is_named_as_the_reason(
     repository: FakeRepository, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
