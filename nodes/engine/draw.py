@@ -125,32 +125,34 @@ def _draw_nucleus(
     values: FloatArray, steps: HashArray, peak: float, floor: np.float32, params: SamplingParams, key: int
 ) -> int:
     weights = np.subtract(values, np.float32(peak))
-    with np.errstate(over="ignore"):  # to minus infinity, whose weight is 0
-        weights *= np.float32(1.0 / params.temperature)
+    if params.temperature != 1.0:
+        with np.errstate(over="ignore"):  # to minus infinity, whose weight is 0
+            weights *= np.float32(1.0 / params.temperature)
     np.exp(weights, out=weights)
     total = float(weights.sum())
     needed = params.top_p * total
-    indices = _likely(weights, total, params.top_p)
+    indices, near = _likely(weights, total, params.top_p)
     while True:
-        near = weights[indices]
         winner = _gumbel_max(values[indices], steps[indices], peak, floor, params.temperature, key)
         is_before = near > near[winner]
         is_before[:winner] |= near[:winner] == near[winner]
         mass = float(near[is_before].sum())
         if mass < needed or mass == 0.0:
             return int(indices[winner])
-        indices = indices[is_before]
+        indices, near = indices[is_before], near[is_before]
 
 
-def _likely(weights: FloatArray, total: float, top_p: float) -> IdArray:
-    """Indices, ascending, of the nucleus and of some of the tokens that follow."""
+def _likely(weights: FloatArray, total: float, top_p: float) -> tuple[IdArray, FloatArray]:
+    """Indices, ascending, of the nucleus and of some of the tokens that follow, and their weights."""
     stride = max(1, len(weights) // _PROBE)
     probe = np.sort(weights[::stride])
     wider = min(top_p + _PROBE_SLACK * (1.0 - top_p), top_p * (1.0 + _PROBE_SLACK)) if stride > 1 else top_p
     end = int(probe.cumsum().searchsorted(np.float32((1.0 - wider) * total / stride)))
     likely = np.flatnonzero(weights >= probe[min(end, len(probe) - 1)])
-    if float(weights[likely].sum()) >= top_p * total:
-        return likely
+    near = weights[likely]
+    if float(near.sum()) >= top_p * total:
+        return likely, near
     # Those below (1 - top_p) / n of the total sum to less than 1 - top_p of it, so the others hold the nucleus. The
     # total is rounded: a thousandth is more than it can be wrong.
-    return np.flatnonzero(weights >= np.float32(0.999 * (1.0 - top_p) * total / len(weights)))
+    likely = np.flatnonzero(weights >= np.float32(0.999 * (1.0 - top_p) * total / len(weights)))
+    return likely, weights[likely]

@@ -117,7 +117,9 @@ class GrammarMatcher:
         self._is_prepared = False
         try:
             reason = "" if self._matcher.consume_token(token_id) else self._matcher.get_error()
-        except Exception as exc:  # of several types, from the library, for ids that its vocabulary lacks
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as exc:  # ids that its vocabulary lacks, of several types; a panic in Rust is no Exception
             reason = str(exc) or type(exc).__name__
         if reason:
             self.error = f"the grammar does not take token {token_id}: {_one_line(reason)}"
@@ -130,7 +132,9 @@ class GrammarMatcher:
         try:
             self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
             reason = self._matcher.get_error()
-        except Exception as exc:  # whatever the library raises: it ends this sequence only
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as exc:  # a panic in Rust is no Exception; whatever it is ends this sequence only
             reason = str(exc) or type(exc).__name__
         if reason:
             self.error = f"the grammar's mask failed: {_one_line(reason)}"
@@ -195,7 +199,12 @@ class GrammarCompiler:
             if compiled is not None and not compiled.is_spent:
                 self._compiled.move_to_end(spec)
                 return self._matcher(compiled)
-        compiled = self._compile(spec)
+        try:
+            compiled = self._compile(spec)
+        except (EngineError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as exc:  # a panic in Rust is no Exception, and would end more than this request
+            raise GrammarInvalid(spec.kind, f"llguidance failed: {exc}") from exc
         with self._compiled_lock:
             self._compiled[spec] = compiled
             self._compiled.move_to_end(spec)

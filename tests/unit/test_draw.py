@@ -102,6 +102,7 @@ def test_every_combination_draws_what_a_full_sort_would(
 
 @given(seed=SEEDS, size=SIZES, top_k=st.sampled_from([0, 1, 7, 300]), masked=st.floats(0, 0.9))
 @example(seed=0, size=6_000, top_k=0, masked=0.0)
+@LAW
 def test_equal_and_excluded_logits_change_nothing(seed: int, size: int, top_k: int, masked: float) -> None:
     rng = np.random.default_rng(seed)
     row = rng.integers(-2, 3, size).astype(np.float32)

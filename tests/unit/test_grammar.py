@@ -222,6 +222,33 @@ def test_a_mask_that_fails_ends_the_sequence_and_the_grammar_is_compiled_anew() 
     assert compiler.compile(spec).error is None
 
 
+class Panic(BaseException):
+    """As PyO3 raises where Rust panics: no Exception."""
+
+
+def panic(*args: object, **kwargs: object) -> None:
+    raise Panic("index out of bounds")
+
+
+def test_a_panic_inside_the_library_ends_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = [state_of(GrammarSpec("regex", "[ab]+"), temperature=0) for _ in range(3)]
+
+    class PanickingMatcher:
+        consume_token = unsafe_compute_mask_ptr = panic
+
+    for state in states[:2]:
+        assert state.matcher is not None
+        monkeypatch.setattr(state.matcher, "_matcher", PanickingMatcher())
+    states[0].accept(4)
+    sampled = sample(np.zeros((3, WIDTH), np.float32), states)
+    assert [token.token_id for token in sampled] == [INVALID, INVALID, SMALL.encode("a")[0]]
+    assert all("index out of bounds" in str(state.error) for state in states[:2])
+
+    monkeypatch.setattr(grammar, "_llguidance_grammar", panic)
+    with pytest.raises(GrammarInvalid, match="index out of bounds"):
+        GrammarCompiler(SMALL_JSON, WIDTH, EOS).compile(GrammarSpec("grammar", "start: nothing"))
+
+
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
