@@ -128,9 +128,13 @@ class Executor:
 
     def _prefill(self, chunk: PrefillChunk) -> tuple[Sampled | None, float]:
         """The answer's first token after the last chunk, and the seconds that the session took."""
+        state = chunk.sequence.sampling
+        if chunk.is_last:
+            self._masks.begin([state])
         started = time.perf_counter()
         logits = self._session.prefill(chunk.slot, np.asarray(chunk.token_ids, np.int64), chunk.start)
         seconds = time.perf_counter() - started
         if not chunk.is_last:
             return None, seconds
-        return sample(logits[None], [chunk.sequence.sampling])[0], seconds
+        self._masks.wait()
+        return sample(logits[None], [state])[0], seconds
