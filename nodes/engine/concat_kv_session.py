@@ -28,7 +28,7 @@ FloatArray = npt.NDArray[np.float32]
 WIDTH_MIN = 64
 # How far logits with holes may be from those without, as a part of their spread. Positions or masks that ignore the
 # holes give others altogether; quantised activations of a chunk and of a step differ by up to a fifth.
-EXACT_DEVIATION_MAX = 0.01
+EXACT_DEVIATION_MAX = 0.001
 QUANTISED_DEVIATION_MAX = 0.4
 PROBE_TOKENS = 6
 

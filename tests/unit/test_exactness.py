@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,9 +40,9 @@ def cases_of(model: str) -> list[Case]:
     return [Case(case["prompt"], case["tokens"]) for case in json.loads(file.read_text())]
 
 
-def load(model: str) -> Engine:
+def load(model: str, slots: int = SLOTS) -> Engine:
     folder = read_model_folder(MODELS / model)
-    return load_engine(folder, slots=SLOTS, queue_limit=99, threads=1, spinning=False, provider="cpu")
+    return load_engine(folder, slots=slots, queue_limit=99, threads=1, spinning=False, provider="cpu")
 
 
 def exactly(case: Case) -> SamplingParams:
@@ -75,7 +77,6 @@ async def staggered(engine: Engine, cases: list[Case], seed: int) -> list[list[i
             wanted = generated + rng.randrange(30)
             while engine.statistics().tokens_generated_total < wanted:
                 await trio.sleep(0.001)
-    await until(engine, active=0, queued=0, free_slots=SLOTS)
     return [found[index] for index in range(len(cases))]
 
 
@@ -88,15 +89,39 @@ async def test_alone_or_among_others_a_float32_model_says_what_transformers_says
         assert await one_after_the_other(engine, cases) == expected
         for seed in range(2):
             assert await staggered(engine, cases, seed) == expected, f"seed {seed}"
+        await until(engine, active=0, queued=0, free_slots=SLOTS)
+
+
+@asynccontextmanager
+async def accompanied(engine: Engine) -> AsyncIterator[None]:
+    """Two others generate all the time; they begin again at different moments."""
+    async with trio.open_nursery() as nursery:
+
+        async def generate(length: int, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+            while True:
+                async with engine.submit([5], greedy(length, ignore_eos=True), FAR) as stream:
+                    await stream.receive()
+                    task_status.started()
+                    task_status = trio.TASK_STATUS_IGNORED
+                    async for _ in stream:
+                        pass
+
+        await nursery.start(generate, 397)
+        await nursery.start(generate, 293)
+        yield
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("model", QUANTISED)
-async def test_among_others_a_quantised_model_says_what_it_says_alone(model: str) -> None:
+async def test_among_many_a_quantised_model_says_what_it_says_among_few(model: str) -> None:
+    """Never alone in a step: ONNX Runtime multiplies one row of activations by another kernel than several, which sums
+    in another order. The last bit of an activation then decides now and then to which 8-bit step it is rounded."""
     cases = cases_of(model)
-    async with running(load(model)) as engine:
-        alone = await one_after_the_other(engine, cases)
-        assert len({tuple(tokens) for tokens in alone}) == len(cases)
-        assert await staggered(engine, cases, seed=5) == alone
+    async with running(load(model, slots=SLOTS + 2)) as engine, accompanied(engine):
+        few = await one_after_the_other(engine, cases)
+        assert len({tuple(tokens) for tokens in few}) == len(cases)
+        for seed in range(2):
+            assert await staggered(engine, cases, seed) == few, f"seed {seed}"
 
 
 @pytest.mark.parametrize("model", EXACT + QUANTISED)
