@@ -26,7 +26,6 @@ from nodes.engine.executor import Execution, Executor, Session
 from nodes.engine.grammar import GrammarCompiler, GrammarMatcher
 from nodes.engine.meter import Meter
 from nodes.engine.model_loader import LoadedModel, ModelFolder, load_model
-from nodes.engine.sampler import TEMPERATURE_MIN
 from nodes.engine.sampling import GrammarSpec, Matcher, SamplingParams
 from nodes.engine.scheduler import Failed, Outcome, Plan, Progress, Scheduler
 from nodes.engine.sequence import Sequence
@@ -267,7 +266,7 @@ class Engine:
 
     def _is_replayed(self, params: SamplingParams, resume: Resume) -> bool:
         if resume == "auto":
-            return not self._session.is_exact and (params.is_seeded or params.temperature < TEMPERATURE_MIN)
+            return params.is_reproducible and not self._session.is_exact
         return resume == "replay"
 
     def _estimate_first_token(self) -> FirstTokenEstimate:

@@ -42,6 +42,11 @@ class Session(Protocol):
         """All arithmetic is float32, so that rows written by a chunk and by a step may be mixed."""
         ...
 
+    @property
+    def steady_rows_min(self) -> int:
+        """The fewest rows of a decode step from which a row's logits do not depend on how many there are."""
+        ...
+
     def decode(self, token_ids: IntArray, lengths: IntArray) -> FloatArray:
         """Feed token_ids[i] to slot i at row lengths[i]. Returns float32 [k, vocabulary], valid until the next call."""
         ...
@@ -117,14 +122,17 @@ class Executor:
 
     def _decode(self, batch: SequenceOf[Sequence], kv: KvSlots) -> tuple[list[Sampled], float]:
         """One token per sequence, and the seconds that the session took."""
-        count = len(batch)
+        count = rows = len(batch)
         states = [sequence.sampling for sequence in batch]
+        if count < self._session.steady_rows_min and any(sequence.params.is_reproducible for sequence in batch):
+            # Idle slots decode along: each gets a row after its valid ones, which nobody reads.
+            rows = min(self._session.steady_rows_min, kv.slots)
         self._masks.begin(states)
         started = time.perf_counter()
-        logits = self._session.decode(kv.next_ids[:count], kv.lengths[:count])
+        logits = self._session.decode(kv.next_ids[:rows], kv.lengths[:rows])
         seconds = time.perf_counter() - started
         self._masks.wait()
-        return sample(logits, states), seconds
+        return sample(logits[:count], states), seconds
 
     def _prefill(self, chunk: PrefillChunk) -> tuple[Sampled | None, float]:
         """The answer's first token after the last chunk, and the seconds that the session took."""

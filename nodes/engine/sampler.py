@@ -34,14 +34,13 @@ import numpy.typing as npt
 from nodes.engine.draw import SHORTLIST, draw
 from nodes.engine.logprobs import RowLogprobs
 from nodes.engine.noise import noise_key
-from nodes.engine.sampling import Sampled, SamplingState
+from nodes.engine.sampling import TEMPERATURE_MIN, Sampled, SamplingState
 
-__all__ = ["INVALID", "SHORTLIST", "TEMPERATURE_MIN", "sample"]
+__all__ = ["INVALID", "SHORTLIST", "sample"]
 
 FloatArray = npt.NDArray[np.float32]
 
 INVALID = -1  # instead of a token: the row's largest logit is not a finite number, or the grammar failed
-TEMPERATURE_MIN = 1e-5  # below it sampling is greedy: float32 logits are not finer than that
 
 
 def sample(logits: FloatArray, states: SequenceOf[SamplingState]) -> list[Sampled]:

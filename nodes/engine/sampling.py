@@ -15,6 +15,7 @@ import numpy.typing as npt
 from nodes.engine.penalties import LogitBias, Penalties
 
 TOP_LOGPROBS_MAX = 20  # as OpenAI's API
+TEMPERATURE_MIN = 1e-5  # below it sampling is greedy: float32 logits are not finer than that
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,11 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     grammar: GrammarSpec | None = None
+
+    @property
+    def is_reproducible(self) -> bool:
+        """The same request is to give the same answer again: it is greedy, or its client gave a seed."""
+        return self.is_seeded or self.temperature < TEMPERATURE_MIN
 
 
 @dataclass(frozen=True, slots=True)

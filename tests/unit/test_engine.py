@@ -550,3 +550,23 @@ async def test_penalties_count_what_was_generated_elsewhere(engine: Engine, opti
             _, rest, resumed = await read(stream)
             assert rest == ids[20:]
             assert [entry.token_id for entry in resumed.logprobs] == list(rest)
+
+
+@pytest.mark.parametrize(
+    ("params", "slots", "is_exact", "rows"),
+    [
+        (greedy(5), 4, False, 2),
+        (SamplingParams(seed=1, is_seeded=True, max_tokens=5), 4, False, 2),
+        (SamplingParams(seed=1, max_tokens=5), 4, False, 1),
+        (greedy(5), 1, False, 1),
+        (greedy(5), 4, True, 1),
+    ],
+    ids=["greedy", "seeded", "neither", "one slot", "exact model"],
+)
+async def test_who_must_not_depend_on_company_never_decodes_alone(
+    params: SamplingParams, slots: int, is_exact: bool, rows: int
+) -> None:
+    engine, session = fake_engine(slots=slots, is_exact=is_exact)
+    async with running(engine):
+        assert len((await read(engine.submit(PROMPTS[0], params, FAR)))[1]) == 5
+    assert set(session.batches) == {rows}

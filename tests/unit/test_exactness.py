@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,36 +90,58 @@ async def test_alone_or_among_others_a_float32_model_says_what_transformers_says
         await until(engine, active=0, queued=0, free_slots=SLOTS)
 
 
-@asynccontextmanager
-async def accompanied(engine: Engine) -> AsyncIterator[None]:
-    """Two others generate all the time; they begin again at different moments."""
-    async with trio.open_nursery() as nursery:
-
-        async def generate(length: int, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-            while True:
-                async with engine.submit([5], greedy(length, ignore_eos=True), FAR) as stream:
-                    await stream.receive()
-                    task_status.started()
-                    task_status = trio.TASK_STATUS_IGNORED
-                    async for _ in stream:
-                        pass
-
-        await nursery.start(generate, 397)
-        await nursery.start(generate, 293)
-        yield
-        nursery.cancel_scope.cancel()
-
-
 @pytest.mark.parametrize("model", QUANTISED)
-async def test_among_many_a_quantised_model_says_what_it_says_among_few(model: str) -> None:
-    """Never alone in a step: ONNX Runtime multiplies one row of activations by another kernel than several, which sums
-    in another order. The last bit of an activation then decides now and then to which 8-bit step it is rounded."""
+async def test_alone_or_among_others_a_quantised_model_says_the_same(model: str) -> None:
     cases = cases_of(model)
-    async with running(load(model, slots=SLOTS + 2)) as engine, accompanied(engine):
-        few = await one_after_the_other(engine, cases)
-        assert len({tuple(tokens) for tokens in few}) == len(cases)
+    async with running(load(model)) as engine:
+        alone = await one_after_the_other(engine, cases)
+        assert len({tuple(tokens) for tokens in alone}) == len(cases)
         for seed in range(2):
-            assert await staggered(engine, cases, seed) == few, f"seed {seed}"
+            assert await staggered(engine, cases, seed) == alone, f"seed {seed}"
+
+
+@pytest.mark.parametrize("model", EXACT + QUANTISED)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+async def test_an_answer_cut_anywhere_goes_on_as_it_would_have(model: str, temperature: float) -> None:
+    """Among others, on an engine that has cached other things than the one where the answer began."""
+    rng = random.Random(5)
+    cases = cases_of(model)[:4]
+    params = SamplingParams(temperature=temperature, seed=9, is_seeded=True, max_tokens=40, ignore_eos=True)
+    async with running(load(model)) as engine:
+        whole = [(await read(engine.submit(case.prompt, params, FAR)))[1] for case in cases]
+    found: dict[int, tuple[int, ...]] = {}
+
+    async def resume(index: int, cut: int) -> None:
+        stream = engine.submit(cases[index].prompt, params, FAR, generated_ids=whole[index][:cut])
+        found[index] = whole[index][:cut] + (await read(stream))[1]
+
+    async with running(load(model)) as engine:
+        for _ in range(2):
+            async with trio.open_nursery() as nursery:
+                for index in range(len(cases)):
+                    nursery.start_soon(resume, index, rng.randrange(1, 40))
+            assert [found[index] for index in range(len(cases))] == whole
+
+
+@pytest.mark.parametrize("model", EXACT + QUANTISED)
+async def test_what_is_cached_changes_no_token(model: str) -> None:
+    rng = random.Random(6)
+    start = rng.choices(range(3, 512), k=140)
+    prompts = [start + rng.choices(range(3, 512), k=rng.choice([1, 30, 90])) for _ in range(5)]
+    params = greedy(20, ignore_eos=True)
+    cold: list[list[int]] = []
+    for prompt in prompts:
+        async with running(load(model)) as engine:
+            cold.append(list((await read(engine.submit(prompt, params, FAR)))[1]))
+    async with running(load(model)) as engine:
+        await read(engine.submit(prompts[0], params, FAR))
+        for prompt, expected in zip(prompts, cold, strict=True):
+            _, ids, last = await read(engine.submit(prompt, params, FAR))
+            assert list(ids) == expected
+            assert last.cached_tokens >= 128
+            # The conversation goes on: what of the answer's rows may be reused, is.
+            follow_up = [*prompt, *ids, *rng.choices(range(3, 512), k=9)]
+            await read(engine.submit(follow_up, params, FAR))
 
 
 @pytest.mark.parametrize("model", EXACT + QUANTISED)
