@@ -13,12 +13,13 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import trio
 
+from nodes.engine.courier import Courier
 from nodes.engine.engine_statistics import FAILED, LOADING, READY, STUCK, EngineStatistics, State
 from nodes.engine.errors import EngineError, EngineFault, EngineStopped, PromptTooLong, QueueFull
 from nodes.engine.estimate import FirstTokenEstimate, estimate_first_token
@@ -108,7 +109,7 @@ class Engine:
         self._streams: dict[Sequence, EngineStream] = {}  # at most slots + queue_limit
         self._estimates: dict[Sequence, tuple[float, float]] = {}  # until the first token: when submitted, estimate
         self._answer_tokens = float(ANSWER_TOKENS_DEFAULT)
-        self._trio: trio.lowlevel.TrioToken | None = None
+        self._courier = Courier()
         self._thread_ended = trio.Event()
         # The lock of _wake guards these three. It is held for bookkeeping only.
         self._wake = threading.Condition()
@@ -137,7 +138,7 @@ class Engine:
         A step that breaks ends its own requests with EngineFault. After FAULTS_MAX in a row the state is `failed`,
         every stream gets EngineFault and submit() refuses. While a step does not return the state is `stuck`.
         """
-        self._trio = trio.lowlevel.current_trio_token()
+        self._courier.start(trio.lowlevel.current_trio_token())
         thread = threading.Thread(target=self._run_thread, name="engine", daemon=True)
         thread.start()
         self._state, self._is_running = READY, True
@@ -353,10 +354,11 @@ class Engine:
                 pass
         except Exception:  # whatever broke: readers must not wait for ever, and the node must say that it has failed
             logger.exception("the engine has failed: %d steps broke one after the other", self._faults)
-            self._post(self._fail)
+            self._courier.post(self._fail)
         finally:
             self._executor.close()
-            self._post(self._thread_ended.set)
+            self._courier.post(self._thread_ended.set)
+            self._courier.close()
 
     def _tick(self) -> bool:
         """Wait until there is something to do and do one tick of it. False once the engine is to stop."""
@@ -373,7 +375,7 @@ class Engine:
             outcomes += self._execute(plan)
             self._step_began = None
         if outcomes:
-            self._post(self._deliver, outcomes)
+            self._courier.post(partial(self._deliver, outcomes))
         return True
 
     def _execute(self, plan: Plan) -> list[Outcome]:
@@ -409,8 +411,3 @@ class Engine:
             if done.tokens:  # the decode step went well, the chunk after it did not
                 outcomes += self._scheduler.commit(replace(plan, prefill=None), done.tokens, None)
             return outcomes + self._scheduler.fail(done.broken, error)
-
-    def _post(self, call: Callable[..., object], *args: object) -> None:
-        assert self._trio is not None
-        with suppress(trio.RunFinishedError):  # nobody is left to read
-            self._trio.run_sync_soon(call, *args)
