@@ -1,17 +1,20 @@
 """The Llama writer: its graph computes a Llama, and runs the ways that an engine runs it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime
 import pytest
 from tokenizers import Tokenizer
 
-from deploy.models import llama_onnx
-from deploy.models.llama_onnx import Array, LlamaShape, TokenIds, rotary_caches, write_llama
-from deploy.models.random_llama import IM_END, SIZES, random_weights, write_random_llama
+from nodes.model_tools import llama_onnx
+from nodes.model_tools.llama_onnx import PRECISIONS, Array, LlamaShape, Precision, TokenIds, rotary_caches, write_llama
+from nodes.model_tools.quantise import dequantise_int4, quantise_int4
+from nodes.model_tools.random_llama import IM_END, SIZES, random_weights, write_random_llama
 
 TINY = SIZES["tiny"]
 PROMPT = [0, 1, 99, 300, 17, 44, 45, 46, 2, 7, 250, 511]
@@ -105,6 +108,56 @@ def test_graph_computes_the_llama_of_the_textbook(tmp_path: Path, tied: bool) ->
     np.testing.assert_allclose(logits, numpy_llama(shape, weights, PROMPT), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("accuracy_level", "tolerance"), [(1, 1e-4), (llama_onnx.ACCURACY_LEVEL_INT8, 0.25)], ids=["in float", "in int8"]
+)
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+@pytest.mark.parametrize("block_size", [32, 128])
+def test_int4_graph_computes_the_llama_of_the_dequantised_weights(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    block_size: int,
+    tied: bool,
+    accuracy_level: int,
+    tolerance: float,
+) -> None:
+    monkeypatch.setattr(llama_onnx, "ACCURACY_LEVEL_INT8", accuracy_level)
+    shape = replace(TINY, tied=tied)  # its ffn of 176 leaves the last block of either size incomplete
+    weights = random_weights(shape, seed=3)
+    write_llama(tmp_path, shape, weights, TOKENS, precision="int4", block_size=block_size)
+    expected = numpy_llama(replace(shape, tied=False), rounded(shape, weights, block_size), PROMPT)
+    logits, _ = step(session_of(tmp_path), PROMPT, empty_past(shape))
+    np.testing.assert_allclose(logits, expected, atol=tolerance)
+
+
+def rounded(shape: LlamaShape, weights: dict[str, Array], block_size: int) -> dict[str, Array]:
+    """What the int4 model stands for, with a head of its own: the embedding is read as it is, a head tied to it not."""
+    matrices = {name: weight for name, weight in weights.items() if weight.ndim == 2}
+    matrices["lm_head.weight"] = weights["model.embed_tokens.weight" if shape.tied else "lm_head.weight"]
+    for name, weight in matrices.items():
+        matrices[name] = dequantise_int4(*quantise_int4(weight, block_size), inputs=weight.shape[1])
+    return {**weights, **matrices, "model.embed_tokens.weight": weights["model.embed_tokens.weight"]}
+
+
+def test_a_block_size_without_a_kernel_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="block size 48 is none of 32, 128"):
+        write_llama(tmp_path / "out", TINY, random_weights(TINY, seed=7), TOKENS, precision="int4", block_size=48)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4-fp16"])
+def test_half_precision_graph_keeps_kv_and_logits_in_halves(tmp_path: Path, precision: Precision) -> None:
+    weights = random_weights(TINY, seed=3)
+    write_llama(tmp_path, TINY, weights, TOKENS, precision=precision)
+    session = session_of(tmp_path)
+    types = {node.type for node in [*session.get_inputs()[2:], *session.get_outputs()]}
+    assert types == {"tensor(float16)"}
+    past = {name: value.astype(np.float16) for name, value in empty_past(TINY).items()}
+    logits, _ = step(session, PROMPT, past)
+    served = weights if precision == "fp16" else rounded(TINY, weights, 32)
+    np.testing.assert_allclose(logits, numpy_llama(TINY, served, PROMPT), atol=0.03 if precision == "fp16" else 0.25)
+
+
 def test_prefill_in_one_piece_and_token_by_token_give_the_same_greedy_tokens(folder: Path) -> None:
     session = session_of(folder)
     whole = greedy(session, 40, [PROMPT])
@@ -180,3 +233,15 @@ def test_every_id_of_the_random_model_has_a_token(folder: Path) -> None:
     assert config["eos_token_id"] == tokenizer.token_to_id("<|im_end|>") == IM_END
     text = "naïve ☃ {x}\n"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_file_is_one_that_onnx_itself_reads(tmp_path: Path, precision: Precision) -> None:
+    write_random_llama(tmp_path, precision=precision)
+    model = onnx.load(tmp_path / "model.onnx")
+    onnx.checker.check_model(model)
+    assert {opset.domain: opset.version for opset in model.opset_import} == {"": 21, "com.microsoft": 1}
+    weights = random_weights(TINY, seed=7)
+    embedding = next(tensor for tensor in model.graph.initializer if tensor.name == "model.embed_tokens.weight")
+    expected = weights[embedding.name].astype(np.float16 if "fp16" in precision else np.float32)
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(embedding), expected)
