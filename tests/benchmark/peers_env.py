@@ -24,7 +24,7 @@ def main() -> None:
     if not python_of(directory).exists():
         venv.create(directory, with_pip=True)
     environment = {"CMAKE_ARGS": "-DGGML_NATIVE=ON", "CMAKE_BUILD_PARALLEL_LEVEL": str(BUILD_JOBS)}
-    command = [python_of(directory), "-m", "pip", "install", "--no-input", *PACKAGES]
+    command = [str(python_of(directory)), "-m", "pip", "install", "--no-input", *PACKAGES]
     subprocess.run(command, check=True, env=os.environ | environment)
 
 

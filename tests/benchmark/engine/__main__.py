@@ -26,11 +26,12 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deploy.models.random_llama import SIZES
+from nodes.model_tools.llama_onnx import Precision
+from nodes.model_tools.random_llama import SIZES
 from tests.benchmark.engine import models, rows
 from tests.benchmark.engine.rows import GENAI, LLAMA_CPP, OURS
 from tests.benchmark.engine.worker import Worker
@@ -59,22 +60,24 @@ class Size:
 
 
 FULL = Size("200m", 7, 2, (1, 2, 4, 8, 16), 256, 40, 64, 8.0, (16, 256), 8, 800)
-QUICK = Size("tiny", 1, 1, (1, 4), 64, 16, 6, 200.0, (4, 16), 4, 200)
+QUICK = Size("tiny", 1, 1, (1, 4), 64, 200, 6, 200.0, (4, 16), 4, 200)
 SLOTS = 16
 
 
-def start(precision: str, size: Size, options: argparse.Namespace, work: Path) -> dict[str, Worker]:
+def start(precision: Precision, size: Size, options: argparse.Namespace, work: Path) -> dict[str, Worker]:
     """The contestants of one precision, by name."""
     folder = models.graph_folder(work, size.model, precision)
-    threads = ["--threads", str(options.threads)]
-    package = "tests.benchmark.engine"
-    workers = {OURS: Worker(OURS, [sys.executable, "-m", f"{package}.ours", "--model", folder, *threads])}
+
+    def worker(name: str, python: Path, module: str, model: Path) -> Worker:
+        arguments = ["--model", str(model), "--threads", str(options.threads)]
+        return Worker(name, [str(python), "-m", f"tests.benchmark.engine.{module}", *arguments])
+
+    workers = {OURS: worker(OURS, Path(sys.executable), "ours", folder)}
     if options.peers is not None:
         python = python_of(options.peers)
+        workers[GENAI] = worker(GENAI, python, "genai_worker", folder)
         file = models.gguf_file(work, size.model, precision, options.peers)
-        genai = [python, "-m", f"{package}.genai_worker", "--model", folder, *threads]
-        llama_cpp = [python, "-m", f"{package}.llama_worker", "--model", file, *threads]
-        workers |= {GENAI: Worker(GENAI, genai), LLAMA_CPP: Worker(LLAMA_CPP, llama_cpp)}
+        workers[LLAMA_CPP] = worker(LLAMA_CPP, python, "llama_worker", file)
     return workers
 
 
@@ -122,7 +125,7 @@ class Rounds:
         return self.of(key, figure)[OURS]
 
 
-def measure(precision: str, size: Size, workers: dict[str, Worker], wanted: Callable[[str], bool]) -> None:
+def measure(precision: Precision, size: Size, workers: dict[str, Worker], wanted: Callable[[str], bool]) -> None:
     """Print the rows of one precision as they are complete."""
     rounds = Rounds(workers)
     if wanted("agreement") and len(workers) > 1:
@@ -146,8 +149,9 @@ def measure(precision: str, size: Size, workers: dict[str, Worker], wanted: Call
     if wanted("poisson"):
         for turn in range(size.slow_rounds):
             shortest, longest = size.lengths
-            arguments = {"count": size.arrivals, "per_s": size.arrivals_per_s, "slots": size.batch}
-            rounds.ask("poisson", turn, "poisson", shortest=shortest, longest=longest, seed=turn, **arguments)
+            lengths = {"shortest": shortest, "longest": longest}
+            load = {"count": size.arrivals, "per_s": size.arrivals_per_s, "slots": size.batch, "seed": turn}
+            rounds.ask("poisson", turn, "poisson", **load, **lengths)
             progress(f"{precision}, Poisson arrivals, round {turn + 1} of {size.slow_rounds}")
         show(rows.rate_row("poisson", precision, None, rounds.of("poisson", "tokens_per_s")) | {"batch": size.batch})
 
@@ -201,14 +205,16 @@ def show_rounds(precision: str, size: Size, rounds: Rounds, read: list[float]) -
         tokens = SHORT_PROMPT_TOKENS + size.decode_tokens // 2
         token_bytes = models.decode_bytes(size.model) + models.kv_bytes(size.model, tokens)
         rates = rounds.of("decode 1", "tokens_per_s")
-        figures = {"row": "bandwidth", "precision": precision, "gb_per_s": round(statistics.median(read) / 1e9, 2)}
-        figures |= {"token_mb": round(token_bytes / 1e6, 1)}
+        bandwidth = rounded({"gb_per_s": statistics.median(read) / 1e9, "token_mb": token_bytes / 1e6})
         shares = {
-            name: round(statistics.median(rate * token_bytes / total for rate, total in zip(found, read, strict=True)), 3)
+            name: round(
+                statistics.median(rate * token_bytes / total for rate, total in zip(found, read, strict=True)), 3
+            )
             for name, found in rates.items()
         }
         is_met = shares[OURS] >= rows.BANDWIDTH_SHARE_MIN
-        show(figures | {"share": shares, "least": rows.BANDWIDTH_SHARE_MIN, "is_met": is_met})
+        verdict = {"share": shares, "least": rows.BANDWIDTH_SHARE_MIN, "is_met": is_met}
+        show({"row": "bandwidth", "precision": precision, **bandwidth, **verdict})
 
 
 def agreement(precision: str, workers: dict[str, Worker]) -> dict[str, Any]:
@@ -248,3 +254,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="of every contestant; 0: all cores")
     parser.add_argument("--quick", action="store_true", help="a smoke run on a tiny model")
     options = parser.parse_args()
+    size = QUICK if options.quick else FULL
+    size = replace(size, model=options.size or size.model, rounds=options.rounds or size.rounds)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
+        for precision in options.precision or models.PRECISIONS:
+            workers = start(precision, size, options, work)
+            try:
+                measure(precision, size, workers, lambda row: options.rows is None or row in options.rows)
+            finally:
+                for worker in workers.values():
+                    worker.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime_genai as og
 
 from tests.benchmark.engine.worker import serve
-from tests.benchmark.engine.workload import SHORT_PROMPT_TOKENS, poisson_requests, prompt
+from tests.benchmark.engine.workload import SHORT_PROMPT_TOKENS, Request, poisson_requests, prompt
 
 PAD_ID = 2
 
@@ -65,7 +65,7 @@ class Genai:
         while waiting:
             time.sleep(max(0.0, waiting[0].at_s - (time.perf_counter() - started)))
             now = time.perf_counter() - started
-            batch = []
+            batch: list[Request] = []
             while waiting and waiting[0].at_s <= now and len(batch) < slots:
                 batch.append(waiting.popleft())
             steps = max(request.tokens for request in batch)

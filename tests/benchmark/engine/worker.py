@@ -25,11 +25,11 @@ class WorkerFailed(Exception):
 class Worker:
     """Starts the process; it loads its model when it is first asked."""
 
-    def __init__(self, name: str, command: Sequence[str | Path]) -> None:
+    def __init__(self, name: str, command: Sequence[str]) -> None:
         self.name = name
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
         self._process = subprocess.Popen(
-            [str(part) for part in command],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
