@@ -23,7 +23,7 @@ def main() -> None:
     directory = parser.parse_args().directory
     if not python_of(directory).exists():
         venv.create(directory, with_pip=True)
-    environment = {"CMAKE_ARGS": "-DGGML_NATIVE=ON", "CMAKE_BUILD_PARALLEL_LEVEL": str(BUILD_JOBS)}
+    environment = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF", "CMAKE_BUILD_PARALLEL_LEVEL": str(BUILD_JOBS)}
     command = [str(python_of(directory)), "-m", "pip", "install", "--no-input", *PACKAGES]
     subprocess.run(command, check=True, env=os.environ | environment)
 
