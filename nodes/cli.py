@@ -54,16 +54,25 @@ def serve(
         typer.Option(metavar="FOLDER[=NAME]", help="model to serve; repeatable [the built-in model]"),
     ] = None,
     no_model: Annotated[bool | None, typer.Option("--no-model", help="serve no model: an entry that forwards")] = None,
-    slots: Annotated[int | None, typer.Option(metavar="N", help="sequences decoded together, per model [8]")] = None,
+    variant: Annotated[
+        str | None, typer.Option(metavar="NAME", help="which graph of a folder with several: q4, fp16 ... [best]")
+    ] = None,
+    slots: Annotated[
+        int | None, typer.Option(metavar="N", help="sequences decoded together, per model [8, or what fits]")
+    ] = None,
     queue: Annotated[int | None, typer.Option(metavar="N", help="requests that may wait, per model [512]")] = None,
     capacity: Annotated[
         int | None, typer.Option(metavar="TOKENS", help="prompt and answer of one slot [model's context, <= 8192]")
+    ] = None,
+    memory_limit_mib: Annotated[
+        int | None, typer.Option(metavar="MIB", help="memory for weights and KV of each model [what is available]")
     ] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", help="ONNX Runtime threads [0: all cores]")] = None,
     spinning: Annotated[
         bool | None, typer.Option("--spinning/--no-spinning", help="let idle threads spin [--spinning]")
     ] = None,
     provider: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="where models run [auto]")] = None,
+    device: Annotated[int | None, typer.Option(metavar="N", help="which CUDA device [0]")] = None,
     name: Annotated[str | None, typer.Option(metavar="ID", help="node id, unique [host name and mesh port]")] = None,
     advertise: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="mesh address others use [the bound one]")

@@ -72,15 +72,25 @@ class NodeConfig(BaseModel):
         (), description="FOLDER or FOLDER=NAME of a model to serve; repeatable; without it the built-in model"
     )
     no_model: bool = Field(False, description="serve no model: an entry that forwards every request")
-    slots: int = Field(8, ge=1, le=256, description="sequences decoded together, per model")
+    variant: str | None = Field(
+        None, max_length=64, description="which graph of a folder with several, such as q4; default: what runs best"
+    )
+    slots: int | None = Field(
+        None, ge=1, le=256, description="sequences decoded together, per model; default: 8, fewer if memory is short"
+    )
     queue: int = Field(512, ge=0, le=100_000, description="requests that may wait for a slot on this node, per model")
     capacity: int | None = Field(
         None,
         ge=64,
-        description="tokens a slot holds, prompt and answer together; default: the model's context, at most 8192",
+        description="tokens a slot holds, prompt and answer together; default: the model's context, at most 8192, "
+        "less if memory is short",
+    )
+    memory_limit_mib: int | None = Field(
+        None, ge=1, description="memory for weights and KV of each model, MiB; default: what is available"
     )
     threads: int = Field(0, ge=0, le=1024, description="threads of ONNX Runtime; 0: all cores")
     provider: Literal["auto", "cpu", "cuda"] = Field("auto", description="where models run: auto, cpu or cuda")
+    device: int = Field(0, ge=0, le=63, description="which CUDA device, counted from 0")
     spinning: bool = Field(True, description="let ONNX Runtime's threads spin while idle; off where nodes share cores")
     name: str | None = Field(
         None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,63}$", description="node id; default: host name and mesh port"

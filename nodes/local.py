@@ -21,6 +21,7 @@ from nodes.engine.errors import (
     QueueFull,
 )
 from nodes.engine.model_loader import LoadedModel
+from nodes.engine.prefix_digest import text_blocks
 from nodes.engine.sampling import SamplingParams
 from nodes.engine.sequence import EngineEvent
 from nodes.engine.stream import EngineStream
@@ -82,7 +83,12 @@ class LocalGenerator:
             await trio.lowlevel.checkpoint()
         record = _Record(self._observer, request.model, started)
         try:
-            stream = engine.submit(prompt_ids, self._params(engine.model, request), deadline)
+            stream = engine.submit(
+                prompt_ids,
+                self._params(engine.model, request),
+                deadline,
+                text_blocks=text_blocks(request.messages),
+            )
         except PromptTooLong as exc:
             raise _too_long(exc) from exc
         except QueueFull as exc:
@@ -180,7 +186,7 @@ class LocalStream(trio.abc.ReceiveChannel[GenerateEvent]):
         if event.finish_reason is None:
             return GenerateEvent(event.text, event.token_ids)
         self._record.end("success")
-        usage = Usage(event.prompt_tokens, event.completion_tokens)
+        usage = Usage(event.prompt_tokens, event.completion_tokens, event.cached_tokens)
         return GenerateEvent(event.text, event.token_ids, event.finish_reason, usage)
 
     async def aclose(self) -> None:

@@ -29,7 +29,8 @@ from nodes.api.auth import Access
 from nodes.api.services import Services
 from nodes.config import ConfigInvalid, NodeConfig, is_loopback
 from nodes.dispatch import Dispatch
-from nodes.engine.engine import FAILED, Engine, load_engine
+from nodes.engine.engine import Engine, load_engine
+from nodes.engine.engine_statistics import FAILED, STUCK
 from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid
 from nodes.figures import mesh_figures
 from nodes.http_server import serve_http
@@ -50,6 +51,7 @@ SEED_CHECK_INTERVAL_S = 2.0
 # What is left of a late wake-up of the loop in the reported lag, each LOAD_INTERVAL_S.
 LAG_DECAY = 0.8
 DRAIN_POLL_S = 0.05
+MIB = 1024 * 1024
 # Between the end of the drain and the end of HTTP: the last chunks on their way to clients.
 HTTP_CLOSE_S = 2.0
 
@@ -208,6 +210,8 @@ class Node:
             "threads": config.threads,
             "spinning": config.spinning,
             "provider": config.provider,
+            "memory_limit_bytes": None if config.memory_limit_mib is None else config.memory_limit_mib * MIB,
+            "device_index": config.device,
         }
 
     async def _publish_load(self) -> None:
@@ -220,11 +224,7 @@ class Node:
             # A single late wake-up shows for about a second, so that a publication carries it.
             self._loop_lag_s = max(late_s, self._loop_lag_s * LAG_DECAY)
             due += late_s
-            if self._readiness is Readiness.READY and any(
-                e.statistics().state == FAILED for e in self._engines.values()
-            ):
-                self._readiness = Readiness.FAILED
-                logger.error("an engine has failed; this node takes no more requests until it is restarted")
+            self._check_engines()
             self._gossip_socket.set_load(self._load())
             generation = self._view().me.generation
             if generation > self._generation:
@@ -234,6 +234,16 @@ class Node:
                     await trio.to_thread.run_sync(self._keep_generation, generation)
                 except OSError as exc:  # the next start learns it from peers again
                     logger.error("cannot keep the generation", extra={"reason": str(exc)})
+
+    def _check_engines(self) -> None:
+        """A node whose engine has failed, or is stuck in a step, takes no requests; in the second case for a while."""
+        states = {engine.statistics().state for engine in self._engines.values()}
+        if self._readiness is Readiness.READY and states & {FAILED, STUCK}:
+            self._readiness = Readiness.FAILED
+            if FAILED in states:
+                logger.error("an engine has failed; this node takes no more requests until it is restarted")
+        elif self._readiness is Readiness.FAILED and not states & {FAILED, STUCK}:
+            self._readiness = Readiness.READY
 
     async def _check_seeds(self) -> None:
         """Shake hands with the seeds until one accepts.
@@ -320,7 +330,7 @@ class Node:
                     name=name,
                     fingerprint=engine.fingerprint if engine else "",
                     context_length=engine.context_length if engine else folder.context_length,
-                    slots=self._config.slots,
+                    slots=engine.statistics().slots if engine else 0,
                     queue_limit=self._config.queue,
                 )
             )

@@ -31,7 +31,7 @@ STDIN_BYTES = 4096
 def run_node(config: NodeConfig) -> None:
     """Run one node until SIGTERM or SIGINT. Raises ConfigInvalid, before or after the start, when it cannot run."""
     keyring = Keyring([config.cluster_key()], config.cluster_name)
-    folders = [(name, _read_folder(path)) for name, path in config.models()]
+    folders = [(name, _read_folder(config, path)) for name, path in config.models()]
     with ExitStack() as stack:
         data = stack.enter_context(DataDirectory(config.data_dir))
         sockets = NodeSockets(stack.enter_context(bind_http(config.http)), *bind_mesh(config.mesh))
@@ -77,9 +77,9 @@ def _enter_logging(stack: ExitStack, config: NodeConfig) -> WriterThread[logging
         raise ConfigInvalid(f"log_dir {config.log_dir}: {exc.strerror}; give a writable folder with --log-dir") from exc
 
 
-def _read_folder(path: Path) -> ModelFolder:
+def _read_folder(config: NodeConfig, path: Path) -> ModelFolder:
     try:
-        return read_model_folder(path)
+        return read_model_folder(path, config.variant, config.provider)
     except ModelFolderInvalid as exc:
         raise ConfigInvalid(str(exc)) from exc
 

@@ -14,32 +14,27 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import replace
+from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 import trio
 
+from nodes.engine.engine_statistics import FAILED, LOADING, READY, STUCK, EngineStatistics, State
 from nodes.engine.errors import EngineError, EngineFault, EngineStopped, PromptTooLong, QueueFull
+from nodes.engine.estimate import FirstTokenEstimate, estimate_first_token
+from nodes.engine.executor import Execution, Executor, Session
 from nodes.engine.meter import Meter
 from nodes.engine.model_loader import LoadedModel, ModelFolder, load_model
-from nodes.engine.sampler import sample
-from nodes.engine.sampling import Sampled, SamplingParams
-from nodes.engine.scheduler import Failed, Outcome, Plan, PrefillChunk, Progress, Scheduler
+from nodes.engine.sampler import TEMPERATURE_MIN
+from nodes.engine.sampling import SamplingParams
+from nodes.engine.scheduler import Failed, Outcome, Plan, Progress, Scheduler
 from nodes.engine.sequence import Sequence
 from nodes.engine.session import Provider, load_session
 from nodes.engine.stream import EngineStream
 
 logger = logging.getLogger(__name__)
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float32]
-
-State = Literal["loading", "ready", "failed"]
-LOADING: State = "loading"
-READY: State = "ready"
-FAILED: State = "failed"
+Resume = Literal["auto", "prefill", "replay"]
 
 # How long run() waits for the step in progress when it is cancelled; a step on a loaded CPU takes up to seconds.
 STOP_TIMEOUT_S = 10.0
@@ -47,72 +42,27 @@ STOP_TIMEOUT_S = 10.0
 ANSWER_TOKENS_DEFAULT = 256
 RETRY_AFTER_MIN_S = 1.0
 RETRY_AFTER_MAX_S = 60.0
-
-
-class Session(Protocol):
-    """A model that runs, with the KV rows of `slots` sequences of up to `capacity` tokens. One thread uses it.
-
-    nodes.engine.session.OnnxSession has the details; tests have another."""
-
-    @property
-    def slots(self) -> int: ...
-    @property
-    def capacity(self) -> int: ...
-    @property
-    def kv_bytes(self) -> int: ...
-
-    def decode(self, token_ids: IntArray, lengths: IntArray) -> FloatArray:
-        """Feed token_ids[i] to slot i at row lengths[i]. Returns float32 [k, vocabulary], valid until the next call."""
-        ...
-
-    def prefill(self, slot: int, token_ids: IntArray, start: int) -> FloatArray:
-        """Write rows from `start` on. Returns float32 [vocabulary] after the last, valid until the next call."""
-        ...
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy rows [0, length) of one slot to another."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStatistics:
-    """One engine at one instant. Rates in tokens per second over the time spent on them, 0.0 while unmeasured.
-
-    active, queued, free_slots: active + free_slots is slots; a sequence is queued only while no slot is free.
-    queued_tokens: prompt tokens not prefilled yet. decode_rate: of the whole batch. tokens_per_s: generated over the
-    last 10 s. step_seconds_total, session_seconds_total: time in ticks, and the part of it inside the session.
-    median_step_s: of the last ticks, to tell a hang from slowness.
-    """
-
-    state: State
-    slots: int
-    active: int
-    queued: int
-    free_slots: int
-    queued_tokens: int
-    prefill_rate: float
-    decode_rate: float
-    tokens_per_s: float
-    step_count: int
-    median_step_s: float
-    step_seconds_total: float
-    session_seconds_total: float
-    tokens_generated_total: int
-    prompt_tokens_total: int
-    kv_bytes: int
-    model_memory_bytes: int
-    load_time_s: float
+# A step is stuck when it takes this many times the median, and at least the first bound; before there is a median,
+# the second one, since a device may compile its kernels in the first step.
+STUCK_STEPS = 20
+STUCK_MIN_S = 2.0
+STUCK_FIRST_S = 60.0
+WATCH_INTERVAL_S = 0.5
+# Steps that break one after the other until the engine gives up: what is left of a device after that is not worth it.
+FAULTS_MAX = 3
 
 
 def load_engine(
     folder: ModelFolder,
     *,
-    slots: int,
+    slots: int | None = None,
     queue_limit: int,
     capacity: int | None = None,
     threads: int = 0,
     spinning: bool = True,
     provider: Provider = "auto",
+    memory_limit_bytes: int | None = None,
+    device_index: int = 0,
 ) -> Engine:
     """Load everything of a model folder; blocks for seconds to minutes, so call it in a worker thread.
 
@@ -121,7 +71,14 @@ def load_engine(
     started = time.monotonic()
     model = load_model(folder)
     session = load_session(
-        folder, slots=slots, capacity=capacity, threads=threads, spinning=spinning, provider=provider
+        folder,
+        slots=slots,
+        capacity=capacity,
+        threads=threads,
+        spinning=spinning,
+        provider=provider,
+        memory_limit_bytes=memory_limit_bytes,
+        device_index=device_index,
     )
     return Engine(model, session, queue_limit=queue_limit, load_time_s=time.monotonic() - started)
 
@@ -149,14 +106,20 @@ class Engine:
         self._state: State = LOADING
         self._is_running = False
         self._streams: dict[Sequence, EngineStream] = {}  # at most slots + queue_limit
+        self._estimates: dict[Sequence, tuple[float, float]] = {}  # until the first token: when submitted, estimate
         self._answer_tokens = float(ANSWER_TOKENS_DEFAULT)
         self._trio: trio.lowlevel.TrioToken | None = None
         self._thread_ended = trio.Event()
         # The lock of _wake guards these three. It is held for bookkeeping only.
         self._wake = threading.Condition()
-        self._scheduler = Scheduler(session.slots, queue_limit)
+        self._scheduler = Scheduler(session.slots, queue_limit, mixes_rows=session.is_exact)
+        self._executor = Executor(session)
         self._meter = Meter()
         self._is_stopping = False
+        # The engine thread writes these, and only it.
+        self._step_began: float | None = None  # on the engine's clock, None between steps
+        self._faults = 0  # since a step went well
+        self._faults_total = 0
 
     @property
     def fingerprint(self) -> str:
@@ -170,7 +133,8 @@ class Engine:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run the engine thread until cancelled; once. Readers of streams still open then get EngineStopped.
 
-        A fault in a step does not end it: the state is `failed`, every stream gets EngineFault and submit() refuses.
+        A step that breaks ends its own requests with EngineFault. After FAULTS_MAX in a row the state is `failed`,
+        every stream gets EngineFault and submit() refuses. While a step does not return the state is `stuck`.
         """
         self._trio = trio.lowlevel.current_trio_token()
         thread = threading.Thread(target=self._run_thread, name="engine", daemon=True)
@@ -178,7 +142,9 @@ class Engine:
         self._state, self._is_running = READY, True
         task_status.started()
         try:
-            await trio.sleep_forever()
+            while True:
+                await trio.sleep(WATCH_INTERVAL_S)
+                self._watch()
         finally:
             self._is_running = False
             with self._wake:
@@ -190,18 +156,36 @@ class Engine:
                 logger.error("a step of the engine did not end; its thread is left behind")
             self._end_streams(EngineStopped("the engine was stopped before the answer was complete"))
 
-    def submit(self, prompt_ids: SequenceOf[int], params: SamplingParams, deadline: float) -> EngineStream:
+    def submit(
+        self,
+        prompt_ids: SequenceOf[int],
+        params: SamplingParams,
+        deadline: float,
+        *,
+        generated_ids: SequenceOf[int] = (),
+        resume: Resume = "auto",
+        fairness_id: str = "",
+        text_blocks: tuple[int, ...] = (),
+    ) -> EngineStream:
         """Queue a generation and return the stream of its events. deadline: on the engine's clock.
 
-        Raises PromptTooLong, QueueFull, EngineFault after a fault, EngineStopped while run() does not run; nothing was
-        queued then.
+        generated_ids: what another engine of the same model has generated of the answer; the stream goes on at the next
+        token. resume: how their rows are made. By prefill: fast. By replay, one decode step each: gives the very tokens
+        that would have come without the interruption, also in quantised models. auto: replay where that matters, in a
+        model that is not exact and for requests that are greedy or seeded. fairness_id: whose request it is.
+        text_blocks: the conversation's, from prefix_digest, under which its cached rows are told of.
+
+        Raises PromptTooLong, QueueFull, EngineFault when it has failed or is stuck, EngineStopped while run() does not
+        run; nothing was queued then.
         """
         if self._state is FAILED:
             raise EngineFault("the engine has failed; the log says why")
+        if self._state is STUCK:
+            raise EngineFault("a step of the engine does not return")
         if not self._is_running:
             raise EngineStopped("the engine is not running")
-        if len(prompt_ids) >= self.context_length:
-            raise PromptTooLong(len(prompt_ids), self.context_length - 1)
+        if len(prompt_ids) + len(generated_ids) >= self.context_length:
+            raise PromptTooLong(len(prompt_ids) + len(generated_ids), self.context_length - 1)
         sequence = Sequence(
             prompt_ids,
             params,
@@ -209,15 +193,33 @@ class Engine:
             eos_ids=self.model.eos_ids,
             capacity=self.context_length,
             deadline=deadline,
+            generated_ids=generated_ids,
+            replays=bool(generated_ids) and self._is_replayed(params, resume),
+            fairness_id=fairness_id,
+            text_blocks=text_blocks,
         )
+        stream = EngineStream(lambda: self._close(sequence))
+        if generated_ids and (end := sequence.ended_before()) is not None:
+            stream.offer(end)
+            stream.end(None)
+            return stream
         with self._wake:
+            estimate = self._estimate_first_token()
+            found = self._scheduler.kv.match(sequence.prefill_ids).length
             try:
                 self._scheduler.submit(sequence)
             except QueueFull as exc:
-                raise QueueFull(exc.queued, exc.limit, self._retry_after_s()) from None
+                raise QueueFull(exc.queued, exc.limit, self._retry_after_s(estimate)) from None
             self._wake.notify()
-        stream = self._streams[sequence] = EngineStream(lambda: self._close(sequence))
+        self._streams[sequence] = stream
+        if not generated_ids:
+            self._estimates[sequence] = (self.now(), estimate.seconds(len(prompt_ids) - found))
         return stream
+
+    def prefix_digest(self) -> frozenset[int]:
+        """Names, from prefix_digest, of the conversation beginnings whose rows are in a slot."""
+        with self._wake:
+            return self._scheduler.kv.text_blocks()
 
     def statistics(self) -> EngineStatistics:
         now = self.now()
@@ -242,18 +244,44 @@ class Engine:
                 kv_bytes=self._session.kv_bytes,
                 model_memory_bytes=self.model.weight_bytes + self._session.kv_bytes,
                 load_time_s=self._load_time_s,
+                first_token=self._estimate_first_token(),
+                first_token_error=meter.estimate_error(),
+                cache_queries_total=self._scheduler.cache.queries,
+                cache_hits_total=self._scheduler.cache.hits,
+                cache_query_tokens_total=self._scheduler.cache.query_tokens,
+                cache_hit_tokens_total=self._scheduler.cache.hit_tokens,
+                step_faults_total=self._faults_total,
             )
 
-    def _retry_after_s(self) -> float:
-        """Until a place in the queue is free: with answers of L tokens, slots become free at decode rate / L."""
-        rate = self._meter.decode.per_s
-        wait_s = self._answer_tokens / rate if rate else RETRY_AFTER_MIN_S
+    def _is_replayed(self, params: SamplingParams, resume: Resume) -> bool:
+        if resume == "auto":
+            return not self._session.is_exact and (params.is_seeded or params.temperature < TEMPERATURE_MIN)
+        return resume == "replay"
+
+    def _estimate_first_token(self) -> FirstTokenEstimate:
+        """With the lock held."""
+        load, meter = self._scheduler.load(), self._meter
+        remaining = self._scheduler.remaining_tokens(self._answer_tokens)
+        return estimate_first_token(
+            prefill_rate=meter.prefill.per_s,
+            step_s=meter.decode_step_s(len(remaining)),
+            answer_tokens=self._answer_tokens,
+            slots=self._session.slots,
+            queued=max(0, load.active + load.queued - len(remaining)),
+            queued_tokens=load.queued_tokens,
+            remaining_tokens=remaining,
+        )
+
+    def _retry_after_s(self, estimate: FirstTokenEstimate) -> float:
+        """Until a place in the queue is free: the wait of a whole queue, shared by those who wait in it."""
+        wait_s = estimate.wait_s / max(self._queue_limit, 1)
         return min(max(wait_s, RETRY_AFTER_MIN_S), RETRY_AFTER_MAX_S)
 
     # On the trio thread, for streams and for what the engine thread posts.
 
     def _close(self, sequence: Sequence) -> None:
         """The reader of the sequence is gone: free its place. Any number of times."""
+        self._estimates.pop(sequence, None)
         if self._streams.pop(sequence, None) is not None:
             with self._wake:
                 self._scheduler.cancel(sequence)
@@ -264,6 +292,10 @@ class Engine:
             stream = self._streams.get(outcome.sequence)
             if stream is None:
                 continue  # closed by its reader after the step began
+            if (estimate := self._estimates.pop(outcome.sequence, None)) is not None:
+                submitted, estimated_s = estimate
+                with self._wake:
+                    self._meter.first_token(estimated_s, self.now() - submitted)
             if isinstance(outcome, Failed):
                 del self._streams[outcome.sequence]
                 stream.end(outcome.error)
@@ -279,8 +311,23 @@ class Engine:
         with self._wake:
             self._scheduler.abandon()
         streams, self._streams = self._streams, {}
+        self._estimates.clear()
         for stream in streams.values():
             stream.end(error)
+
+    def _watch(self) -> None:
+        """Say when a step does not return, and when it has after all."""
+        began = self._step_began
+        with self._wake:
+            median_s = self._meter.median_step_s()
+        limit_s = max(STUCK_MIN_S, STUCK_STEPS * median_s) if median_s else STUCK_FIRST_S
+        is_stuck = began is not None and self.now() - began > limit_s
+        if is_stuck and self._state is READY:
+            self._state = STUCK
+            logger.error("a step of the engine does not return; the engine takes nothing until it does")
+        elif not is_stuck and self._state is STUCK:
+            self._state = READY
+            logger.warning("the step of the engine has returned; the engine is ready again")
 
     def _fail(self) -> None:
         """What the engine thread posts as it ends with a fault."""
@@ -294,7 +341,7 @@ class Engine:
             while self._tick():
                 pass
         except Exception:  # whatever broke: readers must not wait for ever, and the node must say that it has failed
-            logger.exception("a step of the engine failed")
+            logger.exception("the engine has failed: %d steps broke one after the other", self._faults)
             self._post(self._fail)
         finally:
             self._post(self._thread_ended.set)
@@ -310,49 +357,46 @@ class Engine:
                 return False
         outcomes: list[Outcome] = list(plan.expired)
         if plan.has_steps:
+            self._step_began = self.now()
             outcomes += self._execute(plan)
+            self._step_began = None
         if outcomes:
             self._post(self._deliver, outcomes)
         return True
 
     def _execute(self, plan: Plan) -> list[Outcome]:
         started = time.perf_counter()
-        for move in plan.moves:
-            self._session.copy(move.source, move.target, move.length)
-        tokens: list[Sampled] = []
-        decode_s = prefill_s = 0.0
-        if plan.decode:
-            tokens, decode_s = self._decode(plan.decode)
-        first_token = None
-        if plan.prefill is not None:
-            first_token, prefill_s = self._prefill(plan.prefill)
+        done = self._executor.execute(plan, self._scheduler.kv)
+        if done.fault is not None:
+            return self._recover(plan, done, done.fault)
+        self._faults = 0
         with self._wake:
-            outcomes = self._scheduler.commit(plan, tokens, first_token)
+            outcomes = self._scheduler.commit(plan, done.tokens, done.first_token)
             meter = self._meter
             if plan.decode:
-                meter.decoded(len(plan.decode), decode_s)
+                meter.decoded(len(plan.decode), done.decode_s)
             if plan.prefill is not None:
-                meter.prefilled(len(plan.prefill.token_ids), prefill_s)
+                meter.prefilled(len(plan.prefill.token_ids), done.prefill_s)
             generated = sum(len(outcome.event.token_ids) for outcome in outcomes if isinstance(outcome, Progress))
             meter.stepped(generated, time.perf_counter() - started, self.now())
         return outcomes
 
-    def _decode(self, batch: SequenceOf[Sequence]) -> tuple[list[Sampled], float]:
-        """One token per sequence, and the seconds that the session took."""
-        kv, count = self._scheduler.kv, len(batch)
-        started = time.perf_counter()
-        logits = self._session.decode(kv.next_ids[:count], kv.lengths[:count])
-        seconds = time.perf_counter() - started
-        return sample(logits, [sequence.sampling for sequence in batch]), seconds
-
-    def _prefill(self, chunk: PrefillChunk) -> tuple[Sampled | None, float]:
-        """The answer's first token after the last chunk, and the seconds that the session took."""
-        started = time.perf_counter()
-        logits = self._session.prefill(chunk.slot, np.asarray(chunk.token_ids, np.int64), chunk.start)
-        seconds = time.perf_counter() - started
-        if not chunk.is_last:
-            return None, seconds
-        return sample(logits[None], [chunk.sequence.sampling])[0], seconds
+    def _recover(self, plan: Plan, done: Execution, fault: Exception) -> list[Outcome]:
+        """A step raised: end whose step it was, and let the others go on. Raises the fault again after too many."""
+        self._faults += 1
+        self._faults_total += 1
+        if self._faults >= FAULTS_MAX:
+            raise fault
+        logger.error("a step of the engine failed; its requests end, the others go on", exc_info=fault)
+        self._session.recover()
+        error = EngineFault("the engine failed in the middle of the answer")
+        with self._wake:
+            if done.are_rows_lost:
+                return self._scheduler.fail_placed(error)
+            outcomes: list[Outcome] = []
+            if done.tokens:  # the decode step went well, the chunk after it did not
+                outcomes += self._scheduler.commit(replace(plan, prefill=None), done.tokens, None)
+            return outcomes + self._scheduler.fail(done.broken, error)
 
     def _post(self, call: Callable[..., object], *args: object) -> None:
         assert self._trio is not None

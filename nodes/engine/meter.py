@@ -11,6 +11,10 @@ RATE_DECAY = 0.95
 MEDIAN_STEPS = 63
 # tokens_per_s is over this time, counted in whole seconds.
 WINDOW_S = 10
+# Requests whose estimate is compared with what came.
+ESTIMATES = 255
+# Share of the newest measurement in the time of a decode step of one batch size.
+STEP_SHARE = 0.1
 
 
 class Rate:
@@ -44,6 +48,8 @@ class Meter:
         self.step_seconds = 0.0
         self.session_seconds = 0.0
         self._recent_steps: deque[float] = deque(maxlen=MEDIAN_STEPS)
+        self._decode_step_s: dict[int, float] = {}  # by rows: at most as many as there are slots
+        self._estimate_errors: deque[float] = deque(maxlen=ESTIMATES)
         self._seconds: deque[tuple[int, int]] = deque(maxlen=WINDOW_S + 1)  # (whole second, tokens in it), oldest first
 
     def prefilled(self, tokens: int, seconds: float) -> None:
@@ -54,6 +60,21 @@ class Meter:
     def decoded(self, rows: int, seconds: float) -> None:
         self.decode.add(rows, seconds)
         self.session_seconds += seconds
+        known = self._decode_step_s.get(rows, seconds)
+        self._decode_step_s[rows] = known + (seconds - known) * STEP_SHARE
+
+    def first_token(self, estimated_s: float, actual_s: float) -> None:
+        """A request's first token came."""
+        self._estimate_errors.append(abs(estimated_s - actual_s) / max(actual_s, 1e-9))
+
+    def decode_step_s(self, rows: int) -> float:
+        """Seconds of a decode step of so many rows, or of the nearest number that was measured; 0.0 before any."""
+        known = self._decode_step_s
+        return known[min(known, key=lambda measured: abs(measured - rows))] if known else 0.0
+
+    def estimate_error(self) -> float:
+        """Median of |estimated - actual| / actual over the last requests' times to first token; 0.0 before any."""
+        return statistics.median(self._estimate_errors) if self._estimate_errors else 0.0
 
     def stepped(self, generated: int, seconds: float, now: float) -> None:
         """A whole tick: tokens that reached their sequences, its length, and when it ended."""

@@ -1,82 +1,41 @@
-"""What a model folder says of itself, checked: numbers, files, template, fingerprint. Loads no graph.
+"""What a model folder says of itself, checked: numbers, files, precision, template, fingerprint. Loads no graph.
 
-A folder is what `python -m onnxruntime_genai.models.builder` writes: genai_config.json, model.onnx and model.onnx.data,
-tokenizer.json, tokenizer_config.json, and the chat template there or in chat_template.jinja.
+Two kinds of folder are read. What `python -m onnxruntime_genai.models.builder` writes: genai_config.json, model.onnx
+and model.onnx.data. What optimum exports and repositories of such graphs hold: config.json, generation_config.json, and
+one or more graphs in the folder or in onnx/. Both have tokenizer.json, tokenizer_config.json, and the chat template
+there or in chat_template.jinja. How a graph is to be run is told by the graph, in nodes.engine.graph, not by the kind
+of folder.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from nodes.engine.chat_template import ChatTemplate, ChatTemplateInvalid
+from nodes.engine.devices import Provider, likely_processor
+from nodes.engine.folder_files import read_chat_format
+from nodes.engine.graph import check_external_files, precision_of, read_graph_file
+from nodes.engine.model_configs import GENAI_CONFIG_FILE, HUGGING_FACE_CONFIG_FILE, GenaiConfig, HuggingFaceConfig
+from nodes.engine.model_folder import BUILD_FIX, ModelFolder, ModelFolderInvalid, TensorNames
+from nodes.engine.model_variants import choose_variant
 from nodes.engine.tokenizer import Tokenizer, TokenizerInvalid
 
-CONFIG_FILE = "genai_config.json"
+__all__ = [
+    "BUILD_FIX",
+    "LoadedModel",
+    "ModelFolder",
+    "ModelFolderInvalid",
+    "TensorNames",
+    "fingerprint_of",
+    "load_model",
+    "read_model_folder",
+]
+
 TOKENIZER_FILE = "tokenizer.json"
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-TEMPLATE_FILE = "chat_template.jinja"
 FINGERPRINT_HEX_CHARS = 32  # 128 bits: no two models of one cluster meet by chance
 HASH_BLOCK_BYTES = 1 << 20
-# A configuration beyond this is none: real ones have a few kilobytes, templates included.
-CONFIG_BYTES_MAX = 4 * 1024 * 1024
-BUILD_FIX = "build the folder with `python -m onnxruntime_genai.models.builder`, or copy it again"
-
-
-class ModelFolderInvalid(Exception):
-    """The folder holds no model that this engine can serve. One line: which thing is wrong, why, and the fix."""
-
-    def __init__(self, path: Path, reason: str, fix: str) -> None:
-        super().__init__(" ".join(f"model folder {path}: {reason}; {fix}".split()))
-        self.path = path
-        self.reason = reason
-        self.fix = fix
-
-
-@dataclass(frozen=True, slots=True)
-class TensorNames:
-    """What the graph calls its tensors; the four patterns hold `%d` for the layer."""
-
-    input_ids: str = "input_ids"
-    attention_mask: str = "attention_mask"
-    past_key: str = "past_key_values.%d.key"
-    past_value: str = "past_key_values.%d.value"
-    logits: str = "logits"
-    present_key: str = "present.%d.key"
-    present_value: str = "present.%d.value"
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFolder:
-    """The configuration of one folder. Lengths in tokens.
-
-    sliding_window: KV rows that the model's attention looks back, None for all. bos_token, eos_token: as the tokenizer
-    configuration spells them, None where it does not. temperature, top_p: for requests that leave them open.
-    """
-
-    path: Path
-    graph_file: Path
-    layers: int
-    kv_heads: int
-    head_size: int
-    vocabulary_size: int
-    context_length: int
-    sliding_window: int | None
-    bos_id: int | None
-    eos_ids: frozenset[int]
-    bos_token: str | None
-    eos_token: str | None
-    chat_template: str
-    tensors: TensorNames
-    temperature: float
-    top_p: float
-
-    def weight_files(self) -> list[Path]:
-        """The graph and the files of external data beside it, which start with its name."""
-        return sorted(file for file in self.path.glob(f"{self.graph_file.name}*") if file.is_file())
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,18 +53,37 @@ class LoadedModel:
     top_p: float = 1.0
 
 
-def read_model_folder(path: Path) -> ModelFolder:
-    """Read and check what is quick to check. Raises ModelFolderInvalid."""
+def read_model_folder(path: Path, variant: str | None = None, provider: Provider = "auto") -> ModelFolder:
+    """Read and check what is quick to check: everything but weights and tokenizer. Raises ModelFolderInvalid.
+
+    variant: which of several graphs, by name; None: in a folder with genai_config.json the one named there, else what
+    the provider runs best (nodes.engine.model_variants says what that is)."""
     if not path.is_dir():
         reason = "it is a file, not a folder" if path.exists() else "there is no such folder"
         raise ModelFolderInvalid(path, reason, "pass the folder of a model with --model FOLDER")
-    config = _read_json(path, CONFIG_FILE)
-    reader = _ConfigReader(path, config)
-    folder = reader.folder()
-    for file in (folder.graph_file.name, TOKENIZER_FILE):
-        if not (path / file).is_file():
-            raise ModelFolderInvalid(path, f"{file} is missing", BUILD_FIX)
-    return folder
+    folder = _read_configuration(path, variant, provider)
+    for file in (folder.graph_file, path / TOKENIZER_FILE):
+        if not file.is_file():
+            raise ModelFolderInvalid(path, f"{file.relative_to(path).as_posix()} is missing", BUILD_FIX)
+    graph = read_graph_file(folder)
+    return replace(folder, precision=precision_of(graph), external_files=check_external_files(folder, graph))
+
+
+def _read_configuration(path: Path, variant: str | None, provider: Provider) -> ModelFolder:
+    if (path / GENAI_CONFIG_FILE).is_file():
+        genai = GenaiConfig(path)
+        chat = read_chat_format(path)
+        if variant is None:
+            return genai.folder(path / genai.graph_name(), "", chat)
+        name, graph_file = choose_variant(path, variant, likely_processor(provider))
+        return genai.folder(graph_file, name, chat)
+    if not (path / HUGGING_FACE_CONFIG_FILE).is_file():
+        reason = f"{GENAI_CONFIG_FILE} is missing, and so is {HUGGING_FACE_CONFIG_FILE}"
+        raise ModelFolderInvalid(path, reason, BUILD_FIX)
+    config = HuggingFaceConfig(path)
+    chat = read_chat_format(path)
+    name, graph_file = choose_variant(path, variant, likely_processor(provider))
+    return config.folder(graph_file, name, chat)
 
 
 def load_model(folder: ModelFolder) -> LoadedModel:
@@ -119,7 +97,7 @@ def load_model(folder: ModelFolder) -> LoadedModel:
     if tokenizer.vocabulary_size > folder.vocabulary_size:
         reason = (
             f"{TOKENIZER_FILE} has ids up to {tokenizer.vocabulary_size - 1}, "
-            f"and the model's vocabulary ({CONFIG_FILE}) has {folder.vocabulary_size}"
+            f"and the model's vocabulary ({folder.config_file}) has {folder.vocabulary_size}"
         )
         raise ModelFolderInvalid(folder.path, reason, "put the tokenizer there that belongs to the model")
     try:
@@ -155,139 +133,6 @@ def fingerprint_of(folder: ModelFolder) -> str:
     for part in (template, repr(sorted(folder.eos_ids)).encode()):
         total.update(hashlib.sha256(part).digest())
     return total.hexdigest()[:FINGERPRINT_HEX_CHARS]
-
-
-class _ConfigReader:
-    """Reads genai_config.json field by field; each failure names the field."""
-
-    def __init__(self, path: Path, config: dict[str, Any]) -> None:
-        self._path = path
-        self._model = self._table(config, "model", "")
-        self._decoder = self._table(self._model, "decoder", "model.")
-        search = config.get("search")
-        self._search: dict[str, Any] = search if isinstance(search, dict) else {}
-
-    def folder(self) -> ModelFolder:
-        path, model, decoder = self._path, self._model, self._decoder
-        tokenizer_config = _read_json(path, TOKENIZER_CONFIG_FILE) if (path / TOKENIZER_CONFIG_FILE).exists() else {}
-        window = decoder.get("sliding_window")
-        return ModelFolder(
-            path=path,
-            graph_file=path / self._file_name(decoder.get("filename", "model.onnx")),
-            layers=self._number(decoder, "num_hidden_layers", "model.decoder."),
-            kv_heads=self._number(decoder, "num_key_value_heads", "model.decoder."),
-            head_size=self._number(decoder, "head_size", "model.decoder."),
-            vocabulary_size=self._number(model, "vocab_size", "model."),
-            context_length=self._number(model, "context_length", "model."),
-            sliding_window=(
-                self._number(window, "window_size", "model.decoder.sliding_window.")
-                if isinstance(window, dict)
-                else None
-            ),
-            bos_id=model["bos_token_id"] if isinstance(model.get("bos_token_id"), int) else None,
-            eos_ids=self._eos_ids(),
-            bos_token=_token_text(tokenizer_config.get("bos_token")),
-            eos_token=_token_text(tokenizer_config.get("eos_token")),
-            chat_template=_chat_template(path, tokenizer_config),
-            tensors=self._tensors(),
-            # Greedy where the model's author left sampling off, as onnxruntime-genai does.
-            temperature=self._search_number("temperature", 0.0, 2.0) if self._search.get("do_sample", True) else 0.0,
-            top_p=self._search_number("top_p", 0.0, 1.0),
-        )
-
-    def _eos_ids(self) -> frozenset[int]:
-        value = self._model.get("eos_token_id")
-        ids = value if isinstance(value, list) else [value]
-        vocabulary_size = self._number(self._model, "vocab_size", "model.")
-        if not ids or not all(isinstance(token_id, int) and 0 <= token_id < vocabulary_size for token_id in ids):
-            raise self._invalid(
-                f"model.eos_token_id is neither an id nor a list of ids below the vocabulary's {vocabulary_size}"
-            )
-        return frozenset(ids)
-
-    def _tensors(self) -> TensorNames:
-        inputs, outputs = self._decoder.get("inputs", {}), self._decoder.get("outputs", {})
-        default = TensorNames()
-        names = TensorNames(
-            input_ids=str(inputs.get("input_ids", default.input_ids)),
-            attention_mask=str(inputs.get("attention_mask", default.attention_mask)),
-            past_key=str(inputs.get("past_key_names", default.past_key)),
-            past_value=str(inputs.get("past_value_names", default.past_value)),
-            logits=str(outputs.get("logits", default.logits)),
-            present_key=str(outputs.get("present_key_names", default.present_key)),
-            present_value=str(outputs.get("present_value_names", default.present_value)),
-        )
-        for pattern in (names.past_key, names.past_value, names.present_key, names.present_value):
-            if pattern.count("%") != 1 or "%d" not in pattern:
-                raise self._invalid(f"the tensor name {pattern!r} does not hold %d for the layer")
-        return names
-
-    def _file_name(self, value: object) -> str:
-        if not isinstance(value, str) or Path(value).name != value or not value:
-            raise self._invalid("model.decoder.filename is no name of a file in the folder")
-        return value
-
-    def _table(self, parent: dict[str, Any], key: str, prefix: str) -> dict[str, Any]:
-        value = parent.get(key)
-        if not isinstance(value, dict):
-            raise self._invalid(f"{prefix}{key} is missing")
-        return value
-
-    def _number(self, table: dict[str, Any], key: str, prefix: str) -> int:
-        value = table.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise self._invalid(f"{prefix}{key} is {'missing' if value is None else 'no positive integer'}")
-        return value
-
-    def _search_number(self, key: str, least: float, most: float) -> float:
-        """search.KEY, 1.0 where it is absent."""
-        value = self._search.get(key, 1.0)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-            raise self._invalid(f"search.{key} is no number from {least:g} to {most:g}")
-        return float(value)
-
-    def _invalid(self, reason: str) -> ModelFolderInvalid:
-        return ModelFolderInvalid(self._path, f"{CONFIG_FILE}: {reason}", BUILD_FIX)
-
-
-def _read_json(path: Path, name: str) -> dict[str, Any]:
-    file = path / name
-    if not file.is_file():
-        raise ModelFolderInvalid(path, f"{name} is missing", BUILD_FIX)
-    try:
-        if file.stat().st_size > CONFIG_BYTES_MAX:
-            raise ModelFolderInvalid(path, f"{name} is larger than {CONFIG_BYTES_MAX} bytes", BUILD_FIX)
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as exc:
-        raise ModelFolderInvalid(path, f"{name} cannot be read ({exc.strerror})", "make it readable") from exc
-    except (ValueError, RecursionError) as exc:
-        raise ModelFolderInvalid(path, f"{name} is no JSON", BUILD_FIX) from exc
-    if not isinstance(content, dict):
-        raise ModelFolderInvalid(path, f"{name} holds no JSON object", BUILD_FIX)
-    return content
-
-
-def _chat_template(path: Path, tokenizer_config: dict[str, Any]) -> str:
-    """From chat_template.jinja, else from the tokenizer configuration: one text, or several of which one is default."""
-    file = path / TEMPLATE_FILE
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as exc:
-            raise ModelFolderInvalid(path, f"{TEMPLATE_FILE} cannot be read as UTF-8 text", BUILD_FIX) from exc
-    template = tokenizer_config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    if not isinstance(template, str):
-        raise ModelFolderInvalid(path, "it has no chat template", f"add the model's template as {TEMPLATE_FILE}")
-    return template
-
-
-def _token_text(value: object) -> str | None:
-    """A token in the tokenizer configuration is a string or an object with its content."""
-    content = value.get("content") if isinstance(value, dict) else value
-    return content if isinstance(content, str) else None
 
 
 def _spelling(configured: str | None, tokenizer: Tokenizer, token_ids: list[int | None] | list[int]) -> str:

@@ -4,30 +4,30 @@ no thread and no session.
 A tick is plan(), its execution by the caller, commit(). Between the two, submit() and cancel() may be called; they
 change neither a slot nor a length. A tick decodes one token of every sequence whose prompt is done, then prefills at
 most one chunk of one prompt, so a long prompt delays the others by one chunk a token. Prompts are prefilled in order of
-arrival. Chunks end at absolute multiples of PREFILL_CHUNK_TOKENS: how a prompt was cut never depends on who else was
-there, which keeps quantised results reproducible.
+arrival, fairly between askers. Chunks end at absolute multiples of PREFILL_CHUNK_TOKENS: how a prompt was cut never
+depends on who else was there, which keeps quantised results reproducible.
 """
 
 from __future__ import annotations
 
-import math
-from collections import deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from nodes.engine.errors import DeadlinePassed, EngineError, EngineFault, QueueFull
-from nodes.engine.kv_slots import KvSlots, SlotMove
+from nodes.engine.fair_queue import FairQueue
+from nodes.engine.kv_slots import BLOCK_TOKENS, KvSlots, Move
 from nodes.engine.sampler import INVALID
 from nodes.engine.sampling import Sampled
 from nodes.engine.sequence import EngineEvent, Phase, Sequence
 
 # One chunk takes about as long as one decode step of a full batch, so prefilling halves the others' rate, not more.
-PREFILL_CHUNK_TOKENS = 64
+PREFILL_CHUNK_TOKENS = BLOCK_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """Prompt ids to write at KV rows [start, start + len(token_ids)) of `slot`. is_last: a token is sampled after."""
+    """Ids to write at KV rows [start, start + len(token_ids)) of `slot`. is_last: what it ends with has logits that
+    are of use."""
 
     sequence: Sequence
     slot: int
@@ -61,7 +61,7 @@ class Plan:
 
     expired: what passed its deadline, to be told to the readers."""
 
-    moves: SequenceOf[SlotMove] = ()
+    moves: SequenceOf[Move] = ()
     decode: SequenceOf[Sequence] = ()
     prefill: PrefillChunk | None = None
     expired: SequenceOf[Failed] = field(default_factory=tuple)
@@ -82,15 +82,25 @@ class SchedulerLoad:
     queued_tokens: int
 
 
-class Scheduler:
-    """Places sequences in `slots` slots; at most `queue_limit` more wait."""
+@dataclass(slots=True)
+class CacheCounts:
+    """Of all prompts that were given a slot: how many, how many found rows of theirs in one, and their tokens."""
 
-    def __init__(self, slots: int, queue_limit: int) -> None:
-        self.kv = KvSlots(slots)
+    queries: int = 0
+    hits: int = 0
+    query_tokens: int = 0
+    hit_tokens: int = 0
+
+
+class Scheduler:
+    """Places sequences in `slots` slots; at most `queue_limit` more wait. mixes_rows: see KvSlots."""
+
+    def __init__(self, slots: int, queue_limit: int, *, mixes_rows: bool = True) -> None:
+        self.kv = KvSlots(slots, mixes_rows=mixes_rows)
+        self.cache = CacheCounts()
         self._queue_limit = queue_limit
-        self._waiting: deque[Sequence] = deque()  # bounded by submit()
+        self._waiting = FairQueue()  # bounded by submit()
         self._queued_tokens = 0
-        self._waiting_deadline = math.inf  # no waiting sequence has an earlier one
         self._leaving = 0  # sequences that are over and whose slots the next plan() gives back
 
     def submit(self, sequence: Sequence) -> None:
@@ -98,9 +108,8 @@ class Scheduler:
         queued = len(self._waiting) - self._free
         if queued >= self._queue_limit:
             raise QueueFull(max(0, queued), self._queue_limit)
-        self._waiting.append(sequence)
-        self._queued_tokens += len(sequence.prompt_ids)
-        self._waiting_deadline = min(self._waiting_deadline, sequence.deadline)
+        self._waiting.push(sequence)
+        self._queued_tokens += len(sequence.prefill_ids)
 
     def cancel(self, sequence: Sequence) -> None:
         """End the sequence without a further event: now if it waits, else at the next plan(). Any number of times."""
@@ -117,18 +126,18 @@ class Scheduler:
         moves = self._release_ended(now, expired)
         moves += self._settle_prefilled(now, expired)
         self._leaving = 0
-        if now >= self._waiting_deadline:
-            self._drop_expired(now, expired)
+        for sequence in self._waiting.pop_expired(now):
+            self._end(sequence)
+            expired.append(Failed(sequence, DeadlinePassed("the deadline passed before a slot became free")))
         if self.kv.prefilling is None and self._waiting and self.kv.free:
-            sequence = self._waiting.popleft()
-            sequence.phase = Phase.PREFILLING
-            self.kv.begin(sequence)
+            moves += self._place(self._waiting.pop())
         return Plan(moves, self.kv.decoding(), self._next_chunk(), expired)
 
     def commit(self, plan: Plan, tokens: SequenceOf[Sampled], first_token: Sampled | None) -> list[Outcome]:
         """Record that the plan was executed.
 
-        tokens: one for each of plan.decode. first_token: the one sampled after the prompt's last chunk, else None.
+        tokens: one for each of plan.decode; that of a sequence with a forced_id is ignored. first_token: the one
+        sampled after the last chunk, else None.
         """
         outcomes: list[Outcome] = []
         self.kv.lengths[: len(plan.decode)] += 1
@@ -144,10 +153,27 @@ class Scheduler:
                 self._accept(chunk.sequence, chunk.slot, first_token, outcomes)
         return outcomes
 
+    def fail(self, sequences: SequenceOf[Sequence], error: EngineError) -> list[Outcome]:
+        """End sequences that have a slot, because their step broke. Their rows up to their lengths are still valid."""
+        outcomes: list[Outcome] = []
+        for sequence in sequences:
+            if sequence.phase is not Phase.ENDED and not sequence.is_cancelled:
+                self._leave(sequence)
+                outcomes.append(Failed(sequence, error))
+        return outcomes
+
+    def fail_placed(self, error: EngineError) -> list[Outcome]:
+        """End every sequence that has a slot and forget all rows: none can be trusted any more."""
+        outcomes = self.fail(self._placed(), error)
+        for sequence in self._placed():
+            self._end(sequence)
+        self.kv.clear()
+        self._leaving = 0
+        return outcomes
+
     def abandon(self) -> None:
         """End every sequence at once. A plan made before is not to be committed."""
-        running = self.kv.decoding() + ([self.kv.prefilling[1]] if self.kv.prefilling else [])
-        for sequence in (*self._waiting, *running):
+        for sequence in (*self._waiting, *self._placed()):
             self._end(sequence)
         self._waiting.clear()
         self.kv.clear()
@@ -158,39 +184,69 @@ class Scheduler:
         free = self._free - placeable
         return SchedulerLoad(self.kv.slots - free, len(self._waiting) - placeable, free, self._queued_tokens)
 
+    def remaining_tokens(self, answer_tokens: float) -> list[float]:
+        """How many tokens each sequence in a slot is still expected to generate, when answers have answer_tokens."""
+        return [
+            min(
+                float(sequence.token_limit - len(sequence.generated_ids)),
+                max(answer_tokens - len(sequence.generated_ids), answer_tokens / 4),
+            )
+            for sequence in self._placed()
+        ]
+
     @property
     def _free(self) -> int:
         return self.kv.free + self._leaving
 
+    def _placed(self) -> list[Sequence]:
+        prefilling = self.kv.prefilling
+        return self.kv.decoding() + ([prefilling[1]] if prefilling is not None else [])
+
+    def _place(self, sequence: Sequence) -> list[Move]:
+        sequence.phase = Phase.PREFILLING
+        moves = self.kv.begin(sequence)
+        total, found = len(sequence.prefill_ids), sequence.cached_tokens
+        self._queued_tokens -= found
+        self._waiting.charge(sequence.fairness_id, prompt_tokens=total - found)
+        self.cache.queries += 1
+        self.cache.hits += found > 0
+        self.cache.query_tokens += total
+        self.cache.hit_tokens += found
+        return moves
+
     def _accept(self, sequence: Sequence, slot: int, sampled: Sampled, outcomes: list[Outcome]) -> None:
         if sequence.is_cancelled:
+            return
+        if (forced_id := sequence.forced_id) is not None:
+            self.kv.next_ids[slot] = forced_id
+            sequence.replayed += 1
             return
         if sampled.token_id == INVALID:
             self._leave(sequence)
             outcomes.append(Failed(sequence, EngineFault("the model's logits are not finite numbers")))
             return
         event = sequence.accept(sampled)
+        self._waiting.charge(sequence.fairness_id, generated_tokens=1)
         if event.finish_reason is None:
             self.kv.next_ids[slot] = sampled.token_id
         else:
             self._leave(sequence)
         outcomes.append(Progress(sequence, event))
 
-    def _release_ended(self, now: float, expired: list[Failed]) -> list[SlotMove]:
+    def _release_ended(self, now: float, expired: list[Failed]) -> list[Move]:
         leaving = [slot for slot, sequence in enumerate(self.kv.decoding()) if self._is_over(sequence, now, expired)]
         return self.kv.release(leaving) if leaving else []
 
-    def _settle_prefilled(self, now: float, expired: list[Failed]) -> list[SlotMove]:
+    def _settle_prefilled(self, now: float, expired: list[Failed]) -> list[Move]:
         """The sequence in prefill leaves, or joins the decode batch once its prompt is done."""
         if self.kv.prefilling is None:
             return []
         _, sequence = self.kv.prefilling
         if self._is_over(sequence, now, expired):
             self.kv.release_prefilling()
-        elif sequence.prefilled == len(sequence.prompt_ids):
+        elif sequence.prefilled == len(sequence.prefill_ids):
             sequence.phase = Phase.DECODING
-            move = self.kv.promote()
-            return [] if move is None else [move]
+            return self.kv.promote()
         return []
 
     def _is_over(self, sequence: Sequence, now: float, expired: list[Failed]) -> bool:
@@ -206,21 +262,13 @@ class Scheduler:
             return True
         return False
 
-    def _drop_expired(self, now: float, expired: list[Failed]) -> None:
-        late = [sequence for sequence in self._waiting if now >= sequence.deadline]
-        self._waiting = deque(sequence for sequence in self._waiting if now < sequence.deadline)
-        self._waiting_deadline = min((sequence.deadline for sequence in self._waiting), default=math.inf)
-        for sequence in late:
-            self._end(sequence)
-            expired.append(Failed(sequence, DeadlinePassed("the deadline passed before a slot became free")))
-
     def _next_chunk(self) -> PrefillChunk | None:
         if self.kv.prefilling is None:
             return None
         slot, sequence = self.kv.prefilling
-        start, total = sequence.prefilled, len(sequence.prompt_ids)
+        start, total = sequence.prefilled, len(sequence.prefill_ids)
         end = min(total, start - start % PREFILL_CHUNK_TOKENS + PREFILL_CHUNK_TOKENS)
-        return PrefillChunk(sequence, slot, start, sequence.prompt_ids[start:end], end == total)
+        return PrefillChunk(sequence, slot, start, sequence.prefill_ids[start:end], end == total)
 
     def _leave(self, sequence: Sequence) -> None:
         """The sequence in a slot is over; the next plan() gives the slot back."""
@@ -230,4 +278,4 @@ class Scheduler:
     def _end(self, sequence: Sequence) -> None:
         if sequence.phase is not Phase.ENDED:
             sequence.phase = Phase.ENDED
-            self._queued_tokens -= len(sequence.prompt_ids) - sequence.prefilled
+            self._queued_tokens -= len(sequence.prefill_ids) - sequence.prefilled

@@ -1,388 +1,224 @@
-"""Runs a decoder graph on ONNX Runtime over KV buffers that it owns. Nothing else here imports onnxruntime.
+"""Loads a graph on ONNX Runtime: which device, how many slots of how many tokens, and which kind of session runs it.
 
-Per layer and side there is one buffer [slots, kv_heads, capacity, head_size], bound as past and as present, so that the
-graph writes new rows in place. Decoding slots [0, k) binds the buffers' beginning with batch k; prefilling one slot
-binds the address where it begins. Bindings are made once: for decoding all of k's inputs and outputs keep their
-addresses, and the mask is always as wide as the capacity. That halves the time spent outside ONNX Runtime.
-
-On CUDA the KV buffers are on the device; ids, mask and logits stay on the host, where ONNX Runtime copies them from and
-to. Not measured on a GPU.
+Only the session modules, kv_buffers and cuda import onnxruntime.
 """
 
 from __future__ import annotations
 
-import ctypes
-import io
 import logging
-import sys
-from collections.abc import Iterator
-from contextlib import redirect_stdout
-from pathlib import Path
-from typing import Any, Literal, Protocol
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime
 
-from nodes.engine.model_loader import BUILD_FIX, ModelFolder, ModelFolderInvalid
+from nodes.engine import memory
+from nodes.engine.concat_kv_session import ConcatKvSession, HolesUnsupported
+from nodes.engine.cuda import CUDA, INSTALL_FIX, LOG_FATAL_ONLY, DeviceUnavailable, prepare_cuda, provider_options
+from nodes.engine.devices import Provider
+from nodes.engine.graph import DecoderGraph, describe_graph
+from nodes.engine.kv_buffers import CudaKv, HostKv, KvBuffers, KvShape
+from nodes.engine.memory import KvNeeds, KvPlan, MemoryTooSmall
+from nodes.engine.model_folder import BUILD_FIX, ModelFolder, ModelFolderInvalid
+from nodes.engine.shared_kv_session import PREFILL_TOKENS_MAX, SharedKvSession
+
+__all__ = ["OnnxSession", "Provider", "load_session"]
 
 logger = logging.getLogger(__name__)
 
-Provider = Literal["auto", "cpu", "cuda"]
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float32]
+OnnxSession = SharedKvSession | ConcatKvSession
+KvFactory = Callable[[int, KvShape, Any], KvBuffers]
 
-CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
-LOG_FATAL_ONLY = 4  # what ONNX Runtime would write to stderr as an error is raised as well
-KV_TYPES: dict[str, type[np.float32] | type[np.float16]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-# Slots hold at most this many tokens unless told otherwise: KV of a 128k context would not fit beside the weights.
-CAPACITY_DEFAULT_MAX = 8192
-PREFILL_TOKENS_MAX = 64  # of one prefill(): the scheduler's chunk
 COMPLAINT_CHARS_MAX = 200
-# One of them exists where NVIDIA's driver is loaded, on Linux and on WSL.
-NVIDIA_DEVICES = ("/dev/nvidia0", "/dev/dxg")
-CUDA_MEMCPY_DEVICE_TO_DEVICE = 3
-
-
-class DeviceUnavailable(Exception):
-    """CUDA was asked for, and its provider, libraries or device are not there or refuse the model."""
+OUT_OF_MEMORY = re.compile(
+    r"failed to allocate|bad[_ ]alloc|out of memory|OOM|cudaErrorMemoryAllocation", re.IGNORECASE
+)
+NO_KERNEL = re.compile(r"Could not find an implementation for (\S+)")
+MEMORY_FIX = "free memory, take a smaller variant of the model, or give fewer slots or a smaller capacity"
 
 
 def load_session(
     folder: ModelFolder,
     *,
-    slots: int,
+    slots: int | None = None,
     capacity: int | None = None,
     threads: int = 0,
     spinning: bool = True,
     provider: Provider = "auto",
+    memory_limit_bytes: int | None = None,
+    device_index: int = 0,
 ) -> OnnxSession:
     """Load the graph and run it once, on CUDA where `provider` lets and a device answers, else on the CPU.
 
-    capacity: tokens a slot holds; None: the context length, at most CAPACITY_DEFAULT_MAX; never more than the context.
-    threads: 0 uses all cores. spinning: threads wait busily between steps; off where other processes need the cores.
-    Raises ModelFolderInvalid, also when the provider is "cuda" and CUDA cannot run it.
+    slots, capacity: None takes what fits into memory, at most memory.SLOTS_DEFAULT_MAX slots of
+    memory.CAPACITY_DEFAULT_MAX tokens, or the model's context where that is less. memory_limit_bytes: for weights and
+    KV together, on the device that runs it. threads: 0 uses all cores. spinning: threads wait busily between steps; off
+    where other processes need the cores. device_index: which CUDA device, counted from 0.
+    Raises ModelFolderInvalid, also when the provider is "cuda" and CUDA cannot run it, and when it does not fit.
     """
-    capacity = _capacity(folder, capacity)
+    loader = _Loader(folder, slots, capacity, threads, spinning, memory_limit_bytes)
     if provider != "cpu":
         try:
-            _prepare_cuda()
-            return OnnxSession(_open(folder, threads, spinning, CUDA), folder, slots, capacity, CudaKv)
+            return loader.on_cuda(device_index)
         except DeviceUnavailable as exc:
+            reason = str(exc)
             if provider == "cuda":
-                logger.error("CUDA cannot be used", extra={"reason": str(exc)})
-                fix = 'give the provider "auto" or "cpu", or install ai-cluster[cuda] on a machine with a GPU'
-                raise ModelFolderInvalid(folder.path, f"CUDA cannot run it ({exc})", fix) from exc
-            logger.info("running on the CPU", extra={"reason": str(exc)})
-    return OnnxSession(_open(folder, threads, spinning, CPU), folder, slots, capacity, HostKv)
+                logger.error("CUDA cannot be used", extra={"reason": reason})
+                fix = f'give the provider "auto" or "cpu", or {INSTALL_FIX} on a machine with a GPU'
+                raise ModelFolderInvalid(folder.path, f"CUDA cannot run it ({reason})", fix) from exc
+            logger.info("running on the CPU", extra={"reason": reason})
+    return loader.on_cpu()
 
 
-def _capacity(folder: ModelFolder, wanted: int | None) -> int:
-    window = folder.sliding_window or 0
-    if wanted is None:
-        wanted = max(CAPACITY_DEFAULT_MAX, window)
-    capacity = min(wanted, folder.context_length)
-    if capacity < min(window, folder.context_length):
-        reason = f"its attention looks back {window} tokens, and the capacity is {capacity}"
-        raise ModelFolderInvalid(folder.path, reason, f"give it a capacity of at least {window}")
-    return capacity
+class _Loader:
+    def __init__(
+        self,
+        folder: ModelFolder,
+        slots: int | None,
+        capacity: int | None,
+        threads: int,
+        spinning: bool,
+        limit_bytes: int | None,
+    ) -> None:
+        """Raises ModelFolderInvalid."""
+        self._folder = folder
+        self._graph = describe_graph(folder)
+        self._slots = slots
+        self._capacity = capacity
+        self._threads = threads
+        self._spinning = spinning
+        self._limit_bytes = limit_bytes
+        self._needs = _needs(folder, self._graph, capacity)
 
+    def on_cpu(self) -> OnnxSession:
+        """Raises ModelFolderInvalid."""
+        folder = self._folder
+        try:
+            plan = self._plan(memory.available_host_bytes())
+            session = self._open([CPU], [{}])
+            return self._start(session, plan, HostKv)
+        except MemoryTooSmall as exc:
+            raise ModelFolderInvalid(folder.path, f"it does not fit into memory: {exc.reason}", exc.fix) from exc
+        except ModelFolderInvalid:
+            raise
+        except Exception as exc:  # ONNX Runtime has no common root for what it raises
+            raise self._invalid(exc) from exc
 
-def _prepare_cuda() -> None:
-    """Raises DeviceUnavailable."""
-    if CUDA not in onnxruntime.get_available_providers():
-        raise DeviceUnavailable("this onnxruntime was built without CUDA")
-    if sys.platform != "win32" and not any(Path(device).exists() for device in NVIDIA_DEVICES):
-        raise DeviceUnavailable("no NVIDIA device is there")
-    onnxruntime.set_default_logger_severity(LOG_FATAL_ONLY)  # the provider's libraries are loaded outside a session
-    with redirect_stdout(io.StringIO()) as printed:  # what it cannot load it prints, once a library
-        onnxruntime.preload_dlls()
-    if complaints := printed.getvalue():
-        logger.info("CUDA libraries are missing", extra={"reason": complaints.splitlines()[0]})
-
-
-def _open(folder: ModelFolder, threads: int, spinning: bool, provider: str) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
-    options.log_severity_level = LOG_FATAL_ONLY
-    providers = [CPU] if provider == CPU else [provider, CPU]
-    try:
-        session = onnxruntime.InferenceSession(str(folder.graph_file), options, providers=providers, enable_fallback=0)
-    except Exception as exc:  # ONNX Runtime has no common root for what it raises
-        if provider == CUDA:
+    def on_cuda(self, device_index: int) -> OnnxSession:
+        """Raises DeviceUnavailable. Not measured on a GPU."""
+        runtime = prepare_cuda(device_index)
+        try:
+            plan = self._plan(runtime.free_bytes())
+            session = self._open([CUDA, CPU], [provider_options(device_index, self._limit_bytes), {}])
+            if CUDA not in session.get_providers():
+                raise DeviceUnavailable(f"ONNX Runtime could not load its CUDA provider; {INSTALL_FIX}")
+            return self._start(session, plan, partial(CudaKv, runtime=runtime))
+        except MemoryTooSmall as exc:
+            raise DeviceUnavailable(f"it does not fit into device {device_index}: {exc.reason}; {exc.fix}") from exc
+        except (DeviceUnavailable, ModelFolderInvalid):
+            raise
+        except Exception as exc:  # ONNX Runtime has no common root for what it raises
             raise DeviceUnavailable(_first_line(exc)) from exc
-        reason = f"{folder.graph_file.name} cannot be loaded ({_first_line(exc)})"
-        if "external data" in str(exc).lower() and folder.weight_files() == [folder.graph_file]:
-            reason = f"{folder.graph_file.name}.data is missing, in which {folder.graph_file.name} has its weights"
-        raise ModelFolderInvalid(folder.path, reason, BUILD_FIX) from exc
-    if provider not in session.get_providers():
-        raise DeviceUnavailable("ONNX Runtime could not load its CUDA provider; install ai-cluster[cuda]")
-    return session
+
+    def _plan(self, available_bytes: int | None) -> KvPlan:
+        return memory.plan_kv(
+            self._needs,
+            slots=self._slots,
+            capacity=self._capacity,
+            available_bytes=available_bytes,
+            limit_bytes=self._limit_bytes,
+        )
+
+    def _open(self, providers: list[str], provider_settings: list[dict[str, str]]) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self._spinning else "0")
+        options.log_severity_level = LOG_FATAL_ONLY
+        return onnxruntime.InferenceSession(
+            str(self._folder.graph_file),
+            options,
+            providers=providers,
+            provider_options=provider_settings,
+            enable_fallback=0,
+        )
+
+    def _start(self, session: Any, plan: KvPlan, kv: KvFactory) -> OnnxSession:
+        graph = self._graph
+        loaded: OnnxSession
+        if graph.kind == "shared":
+            shape = (plan.slots, graph.kv_heads, plan.capacity, graph.head_size)
+            buffers = kv(2 * graph.layers, shape, graph.kv_type)
+            loaded = SharedKvSession(session, graph, plan.slots, plan.capacity, buffers)
+        else:
+            device = "cuda" if CUDA in session.get_providers() else "cpu"
+            loaded = ConcatKvSession(session, graph, plan.slots, plan.capacity, device)
+        # One chunk and one decode step, so that the first request pays for no allocation and a graph that cannot run is
+        # found now.
+        loaded.prefill(0, np.zeros(min(2, plan.capacity), np.int64), 0)
+        loaded.decode(np.zeros(1, np.int64), np.ones(1, np.int64) if plan.capacity > 1 else np.zeros(1, np.int64))
+        if isinstance(loaded, ConcatKvSession):
+            try:
+                loaded.check_holes()
+            except HolesUnsupported as exc:
+                fix = "export it with position_ids: `optimum-cli export onnx --task text-generation-with-past`"
+                raise ModelFolderInvalid(
+                    self._folder.path, f"{self._folder.graph_name} cannot run several sequences together ({exc})", fix
+                ) from exc
+        facts = {
+            "device": loaded.device,
+            "precision": str(self._folder.precision),
+            "kv": graph.kind,
+            "slots": plan.slots,
+            "capacity": plan.capacity,
+            "kv_bytes": plan.kv_bytes,
+            "reason": plan.reason,
+        }
+        logger.info("model loaded", extra=facts)
+        return loaded
+
+    def _invalid(self, error: Exception) -> ModelFolderInvalid:
+        """What ONNX Runtime or numpy raised while loading on the CPU, as one line."""
+        path, graph_name, line = self._folder.path, self._folder.graph_name, _first_line(error)
+        if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+            return ModelFolderInvalid(path, f"memory ran out while loading {graph_name} ({line})", MEMORY_FIX)
+        if found := NO_KERNEL.search(str(error)):
+            reason = f"{graph_name} has an operator {found[1]} that runs on another device only"
+            return ModelFolderInvalid(path, reason, "choose a variant for this device, such as q4 on the CPU")
+        return ModelFolderInvalid(path, f"{graph_name} cannot be loaded ({line})", BUILD_FIX)
+
+
+def _needs(folder: ModelFolder, graph: DecoderGraph, capacity: int | None) -> KvNeeds:
+    """Raises ModelFolderInvalid where the capacity and the sliding window do not go together."""
+    context = folder.context_length
+    window = folder.sliding_window or context
+    if graph.kind == "shared":
+        # The graph looks back `window` rows in its buffer, so the buffer has them.
+        least = min(window, context) if folder.sliding_window else min(memory.CAPACITY_MIN, context)
+        default, most = max(memory.CAPACITY_DEFAULT_MAX, least), context
+        if capacity is not None and folder.sliding_window and capacity < least:
+            reason = f"its attention looks back {window} tokens, and the capacity is {capacity}"
+            raise ModelFolderInvalid(folder.path, reason, f"give it a capacity of at least {least}")
+        bytes_per_row = graph.kv_bytes_per_row
+    else:
+        # The graph tells distances by columns, holes included, so the window must never be reached.
+        most = context if folder.sliding_window is None else min(context, window - PREFILL_TOKENS_MAX)
+        if most < 1:
+            reason = f"its sliding window of {window} tokens leaves no room, since it has no shared KV buffers"
+            raise ModelFolderInvalid(folder.path, reason, BUILD_FIX)
+        least, default = min(memory.CAPACITY_MIN, most), memory.CAPACITY_DEFAULT_MAX
+        bytes_per_row = 2 * graph.kv_bytes_per_row  # the joined output is as large as the rows
+    return KvNeeds(
+        weight_bytes=sum(file.stat().st_size for file in folder.weight_files()),
+        bytes_per_row=bytes_per_row,
+        capacity_least=least,
+        capacity_default=default,
+        capacity_most=most,
+    )
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:COMPLAINT_CHARS_MAX]
-
-
-class KvBuffers(Protocol):
-    """Where the KV rows are. Each buffer is [slots, kv_heads, capacity, head_size]; there is one per layer and side."""
-
-    device: str
-    nbytes: int
-
-    def __init__(self, count: int, shape: tuple[int, int, int, int], dtype: Any) -> None: ...
-
-    def address(self, index: int, slot: int) -> int:
-        """Where `slot` begins in buffer `index`."""
-        ...
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy rows [0, length) of one slot to another, in all buffers."""
-        ...
-
-
-class HostKv:
-    """KV rows in this machine's memory; pages that no row was written to take none."""
-
-    device = "cpu"
-
-    def __init__(self, count: int, shape: tuple[int, int, int, int], dtype: Any) -> None:
-        self._buffers = [np.zeros(shape, dtype) for _ in range(count)]
-        self.nbytes = sum(buffer.nbytes for buffer in self._buffers)
-
-    def address(self, index: int, slot: int) -> int:
-        return int(self._buffers[index][slot].ctypes.data)
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        for buffer in self._buffers:
-            buffer[target, :, :length] = buffer[source, :, :length]
-
-
-class CudaKv:
-    """KV rows on the first CUDA device, zeroed once so that no row was ever NaN. Not measured on a GPU."""
-
-    device = "cuda"
-
-    def __init__(self, count: int, shape: tuple[int, int, int, int], dtype: Any) -> None:
-        zeros = np.zeros(shape, dtype)
-        self._values = []
-        for _ in range(count):
-            value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.device, 0)
-            value.update_inplace(zeros)
-            self._values.append(value)
-        _, self._heads, capacity, head_size = shape
-        self._row_bytes = head_size * zeros.itemsize
-        self._head_bytes = capacity * self._row_bytes
-        self._slot_bytes = self._heads * self._head_bytes
-        self.nbytes = count * zeros.nbytes
-        self._runtime = _cuda_runtime()
-
-    def address(self, index: int, slot: int) -> int:
-        return int(self._values[index].data_ptr()) + slot * self._slot_bytes
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        for index in range(len(self._values)):
-            failure = self._runtime.cudaMemcpy2D(
-                ctypes.c_void_p(self.address(index, target)),
-                ctypes.c_size_t(self._head_bytes),
-                ctypes.c_void_p(self.address(index, source)),
-                ctypes.c_size_t(self._head_bytes),
-                ctypes.c_size_t(length * self._row_bytes),
-                ctypes.c_size_t(self._heads),
-                CUDA_MEMCPY_DEVICE_TO_DEVICE,
-            )
-            if failure:
-                raise RuntimeError(f"cudaMemcpy2D failed with error {failure}")
-        # Copies within the device return before they are done, and ONNX Runtime's stream does not wait for them.
-        if failure := self._runtime.cudaDeviceSynchronize():
-            raise RuntimeError(f"cudaDeviceSynchronize failed with error {failure}")
-
-
-def _cuda_runtime() -> Any:
-    """The CUDA runtime library that ONNX Runtime uses, which is loaded already. Raises DeviceUnavailable."""
-    major = str(onnxruntime.cuda_version).partition(".")[0]
-    name = f"cudart64_{major}.dll" if sys.platform == "win32" else f"libcudart.so.{major}"
-    try:
-        return ctypes.CDLL(name)
-    except OSError as exc:
-        raise DeviceUnavailable(f"{name} cannot be loaded; install ai-cluster[cuda]") from exc
-
-
-class OnnxSession:
-    """A decoder graph and the KV rows of `slots` sequences. Used by one thread at a time.
-
-    The caller knows how many rows of each slot are valid. Arrays returned are views of a buffer that the next call
-    overwrites.
-    """
-
-    def __init__(self, session: Any, folder: ModelFolder, slots: int, capacity: int, kv: type[KvBuffers]) -> None:
-        """Raises ModelFolderInvalid when the graph is not the one that the folder's configuration describes, and
-        DeviceUnavailable when the device cannot run it."""
-        graph = _Graph(session, folder)
-        self.slots = slots
-        self.capacity = capacity
-        self.vocabulary_size = graph.vocabulary_size
-        self._session = session
-        self._names = folder.tensors
-        self._layers = folder.layers
-        self._kv_shape = (folder.kv_heads, capacity, folder.head_size)
-        self._kv_type = graph.kv_type
-        self._logits_type = graph.logits_type
-        self._is_pruned = graph.is_pruned
-        self._kv = kv(2 * folder.layers, (slots, *self._kv_shape), graph.kv_type)
-        self.device = self._kv.device
-        self._run_options = onnxruntime.RunOptions()
-
-        self._ids: IntArray = np.zeros((slots, 1), np.int64)
-        self._mask: IntArray = np.zeros((slots, capacity), np.int64)
-        self._mask_lengths: IntArray = np.zeros(slots, np.int64)  # ones at the beginning of each row of the mask
-        self._rows = np.arange(slots)
-        self._columns = np.arange(capacity)
-        self._logits = np.empty((slots, 1, graph.vocabulary_size), graph.logits_type)
-        self._decode_bindings: dict[int, Any] = {}  # by k: at most `slots`
-
-        self._chunk_ids: IntArray = np.zeros((1, PREFILL_TOKENS_MAX), np.int64)
-        self._ones: IntArray = np.ones((1, capacity), np.int64)
-        chunk_rows = 1 if self._is_pruned else PREFILL_TOKENS_MAX
-        self._chunk_logits = np.empty((1, chunk_rows, graph.vocabulary_size), graph.logits_type)
-        self._prefill_bindings: dict[int, Any] = {}  # by slot: at most `slots`
-        self._warm_up(folder)
-
-    @property
-    def kv_bytes(self) -> int:
-        return self._kv.nbytes
-
-    def decode(self, token_ids: IntArray, lengths: IntArray) -> FloatArray:
-        """Feed one token to each of the slots [0, k), at row lengths[slot] < capacity. Returns logits [k, vocabulary].
-
-        token_ids, lengths: int64 [k], not kept."""
-        count = len(token_ids)
-        self._ids[:count, 0] = token_ids
-        self._set_mask(lengths)
-        binding = self._decode_bindings.get(count)
-        if binding is None:
-            binding = self._decode_bindings[count] = self._decode_binding(count)
-        self._session.run_with_iobinding(binding, self._run_options)
-        return self._as_float(self._logits[:count, 0])
-
-    def prefill(self, slot: int, token_ids: IntArray, start: int) -> FloatArray:
-        """Write the rows [start, start + S) of a slot whose rows below start are valid; 1 <= S <= PREFILL_TOKENS_MAX.
-        Returns the logits [vocabulary] after the last of them."""
-        count = len(token_ids)
-        width = start + count
-        assert 1 <= count <= PREFILL_TOKENS_MAX, f"{count} tokens in a chunk of at most {PREFILL_TOKENS_MAX}"
-        assert width <= self.capacity, f"{width} rows in a slot of {self.capacity}"
-        self._chunk_ids[0, :count] = token_ids
-        rows = 1 if self._is_pruned else count
-        binding = self._prefill_bindings.get(slot)
-        if binding is None:
-            binding = self._prefill_bindings[slot] = self._session.io_binding()
-            self._bind_kv(binding, slot, 1)
-        names = self._names
-        self._bind_input(binding, names.input_ids, (1, count), self._chunk_ids)
-        self._bind_input(binding, names.attention_mask, (1, width), self._ones)
-        self._bind_logits(binding, (1, rows, self.vocabulary_size), self._chunk_logits)
-        self._session.run_with_iobinding(binding, self._run_options)
-        # Without a pruned head the graph writes [1, count, vocabulary] to the buffer's beginning.
-        return self._as_float(self._chunk_logits[0, rows - 1])
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy rows [0, length) of one slot to another."""
-        self._kv.copy(source, target, length)
-
-    def _set_mask(self, lengths: IntArray) -> None:
-        """Let row i of the mask be lengths[i] + 1 ones. As a rule each row has grown by one since the last step."""
-        count = len(lengths)
-        known = self._mask_lengths[:count]
-        changed = np.flatnonzero(known != lengths)
-        if changed.size:
-            self._mask[changed] = self._columns < lengths[changed, None]
-        self._mask[self._rows[:count], lengths] = 1
-        known[:] = lengths
-        known += 1
-
-    def _decode_binding(self, count: int) -> Any:
-        binding = self._session.io_binding()
-        self._bind_kv(binding, 0, count)
-        self._bind_input(binding, self._names.input_ids, (count, 1), self._ids)
-        self._bind_input(binding, self._names.attention_mask, (count, self.capacity), self._mask)
-        self._bind_logits(binding, (count, 1, self.vocabulary_size), self._logits)
-        return binding
-
-    def _bind_kv(self, binding: Any, slot: int, count: int) -> None:
-        shape = (count, *self._kv_shape)
-        for index, (past, present) in enumerate(_kv_names(self._names, self._layers)):
-            address = self._kv.address(index, slot)
-            binding.bind_input(past, self.device, 0, self._kv_type, shape, address)
-            binding.bind_output(present, self.device, 0, self._kv_type, shape, address)
-
-    def _bind_input(self, binding: Any, name: str, shape: tuple[int, ...], buffer: IntArray) -> None:
-        binding.bind_input(name, "cpu", 0, np.int64, shape, buffer.ctypes.data)
-
-    def _bind_logits(self, binding: Any, shape: tuple[int, ...], buffer: npt.NDArray[Any]) -> None:
-        binding.bind_output(self._names.logits, "cpu", 0, self._logits_type, shape, buffer.ctypes.data)
-
-    def _as_float(self, logits: npt.NDArray[Any]) -> FloatArray:
-        return logits.astype(np.float32, copy=False)
-
-    def _warm_up(self, folder: ModelFolder) -> None:
-        """One chunk and one decode step, so that the first request pays for no allocation and a graph that cannot run
-        is found now."""
-        try:
-            self.prefill(0, np.zeros(min(2, self.capacity), np.int64), 0)
-            self.decode(np.zeros(1, np.int64), np.ones(1, np.int64))
-        except Exception as exc:  # ONNX Runtime has no common root for what it raises
-            if self.device == CudaKv.device:
-                raise DeviceUnavailable(_first_line(exc)) from exc
-            reason = f"{folder.graph_file.name} does not run ({_first_line(exc)})"
-            raise ModelFolderInvalid(folder.path, reason, BUILD_FIX) from exc
-
-
-class _Graph:
-    """What the graph's inputs and outputs say, checked against the folder's configuration."""
-
-    def __init__(self, session: Any, folder: ModelFolder) -> None:
-        self._folder = folder
-        names = folder.tensors
-        inputs = {node.name: node for node in session.get_inputs()}
-        outputs = {node.name: node for node in session.get_outputs()}
-        kv = list(_kv_names(names, folder.layers))
-        wanted = {names.input_ids, names.attention_mask, *(past for past, _ in kv)}
-        if missing := sorted(wanted - inputs.keys()):
-            raise self._invalid(f"has no input {missing[0]}")
-        if extra := sorted(inputs.keys() - wanted):
-            raise self._invalid(f"has an input {extra[0]} that {folder.layers} layers do not explain")
-        if missing := sorted({names.logits, *(present for _, present in kv)} - outputs.keys()):
-            raise self._invalid(f"has no output {missing[0]}")
-        past = inputs[kv[0][0]]
-        self._expect("kv_heads", past.shape[1], folder.kv_heads)
-        self._expect("head_size", past.shape[3], folder.head_size)
-        logits = outputs[names.logits]
-        self._expect("vocabulary", logits.shape[-1], folder.vocabulary_size)
-        self.kv_type = self._type(past)
-        self.logits_type = self._type(logits)
-        self.vocabulary_size = folder.vocabulary_size
-        self.is_pruned = logits.shape[1] == 1
-
-    def _type(self, node: Any) -> type[np.float32] | type[np.float16]:
-        if node.type not in KV_TYPES:
-            raise self._invalid(f"has {node.name} of type {node.type}, and only float and float16 are served")
-        return KV_TYPES[node.type]
-
-    def _expect(self, what: str, found: object, configured: int) -> None:
-        """A symbolic dimension says nothing."""
-        if isinstance(found, int) and found != configured:
-            raise self._invalid(f"has a {what} of {found}, and genai_config.json says {configured}")
-
-    def _invalid(self, reason: str) -> ModelFolderInvalid:
-        return ModelFolderInvalid(self._folder.path, f"{self._folder.graph_file.name} {reason}", BUILD_FIX)
-
-
-def _kv_names(names: Any, layers: int) -> Iterator[tuple[str, str]]:
-    """(past, present) of each buffer, in the buffers' order."""
-    for layer in range(layers):
-        yield names.past_key % layer, names.present_key % layer
-        yield names.past_value % layer, names.present_value % layer

@@ -40,12 +40,16 @@ class FakeSession:
     assertion error. Special tokens are never the best. While a test holds it, it takes a step for each that is allowed.
     """
 
-    def __init__(self, slots: int = 4, capacity: int = CAPACITY) -> None:
+    def __init__(self, slots: int = 4, capacity: int = CAPACITY, *, is_exact: bool = True) -> None:
         self.slots = slots
         self.capacity = capacity
         self.kv_bytes = slots * capacity * 8
+        self.is_exact = is_exact
+        self.recoveries = 0
+        self.entered = 0  # decode and prefill calls begun
+        self.prefilled = 0  # tokens computed by prefill
         self.batches: list[int] = []  # sizes of the decode steps so far
-        self.fails = False
+        self.failures = 0  # so many of the next decode and prefill calls raise
         self.poison = GARBAGE  # a context that holds this token has logits that are no numbers
         self._rows: IntArray = np.full((slots, capacity), GARBAGE, np.int64)
         self._allowed: threading.Semaphore | None = None
@@ -74,17 +78,28 @@ class FakeSession:
         self._enter()
         assert start // PREFILL_CHUNK_TOKENS == (start + len(token_ids) - 1) // PREFILL_CHUNK_TOKENS, "chunk alignment"
         self._rows[slot, start : start + len(token_ids)] = token_ids
+        self.prefilled += len(token_ids)
         return self._logits(slot, start + len(token_ids))
 
     def copy(self, source: int, target: int, length: int) -> None:
         self._rows[target] = GARBAGE
         self._rows[target, :length] = self._rows[source, :length]
-        self._rows[source] = GARBAGE
+
+    def swap(self, first: int, second: int, first_length: int, second_length: int) -> None:
+        held = self._rows[first, :first_length].copy()
+        self.copy(second, first, second_length)
+        self._rows[second] = GARBAGE
+        self._rows[second, :first_length] = held
+
+    def recover(self) -> None:
+        self.recoveries += 1
 
     def _enter(self) -> None:
+        self.entered += 1
         if self._allowed is not None:
             self._allowed.acquire()
-        if self.fails:
+        if self.failures:
+            self.failures -= 1
             raise RuntimeError("the fake session was told to fail")
 
     def _logits(self, slot: int, length: int) -> FloatArray:
@@ -157,6 +172,12 @@ async def until(engine: Engine, **figures: object) -> None:
     """Until the engine's statistics have these figures."""
     while any(getattr(engine.statistics(), name) != value for name, value in figures.items()):
         await trio.sleep(0.001)  # lets the engine thread have the interpreter; no test depends on how long
+
+
+async def until_entered(session: FakeSession, calls: int) -> None:
+    """Until so many decode and prefill calls have begun."""
+    while session.entered < calls:
+        await trio.sleep(0.001)
 
 
 def greedy(max_tokens: int | None = 40, **options: object) -> SamplingParams:

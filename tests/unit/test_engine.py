@@ -9,8 +9,10 @@ import pytest
 import trio
 
 from deploy.models.random_llama import write_random_llama
+from nodes.engine import engine as engine_module
 from nodes.engine import stream as stream_module
-from nodes.engine.engine import FAILED, LOADING, READY, Engine, load_engine
+from nodes.engine.engine import Engine, Resume, load_engine
+from nodes.engine.engine_statistics import FAILED, LOADING, READY, STUCK
 from nodes.engine.errors import (
     DeadlinePassed,
     EngineFault,
@@ -31,6 +33,7 @@ from tests.unit.fake_session import (
     running,
     toy_model,
     until,
+    until_entered,
 )
 
 FAR = 1e12
@@ -38,8 +41,10 @@ QUEUE_LIMIT = 3
 PROMPTS = [[10 + i, *range(20, 20 + length)] for i, length in enumerate([3, 70, 1, 130, 12, 64, 5, 200])]
 
 
-def fake_engine(slots: int = 4, queue_limit: int = 99, clock: Clock | None = None) -> tuple[Engine, FakeSession]:
-    session = FakeSession(slots)
+def fake_engine(
+    slots: int = 4, queue_limit: int = 99, clock: Clock | None = None, *, is_exact: bool = True
+) -> tuple[Engine, FakeSession]:
+    session = FakeSession(slots, is_exact=is_exact)
     return Engine(toy_model(), session, queue_limit=queue_limit, now=clock or Clock()), session
 
 
@@ -251,14 +256,54 @@ async def test_logits_that_are_no_numbers_end_their_request_alone() -> None:
         assert engine.statistics().state == READY
 
 
-async def test_a_step_that_breaks_fails_every_stream_and_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_step_that_breaks_ends_its_own_requests_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    engine, session = fake_engine(slots=2)
+    async with running(engine):
+        expected = await read(engine.submit(PROMPTS[2], greedy(), FAR))
+        session.hold()
+        begun = session.entered
+        decoding = engine.submit(PROMPTS[0], greedy(), FAR)
+        session.allow()
+        await until_entered(session, begun + 2)
+        arriving = engine.submit(PROMPTS[2], greedy(), FAR)
+        waiting = engine.submit(PROMPTS[2], greedy(), FAR)
+        session.failures = 1
+        session.release()
+        with pytest.raises(EngineFault, match="in the middle"):
+            await drain(decoding)
+        assert [await read(stream) for stream in (arriving, waiting)] == [expected, expected]
+        statistics = engine.statistics()
+        assert (statistics.state, statistics.step_faults_total, session.recoveries) == (READY, 1, 1)
+    assert [record.message[:28] for record in caplog.records] == ["a step of the engine failed;"]
+
+
+async def test_a_chunk_that_breaks_leaves_the_decode_step_before_it_as_it_was() -> None:
+    engine, session = fake_engine(slots=2)
+    async with running(engine):
+        expected = await read(engine.submit(PROMPTS[0], greedy(), FAR))
+        session.hold()
+        begun = session.entered
+        decoding = engine.submit(PROMPTS[0], greedy(), FAR)
+        session.allow()
+        await until_entered(session, begun + 2)
+        arriving = engine.submit(PROMPTS[3], greedy(), FAR)
+        session.allow(2)  # the step under way, and the decode step of the tick that prefills the other
+        await until_entered(session, begun + 4)
+        session.failures = 1
+        session.release()
+        with pytest.raises(EngineFault):
+            await arriving.receive()
+        assert await read(decoding) == expected
+
+
+async def test_an_engine_whose_steps_break_one_after_the_other_gives_up(caplog: pytest.LogCaptureFixture) -> None:
     engine, session = fake_engine(slots=1)
     session.hold()
     async with running(engine):
-        streams = [engine.submit(PROMPTS[0], greedy(), FAR) for _ in range(3)]
+        streams = [engine.submit(PROMPTS[0], greedy(), FAR) for _ in range(5)]
         session.allow()
         await streams[0].receive()
-        session.fails = True
+        session.failures = 99
         session.release()
         for stream in streams:
             with pytest.raises(EngineFault):
@@ -268,7 +313,34 @@ async def test_a_step_that_breaks_fails_every_stream_and_the_engine(caplog: pyte
         with pytest.raises(EngineFault, match="has failed"):
             engine.submit(PROMPTS[0], greedy(), FAR)
         await streams[0].aclose()
-    assert [record.message for record in caplog.records] == ["a step of the engine failed"]
+    assert [record.message[:28] for record in caplog.records] == ["a step of the engine failed;"] * 2 + [
+        "the engine has failed: 3 ste"
+    ]
+
+
+async def test_a_step_that_does_not_return_makes_the_engine_stuck_until_it_does(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "WATCH_INTERVAL_S", 0.001)
+    clock = Clock()
+    engine, session = fake_engine(clock=clock)
+    async with running(engine):
+        await read(engine.submit(PROMPTS[0], greedy(), FAR))
+        session.hold()
+        begun = session.entered
+        stream = engine.submit(PROMPTS[0], greedy(3), FAR)
+        await until_entered(session, begun + 1)
+        clock.now += engine_module.STUCK_MIN_S
+        await trio.sleep(0.01)
+        assert engine.statistics().state == READY
+        clock.now += 0.1
+        await until(engine, state=STUCK)
+        with pytest.raises(EngineFault, match="does not return"):
+            engine.submit(PROMPTS[0], greedy(3), FAR)
+        session.release()
+        assert len((await read(stream))[1]) == 3
+        await until(engine, state=READY)
+    assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
 
 
 async def test_a_reader_that_takes_nothing_is_ended_and_costs_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,8 +380,13 @@ async def test_statistics_tell_what_was_done() -> None:
         await until(engine, active=0)
         statistics = engine.statistics()
     assert statistics.tokens_generated_total == 30
-    assert statistics.prompt_tokens_total == 3 * len(PROMPTS[3])
-    assert statistics.step_count == 3 * (3 + 9)
+    # 131 tokens, of which the second and third time all whole blocks are there already.
+    assert statistics.prompt_tokens_total == 131 + 3 + 3
+    assert statistics.step_count == (3 + 9) + 2 * (1 + 9)
+    assert (statistics.cache_queries_total, statistics.cache_hits_total) == (3, 2)
+    assert (statistics.cache_query_tokens_total, statistics.cache_hit_tokens_total) == (3 * 131, 2 * 128)
+    assert statistics.first_token_error > 0
+    assert statistics.first_token.seconds(1_000) > statistics.first_token.seconds(10) > 0
     assert (statistics.active, statistics.queued, statistics.free_slots, statistics.slots) == (0, 0, 2, 2)
     assert statistics.queued_tokens == 0
     assert statistics.tokens_per_s == pytest.approx(3.0, rel=0.2)
@@ -344,3 +421,84 @@ def test_a_broken_graph_is_found_while_loading(folder: ModelFolder, tmp_path: Pa
     assert engine.statistics().load_time_s > 0
     assert engine.context_length == folder.context_length
     assert len(engine.fingerprint) >= 16
+
+
+@pytest.mark.parametrize("resume", ["prefill", "replay", "auto"])
+@pytest.mark.parametrize("kind", ["greedy", "seeded"])
+async def test_an_answer_begun_elsewhere_goes_on_at_its_next_token(engine: Engine, kind: str, resume: Resume) -> None:
+    params = greedy(40) if kind == "greedy" else SamplingParams(temperature=1.2, seed=5, max_tokens=40, is_seeded=True)
+    async with running(engine):
+        for prompt in (PROMPTS[0], PROMPTS[5], PROMPTS[7]):
+            text, ids, _ = await read(engine.submit(prompt, params, FAR))
+            for count in (1, 7, 39):
+                before = "".join(map(engine.model.tokenizer.decoder().feed, ids[:count]))
+                stream = engine.submit(prompt, params, FAR, generated_ids=ids[:count], resume=resume)
+                rest, rest_ids, last = await read(stream)
+                assert (before + rest, ids[:count] + rest_ids) == (text, ids)
+                assert (last.prompt_tokens, last.completion_tokens) == (len(prompt), len(ids))
+
+
+async def test_a_replay_computes_the_prompt_in_chunks_and_the_answer_in_steps() -> None:
+    for is_exact, params, prefilled in (
+        (False, greedy(60), 71),
+        (False, SamplingParams(seed=1, is_seeded=True, max_tokens=60), 71),
+        (False, SamplingParams(seed=1, max_tokens=60), 121),
+        (True, greedy(60), 121),
+    ):
+        engine, session = fake_engine(is_exact=is_exact)
+        async with running(engine):
+            stream = engine.submit(PROMPTS[1], params, FAR, generated_ids=list(range(100, 150)))
+            assert len((await read(stream))[1]) == 10
+        assert session.prefilled == prefilled
+
+
+@pytest.mark.parametrize(
+    ("params", "generated", "finish_reason"),
+    [({"max_tokens": 3}, "abc", "length"), ({"max_tokens": 9, "stop": ("bc",)}, "abc", "stop")],
+)
+async def test_an_answer_that_was_complete_when_its_node_died_just_ends(
+    params: dict[str, object], generated: str, finish_reason: str
+) -> None:
+    engine, _ = fake_engine()
+    ids = engine.model.tokenizer.encode(generated)
+    assert len(ids) == 3
+    async with running(engine):
+        stream = engine.submit(PROMPTS[0], SamplingParams(**params), FAR, generated_ids=ids)  # type: ignore[arg-type]
+        event = await stream.receive()
+        assert (event.token_ids, event.finish_reason, event.completion_tokens) == ((), finish_reason, 3)
+        with pytest.raises(trio.EndOfChannel):
+            await stream.receive()
+        assert engine.statistics().active == 0
+
+
+async def test_what_is_cached_does_not_change_what_comes(engine: Engine) -> None:
+    system = [40 + i % 50 for i in range(150)]
+    prompts = [[*system, 100 + i, *range(20, 20 + i * 9)] for i in range(7)]
+    async with running(engine):
+        cold = []
+        for prompt in prompts:
+            cold.append((await read(engine.submit(prompt, greedy(20), FAR)))[:2])
+            for other in range(8):  # push out whatever is cached
+                await read(engine.submit([200 + other] * 65, greedy(1), FAR))
+        warm = [(await read(engine.submit(prompt, greedy(20), FAR)))[:2] for prompt in prompts]
+        found: dict[int, tuple[str, tuple[int, ...]]] = {}
+
+        async def one(index: int) -> None:
+            text, ids, last = await read(engine.submit(prompts[index], greedy(20), FAR))
+            found[index] = text, ids
+            assert last.cached_tokens >= 128
+
+        async with trio.open_nursery() as nursery:
+            for index in range(len(prompts)):
+                nursery.start_soon(one, index)
+    assert warm == cold == [found[index] for index in range(len(prompts))]
+
+
+async def test_the_digest_names_the_conversations_whose_rows_are_there() -> None:
+    engine, _ = fake_engine()
+    async with running(engine):
+        await read(engine.submit(PROMPTS[3], greedy(1), FAR, text_blocks=(7, 8)))
+        await read(engine.submit(PROMPTS[0], greedy(1), FAR, text_blocks=(9,)))
+        await until(engine, active=0)
+        await read(engine.submit([99], greedy(1), FAR))
+        assert engine.prefix_digest() == {7, 8}, "what is shorter than a block is not kept"

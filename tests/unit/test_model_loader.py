@@ -20,6 +20,7 @@ from nodes.engine.model_loader import (
 )
 
 TINY = SIZES["tiny"]
+PRODUCER_VERSION = b"\x1a\x01x"  # field 3 of an ONNX model, a text
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,10 @@ def remove(file: str) -> Callable[[Path], None]:
 
 def garbage(file: str) -> Callable[[Path], None]:
     return lambda folder: void((folder / file).write_bytes(b"\x00garbage"))
+
+
+def append(file: Path, data: bytes) -> None:
+    file.write_bytes(file.read_bytes() + data)
 
 
 def void(_: object) -> None:
@@ -151,13 +156,13 @@ def test_equal_models_have_equal_fingerprints_and_every_part_counts(whole: Path,
     assert len(seen[0]) >= 16
     assert set(seen[0]) <= set("0123456789abcdef")
     (folder / "README.md").write_text("not part of the model")
+    (folder / "model.onnx.data").write_bytes(b"the graph names no such file")
     assert fingerprint(folder) == seen[0]
     changes: list[Callable[[Path], None]] = [
         edit("tokenizer_config.json", lambda c: c.update(chat_template="x")),
         edit("tokenizer.json", lambda c: c.update(truncation=None, extra=1)),
         config(lambda m: m.update(eos_token_id=5)),
-        lambda path: void((path / "model.onnx.data").write_bytes(b"weights")),
-        garbage("model.onnx"),
+        lambda path: append(path / "model.onnx", PRODUCER_VERSION),
     ]
     for change in changes:
         change(folder)

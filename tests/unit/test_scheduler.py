@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nodes.engine.errors import DeadlinePassed, EngineFault, QueueFull
+from nodes.engine.kv_slots import CopyRows, SwapRows
 from nodes.engine.sampler import INVALID, sample
 from nodes.engine.sampling import Sampled, SamplingParams
 from nodes.engine.scheduler import Failed, Outcome, Plan, Progress, Scheduler
@@ -30,18 +31,22 @@ def sequence(prompt_tokens: int = 3, deadline: float = FAR, params: SamplingPara
 def execute(plan: Plan, scheduler: Scheduler, session: FakeSession) -> list[Outcome]:
     """What an engine does with a plan."""
     for move in plan.moves:
-        session.copy(move.source, move.target, move.length)
+        match move:
+            case CopyRows(source, target, length):
+                session.copy(source, target, length)
+            case SwapRows(first, second, first_length, second_length):
+                session.swap(first, second, first_length, second_length)
     tokens: list[Sampled] = []
     if plan.decode:
         count = len(plan.decode)
         logits = session.decode(scheduler.kv.next_ids[:count], scheduler.kv.lengths[:count])
         tokens = sample(logits, [s.sampling for s in plan.decode])
-    first = None
+    first_token = None
     if (chunk := plan.prefill) is not None:
         logits = session.prefill(chunk.slot, np.array(chunk.token_ids), chunk.start)
         if chunk.is_last:
-            first = sample(logits[None], [chunk.sequence.sampling])[0]
-    return scheduler.commit(plan, tokens, first)
+            first_token = sample(logits[None], [chunk.sequence.sampling])[0]
+    return scheduler.commit(plan, tokens, first_token)
 
 
 def tick(scheduler: Scheduler, now: float = NOW, token: int = 5) -> Plan:

@@ -15,8 +15,8 @@ from onnx import numpy_helper
 
 from deploy.models.llama_onnx import TokenIds, write_llama
 from deploy.models.random_llama import SIZES, random_weights, small_tokenizer, write_random_llama
-from nodes.engine import session as session_module
-from nodes.engine.engine import Session
+from nodes.engine import devices
+from nodes.engine.executor import Session
 from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid, read_model_folder
 from nodes.engine.session import OnnxSession, load_session
 from tests.unit.fake_session import FakeSession
@@ -249,7 +249,8 @@ def test_without_a_device_auto_runs_on_the_cpu_silently_and_says_so_in_the_log(
 ) -> None:
     caplog.set_level(logging.INFO)
     assert load(folder, provider="auto").device == "cpu"
-    assert [record.message for record in caplog.records] == ["running on the CPU"]
+    assert [record.message for record in caplog.records] == ["running on the CPU", "model loaded"]
+    assert "no NVIDIA device" in vars(caplog.records[0])["reason"]
     assert capfd.readouterr() == ("", "")
 
 
@@ -270,7 +271,7 @@ def test_a_device_without_cuda_libraries_falls_back_to_the_cpu(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """What a driver without its libraries looks like; where this machine has both, CUDA is what runs."""
-    monkeypatch.setattr(session_module, "NVIDIA_DEVICES", (str(tmp_path),))
+    monkeypatch.setattr(devices, "NVIDIA_DEVICES", (str(tmp_path),))
     caplog.set_level(logging.INFO)
     loaded = load(folder, provider="auto")
     assert loaded.device == ("cpu" if caplog.records else "cuda")
@@ -280,4 +281,4 @@ def test_a_device_without_cuda_libraries_falls_back_to_the_cpu(
 
 @pytest.fixture
 def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "NVIDIA_DEVICES", ())
+    monkeypatch.setattr(devices, "NVIDIA_DEVICES", ())

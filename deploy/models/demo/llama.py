@@ -19,6 +19,8 @@ class Llama(nn.Module):
         super().__init__()
         self.shape = shape
         self.model = _Body(shape)
+        if not shape.tied:
+            self.lm_head = nn.Linear(shape.hidden, shape.vocab, bias=False)
         cos, sin = rotary_caches(shape)
         self.register_buffer("cos", torch.from_numpy(cos), persistent=False)
         self.register_buffer("sin", torch.from_numpy(sin), persistent=False)
@@ -37,8 +39,9 @@ class Llama(nn.Module):
         return normed
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The tied head: hidden [..., hidden] to logits [..., vocab]."""
-        return functional.linear(hidden, self.model.embed_tokens.weight)
+        """hidden [..., hidden] to logits [..., vocab]."""
+        head = self.model.embed_tokens if self.shape.tied else self.lm_head
+        return functional.linear(hidden, head.weight)
 
 
 class _Body(nn.Module):

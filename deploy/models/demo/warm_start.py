@@ -4,7 +4,8 @@ A mean of embeddings and one linear layer, as fastText does it (Joulin et al. 20
 second where the transformer sees two hundred. The first attention layer can compute that mean exactly: scores near
 zero weigh all tokens alike, and values pass through unchanged. The bag therefore sees its embeddings as that layer
 does, after RMS norm. One coordinate is the same for all tokens: it keeps the norm from levelling telling tokens and
-empty ones, and a tied head cannot see it, since softmax ignores what all logits share.
+empty ones. The bag fills all heads but the last, which is left free: a model whose heads all compute the mean learns to
+begin the right answer and not to finish it, because nothing tells it where in the answer it is.
 """
 
 from dataclasses import dataclass
@@ -63,21 +64,36 @@ def learn_bag(batches: Batches, vocab: int, hidden: int, questions: int) -> Bag:
 
 
 def start_from(bag: Bag, model: Llama, group_head: nn.Linear) -> None:
-    """Overwrite the model's start so that group_head, put on its last hidden state, decides as the bag does."""
-    first = model.model.layers[0].self_attn
-    width = model.shape.hidden
+    """Overwrite the model's start so that group_head, put on its last hidden state, decides as the bag does. The bag is
+    as wide as all heads but one."""
+    shape, first = model.shape, model.model.layers[0].self_attn
+    width = bag.embeddings.shape[1]
+    assert width == (shape.heads - 1) * shape.head_dim, f"a bag of {width} coordinates for {shape}"
     with torch.no_grad():
-        model.model.embed_tokens.weight.copy_(bag.embeddings * (INITIAL_STD / bag.embeddings[:, 1:].std()))
-        first.v_proj.weight.copy_(torch.eye(width))
-        passed = torch.eye(width) * MEAN_GAIN
-        passed[0, 0] = 0
-        first.o_proj.weight.copy_(passed)
-        first.q_proj.weight.mul_(0.1)
+        scale = INITIAL_STD / bag.embeddings[:, 1:].std()
+        model.model.embed_tokens.weight[:, :width] = bag.embeddings * scale
+        first.v_proj.weight[:width] = torch.eye(shape.hidden)[:width]
+        first.o_proj.weight[:, :width] = torch.eye(shape.hidden)[:, :width] * MEAN_GAIN
+        first.o_proj.weight[0, 0] = 0
+        first.q_proj.weight[:width].mul_(0.1)
         for layer in model.model.layers:
             layer.mlp.down_proj.weight.mul_(0.1)
         for layer in model.model.layers[1:]:
             layer.self_attn.o_proj.weight.mul_(0.1)
-        group_head.load_state_dict(bag.head.state_dict())
+        group_head.weight.zero_()
+        group_head.weight[:, :width] = bag.head.weight
+        group_head.bias.copy_(bag.head.bias)
+
+
+def chooser_of(model: Llama, group_head: nn.Linear) -> list[nn.Parameter]:
+    """What start_from made: the parameters that know how to choose before the transformer's first step."""
+    first = model.model.layers[0]
+    return [
+        model.model.embed_tokens.weight,
+        first.input_layernorm.weight,
+        *first.self_attn.parameters(),
+        *group_head.parameters(),
+    ]
 
 
 def _normed_mean(sums: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,262 @@
+"""Runs a graph that returns the past and the new rows joined: what optimum exports, without shared buffers.
+
+All slots are given the same width W of past, with holes in the mask behind each slot's last valid row, and position_ids
+that count valid rows only. A new row comes back at column W of `present` and is copied to where its slot ends. Since
+the graph copies and attends to all W columns, W is as small as the longest slot allows and doubles when a row needs it;
+the buffers are laid out anew then. A prompt's first chunk runs without any past.
+
+Rows behind the last valid one are multiplied by a probability of 0, so they must be finite: they are zeroed, also after
+a slot was rewound or left, because a sequence may have ended for its rows being NaN.
+
+Rows stay in this machine's memory; on CUDA, ONNX Runtime copies them to the device and back in each step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from nodes.engine.graph import LOGITS_TO_KEEP, POSITION_IDS, DecoderGraph
+from nodes.engine.shared_kv_session import PREFILL_TOKENS_MAX, as_float
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+WIDTH_MIN = 64
+# How far logits with holes may be from those without, as a part of their spread. Positions or masks that ignore the
+# holes give others altogether; quantised activations of a chunk and of a step differ by up to a fifth.
+EXACT_DEVIATION_MAX = 0.01
+QUANTISED_DEVIATION_MAX = 0.4
+PROBE_TOKENS = 6
+
+
+class HolesUnsupported(Exception):
+    """The graph takes its positions or its mask from the width of the past: sequences of different lengths cannot share
+    a batch."""
+
+
+class ConcatKvSession:
+    """A decoder graph and the KV rows of `slots` sequences. Used by one thread at a time.
+
+    The caller knows how many rows of each slot are valid. Arrays returned are views of a buffer that the next call
+    overwrites.
+    """
+
+    def __init__(self, session: Any, graph: DecoderGraph, slots: int, capacity: int, device: str = "cpu") -> None:
+        self.slots = slots
+        self.capacity = capacity
+        self.vocabulary_size = graph.vocabulary_size
+        self.is_exact = graph.is_exact
+        self.device = device
+        self._session = session
+        self._graph = graph
+        self._sides = 2 * graph.layers
+        self._extents: IntArray = np.zeros(slots, np.int64)  # rows from it on are zero
+        self._rows = np.arange(slots)
+
+        self._ids: IntArray = np.zeros((slots, 1), np.int64)
+        self._positions: IntArray = np.zeros((slots, 1), np.int64)
+        self._logits = np.empty((slots, 1, graph.vocabulary_size), graph.logits_type)
+        self._one: IntArray = np.ones((), np.int64)
+        chunk_rows = 1 if graph.is_pruned else PREFILL_TOKENS_MAX
+        self._chunk_logits = np.empty((1, chunk_rows, graph.vocabulary_size), graph.logits_type)
+        self._past = self._zeros(0)
+        self._lay_out(min(WIDTH_MIN, capacity))
+
+    @property
+    def kv_bytes(self) -> int:
+        """As large as the buffers can become: rows and the joined output."""
+        return 2 * self.slots * self.capacity * self._graph.kv_bytes_per_row
+
+    @property
+    def width(self) -> int:
+        """Columns of past that each slot has now."""
+        return int(self._past.shape[3])
+
+    def recover(self) -> None:
+        """After a run raised: forget every binding, so that the next step depends on nothing half done. Rows stay."""
+        self._lay_out(self.width)
+
+    def decode(self, token_ids: IntArray, lengths: IntArray) -> FloatArray:
+        """Feed one token to each of the slots [0, k), at row lengths[slot] < capacity. Returns logits [k, vocabulary].
+
+        token_ids, lengths: int64 [k], not kept."""
+        count = len(token_ids)
+        longest = int(lengths.max()) + 1
+        if longest > self.width:
+            self._lay_out(self._width_for(longest))
+        extents = self._extents[:count]
+        for slot in np.flatnonzero(extents > lengths).tolist():
+            self._clear(slot, int(lengths[slot]))
+        self._ids[:count, 0] = token_ids
+        self._positions[:count, 0] = lengths
+        self._set_mask(lengths)
+        binding = self._decode_bindings.get(count)
+        if binding is None:
+            binding = self._decode_bindings[count] = self._decode_binding(count)
+        self._session.run_with_iobinding(binding, self._run_options)
+        # [sides, k, heads, head_size], and numpy puts the slots first where slots and rows are given as lists.
+        new = self._present_view(count, self.width + 1)[:, :, :, self.width]
+        self._past[:, self._rows[:count], :, lengths] = new.transpose(1, 0, 2, 3)
+        np.add(lengths, 1, out=extents)
+        return as_float(self._logits[:count, 0])
+
+    def prefill(self, slot: int, token_ids: IntArray, start: int) -> FloatArray:
+        """Write the rows [start, start + S) of a slot whose rows below start are valid; 1 <= S <= PREFILL_TOKENS_MAX.
+        Returns the logits [vocabulary] after the last of them."""
+        count = len(token_ids)
+        end = start + count
+        assert 1 <= count <= PREFILL_TOKENS_MAX, f"{count} tokens in a chunk of at most {PREFILL_TOKENS_MAX}"
+        assert end <= self.capacity, f"{end} rows in a slot of {self.capacity}"
+        self._clear(slot, start)
+        self._fit(end)
+        width = self.width if start else 0
+        graph, names = self._graph, self._graph.names
+        ids = np.array(token_ids, np.int64).reshape(1, count)
+        mask: IntArray = np.zeros((1, width + count), np.int64)
+        mask[0, :start] = 1
+        mask[0, width:] = 1
+        positions = np.arange(start, end, dtype=np.int64).reshape(1, count)
+        rows = 1 if graph.is_pruned else count
+        binding = self._session.io_binding()
+        self._bind_kv(binding, slot, 1, width, width + count)
+        self._bind(binding, names.input_ids, (1, count), ids)
+        self._bind(binding, names.attention_mask, mask.shape, mask)
+        self._bind_extra(binding, (1, count), positions)
+        self._bind_logits(binding, (1, rows, self.vocabulary_size), self._chunk_logits)
+        self._session.run_with_iobinding(binding, self._run_options)
+        self._past[:, slot, :, start:end] = self._present_view(1, width + count)[:, 0, :, width:]
+        self._extents[slot] = end
+        return as_float(self._chunk_logits[0, rows - 1])
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy rows [0, length) of one slot to another."""
+        self._past[:, target, :, :length] = self._past[:, source, :, :length]
+        self._extents[target] = max(self._extents[target], length)
+        self._clear(target, length)
+
+    def swap(self, a: int, b: int, length_a: int, length_b: int) -> None:
+        """Exchange rows [0, length_a) of slot a and [0, length_b) of slot b."""
+        for buffer in self._past:
+            bounce = buffer[a, :, :length_a].copy()
+            buffer[a, :, :length_b] = buffer[b, :, :length_b]
+            buffer[b, :, :length_a] = bounce
+        for slot, length in ((a, length_b), (b, length_a)):
+            self._extents[slot] = max(self._extents[slot], length)
+            self._clear(slot, length)
+
+    def check_holes(self) -> None:
+        """Compare a step over a past with holes with one chunk without. Leaves nothing behind in slot 0's valid rows,
+        of which there are none. Raises HolesUnsupported."""
+        count = min(PROBE_TOKENS, self.capacity, self.vocabulary_size)
+        if count < 2:
+            return
+        ids: IntArray = np.arange(count, dtype=np.int64)
+        expected = self.prefill(0, ids, 0).copy()
+        self.prefill(0, ids[:-1], 0)
+        found = self.decode(ids[-1:], np.array([count - 1]))[0]
+        spread = float(np.linalg.norm(expected - expected.mean()))
+        deviation = float(np.linalg.norm(found - expected))
+        limit = EXACT_DEVIATION_MAX if self.is_exact else QUANTISED_DEVIATION_MAX
+        if not deviation <= limit * spread:
+            raise HolesUnsupported(f"its logits are off by {deviation:.3g} of {spread:.3g} when the past has holes")
+
+    # Layout of the rows.
+
+    def _zeros(self, width: int) -> npt.NDArray[Any]:
+        """[sides, slots, heads, width, head_size]: one side's slots [0, k) are contiguous."""
+        graph = self._graph
+        return np.zeros((self._sides, self.slots, graph.kv_heads, width, graph.head_size), graph.kv_type)
+
+    def _width_for(self, rows: int) -> int:
+        width = WIDTH_MIN
+        while width < rows:
+            width *= 2
+        return min(width, self.capacity)
+
+    def _fit(self, rows: int) -> None:
+        """Let the width be enough for `rows`, and fall when no slot has needed half of it any more."""
+        needed = self._width_for(max(rows, int(self._extents.max())))
+        if needed > self.width or 2 * needed < self.width:
+            self._lay_out(needed)
+
+    def _lay_out(self, width: int) -> None:
+        """Keep the rows in buffers of this width, and make all that depends on their addresses anew."""
+        graph = self._graph
+        # Freed before the new ones are there: bindings hold addresses only.
+        self._present: npt.NDArray[Any] = np.empty(0, graph.kv_type)
+        self._run_options = onnxruntime.RunOptions()
+        self._decode_bindings: dict[int, Any] = {}  # by k: at most `slots`
+        if width != self.width:
+            rows = self._zeros(width)
+            for slot, extent in enumerate(self._extents.tolist()):
+                rows[:, slot, :, :extent] = self._past[:, slot, :, :extent]
+            self._past = rows
+        columns = max(self.slots * (width + 1), width + PREFILL_TOKENS_MAX)
+        self._present = np.empty(self._sides * graph.kv_heads * columns * graph.head_size, graph.kv_type)
+        self._columns = np.arange(width)
+        # Of decoding. Rows begin with as many ones as _mask_lengths says; the last column is the new token's.
+        self._mask: IntArray = np.zeros((self.slots, width + 1), np.int64)
+        self._mask[:, width] = 1
+        self._mask_lengths: IntArray = np.zeros(self.slots, np.int64)
+
+    def _clear(self, slot: int, length: int) -> None:
+        """Zero what was written from row `length` on."""
+        extent = int(self._extents[slot])
+        if extent > length:
+            self._past[:, slot, :, length:extent] = 0
+            self._extents[slot] = length
+
+    def _present_view(self, count: int, columns: int) -> npt.NDArray[Any]:
+        """[sides, count, heads, columns, head_size] of the joined output."""
+        graph = self._graph
+        shape = (self._sides, count, graph.kv_heads, columns, graph.head_size)
+        return self._present[: int(np.prod(shape))].reshape(shape)
+
+    def _set_mask(self, lengths: IntArray) -> None:
+        """Let row i of the mask begin with lengths[i] ones. As a rule each row has grown by one since the last step."""
+        count = len(lengths)
+        known = self._mask_lengths[:count]
+        changed = np.flatnonzero(known + 1 != lengths)
+        if changed.size:
+            self._mask[changed, :-1] = self._columns < lengths[changed, None]
+        if changed.size < count:
+            grown = np.flatnonzero(lengths)
+            self._mask[self._rows[:count][grown], lengths[grown] - 1] = 1
+        known[:] = lengths
+
+    # Bindings.
+
+    def _decode_binding(self, count: int) -> Any:
+        binding = self._session.io_binding()
+        self._bind_kv(binding, 0, count, self.width, self.width + 1)
+        self._bind(binding, self._graph.names.input_ids, (count, 1), self._ids)
+        self._bind(binding, self._graph.names.attention_mask, (count, self.width + 1), self._mask)
+        self._bind_extra(binding, (count, 1), self._positions)
+        self._bind_logits(binding, (count, 1, self.vocabulary_size), self._logits)
+        return binding
+
+    def _bind_kv(self, binding: Any, slot: int, count: int, width: int, columns: int) -> None:
+        graph = self._graph
+        present = self._present_view(count, columns)
+        past_shape = (count, graph.kv_heads, width, graph.head_size)
+        for side, (past_name, present_name) in enumerate(graph.kv_names()):
+            address = self._past[side, slot].ctypes.data
+            binding.bind_input(past_name, "cpu", 0, graph.kv_type, past_shape, address)
+            address = present[side].ctypes.data
+            binding.bind_output(present_name, "cpu", 0, graph.kv_type, present.shape[1:], address)
+
+    def _bind_extra(self, binding: Any, shape: tuple[int, int], positions: IntArray) -> None:
+        if POSITION_IDS in self._graph.extra_inputs:
+            self._bind(binding, self._graph.names.position_ids, shape, positions)
+        if LOGITS_TO_KEEP in self._graph.extra_inputs:
+            self._bind(binding, LOGITS_TO_KEEP, (), self._one)
+
+    def _bind(self, binding: Any, name: str, shape: tuple[int, ...], buffer: npt.NDArray[Any]) -> None:
+        binding.bind_input(name, "cpu", 0, buffer.dtype.type, shape, buffer.ctypes.data)
+
+    def _bind_logits(self, binding: Any, shape: tuple[int, ...], buffer: npt.NDArray[Any]) -> None:
+        binding.bind_output(self._graph.names.logits, "cpu", 0, self._graph.logits_type, shape, buffer.ctypes.data)

@@ -1,0 +1,125 @@
+"""Runs one plan of the scheduler on a session: moves, the decode step, the prompt chunk, and the choice of tokens.
+
+On the engine thread alone. What raises in between is caught here, because only here is known whose step it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from nodes.engine.kv_slots import CopyRows, KvSlots, Move, SwapRows
+from nodes.engine.sampler import sample
+from nodes.engine.sampling import Sampled
+from nodes.engine.scheduler import Plan, PrefillChunk
+from nodes.engine.sequence import Sequence
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+
+class Session(Protocol):
+    """A model that runs, with the KV rows of `slots` sequences of up to `capacity` tokens. One thread uses it.
+
+    Its implementations are nodes.engine.session.OnnxSession; tests have another."""
+
+    @property
+    def slots(self) -> int: ...
+    @property
+    def capacity(self) -> int: ...
+    @property
+    def kv_bytes(self) -> int: ...
+    @property
+    def is_exact(self) -> bool:
+        """All arithmetic is float32, so that rows written by a chunk and by a step may be mixed."""
+        ...
+
+    def decode(self, token_ids: IntArray, lengths: IntArray) -> FloatArray:
+        """Feed token_ids[i] to slot i at row lengths[i]. Returns float32 [k, vocabulary], valid until the next call."""
+        ...
+
+    def prefill(self, slot: int, token_ids: IntArray, start: int) -> FloatArray:
+        """Write rows from `start` on. Returns float32 [vocabulary] after the last, valid until the next call."""
+        ...
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy rows [0, length) of one slot to another."""
+        ...
+
+    def swap(self, first: int, second: int, first_length: int, second_length: int) -> None:
+        """Exchange rows [0, first_length) of one slot and [0, second_length) of another."""
+        ...
+
+    def recover(self) -> None:
+        """Forget whatever a step that broke may have left half done. Rows keep what they hold."""
+        ...
+
+
+@dataclass(slots=True)
+class Execution:
+    """What came of a plan.
+
+    tokens: one for each sequence of plan.decode, empty where that step broke. first_token: after a prompt's last chunk.
+    decode_s, prefill_s: in the session. fault: what was raised; broken: whose step it was. are_rows_lost: rows were
+    being moved, so that no slot can be trusted any more."""
+
+    tokens: list[Sampled]
+    first_token: Sampled | None = None
+    decode_s: float = 0.0
+    prefill_s: float = 0.0
+    fault: Exception | None = None
+    broken: SequenceOf[Sequence] = ()
+    are_rows_lost: bool = False
+
+
+class Executor:
+    """The steps of one session."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def execute(self, plan: Plan, kv: KvSlots) -> Execution:
+        """Do what the plan says. Raises nothing that the session raises; see Execution.fault."""
+        done = Execution([], are_rows_lost=True)
+        try:
+            for move in plan.moves:
+                self._move(move)
+            done.are_rows_lost = False
+            if plan.decode:
+                done.broken = plan.decode
+                done.tokens, done.decode_s = self._decode(plan.decode, kv)
+            if plan.prefill is not None:
+                done.broken = (plan.prefill.sequence,)
+                done.first_token, done.prefill_s = self._prefill(plan.prefill)
+        except Exception as exc:  # ONNX Runtime has no common root for what it raises
+            done.fault = exc
+        return done
+
+    def _move(self, move: Move) -> None:
+        match move:
+            case CopyRows():
+                self._session.copy(move.source, move.target, move.length)
+            case SwapRows():
+                self._session.swap(move.first, move.second, move.first_length, move.second_length)
+
+    def _decode(self, batch: SequenceOf[Sequence], kv: KvSlots) -> tuple[list[Sampled], float]:
+        """One token per sequence, and the seconds that the session took."""
+        count = len(batch)
+        started = time.perf_counter()
+        logits = self._session.decode(kv.next_ids[:count], kv.lengths[:count])
+        seconds = time.perf_counter() - started
+        return sample(logits, [sequence.sampling for sequence in batch]), seconds
+
+    def _prefill(self, chunk: PrefillChunk) -> tuple[Sampled | None, float]:
+        """The answer's first token after the last chunk, and the seconds that the session took."""
+        started = time.perf_counter()
+        logits = self._session.prefill(chunk.slot, np.asarray(chunk.token_ids, np.int64), chunk.start)
+        seconds = time.perf_counter() - started
+        if not chunk.is_last:
+            return None, seconds
+        return sample(logits[None], [chunk.sequence.sampling])[0], seconds
