@@ -153,6 +153,7 @@ async def soak(folder: Path, generations: int, seed: int) -> list[str]:
         "rss_mb_samples": [round(sample / 1e6, 1) for sample in state.rss_bytes],
         "free_slots": left.free_slots,
         "queued": left.queued,
+        "prompts_found_in_cache": left.cache_hits_total,
         "tokens_generated": left.tokens_generated_total,
         "wrong": wrong,
     }

@@ -27,7 +27,7 @@ def lines_of(*arguments: str) -> list[dict[str, Any]]:
 def test_the_quick_benchmark_prints_every_row_of_both_precisions() -> None:
     rows = lines_of("tests.benchmark.engine", "--quick")
     found = {(row["precision"], row["row"]) for row in rows}
-    names = {"prefill", "decode", "streams", "prefix", "outside", "lateness", "poisson"}
+    names = {"prefill", "decode", "streams", "prefix", "outside", "lateness", "poisson", "estimate"}
     assert found == {(precision, name) for precision in ("fp32", "int4") for name in names} | {("fp32", "bandwidth")}
     assert all(row["ours"] > 0 for row in rows if row.get("unit") == "tokens/s")
 
@@ -37,6 +37,7 @@ def test_a_short_soak_leaves_no_slot_no_queue_entry_and_no_stream() -> None:
     ended = {"finished", "closed_reading", "closed_waiting", "late"}
     assert sum(figures.get(name, 0) for name in ended) == 300
     assert figures["refused"] > 0
+    assert figures["prompts_found_in_cache"] > 0
     assert figures["wrong"] == []
 
 

@@ -10,6 +10,7 @@ measurement, in turns. `--quick` is a smoke run on a tiny model.
   decode      tokens/s of n sequences that decode together, first tokens excluded
   poisson     tokens/s of requests with exponential gaps and uniform lengths, from the first arrival to the last token:
               here and in llama.cpp they join and leave the running batch, in genai a batch ends with its longest
+  estimate    of these requests: how far the engine's own estimate of the time to first token is off, in the median
   streams     time of four concurrent answers over the time of one
   prefix      time to first token of a prompt seen before over that of one never seen
   outside     share of the time between two runs of ONNX Runtime in which neither runs
@@ -122,7 +123,7 @@ class Rounds:
         }
 
     def ours(self, key: str, figure: str) -> list[float]:
-        return self.of(key, figure)[OURS]
+        return [float(answer[figure]) for answer in self.figures[key][OURS]]
 
 
 def measure(precision: Precision, size: Size, workers: dict[str, Worker], wanted: Callable[[str], bool]) -> None:
@@ -154,6 +155,8 @@ def measure(precision: Precision, size: Size, workers: dict[str, Worker], wanted
             rounds.ask("poisson", turn, "poisson", **load, **lengths)
             progress(f"{precision}, Poisson arrivals, round {turn + 1} of {size.slow_rounds}")
         show(rows.rate_row("poisson", precision, None, rounds.of("poisson", "tokens_per_s")) | {"batch": size.batch})
+        errors = rounds.ours("poisson", "estimate_error")
+        show({"row": "estimate", "precision": precision, "median_error": round(statistics.median(errors), 3)})
 
 
 def one_round(turn: int, precision: str, size: Size, rounds: Rounds, wanted: Callable[[str], bool]) -> None:

@@ -109,7 +109,10 @@ class Contestant:
     async def poisson(
         self, count: int, per_s: float, shortest: int, longest: int, seed: int, slots: int
     ) -> dict[str, Any]:
-        """Every request is submitted when it arrives; those that find no slot wait in the engine's queue."""
+        """Every request is submitted when it arrives; those that find no slot wait in the engine's queue.
+
+        estimate_error: median of |estimated - actual| / actual time to first token, of what the engine told at submit.
+        """
         engine = await self.engine(slots)
         requests = poisson_requests(count, per_s, shortest, longest, seed)
         started = trio.current_time()
@@ -121,7 +124,8 @@ class Contestant:
         async with trio.open_nursery() as nursery:
             for request in requests:
                 nursery.start_soon(one, request)
-        return {"tokens_per_s": sum(request.tokens for request in requests) / (trio.current_time() - started)}
+        rate = sum(request.tokens for request in requests) / (trio.current_time() - started)
+        return {"tokens_per_s": rate, "estimate_error": engine.statistics().first_token_error}
 
     async def streams(self, n: int, tokens: int, seed: int, slots: int) -> dict[str, Any]:
         """Time from asking for n answers at once to the end of the last."""
