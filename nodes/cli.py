@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mesh.seal import new_key
+from nodes.cli_models import models_app
 from nodes.config import ConfigInvalid, load_config
 
 EXIT_USAGE = 2  # a fault of configuration or environment that starting again does not mend
@@ -27,6 +28,7 @@ keyring_app = typer.Typer(help="Cluster keys, which authenticate nodes to each o
 config_app = typer.Typer(help="The configuration of a node.", no_args_is_help=True)
 app.add_typer(keyring_app, name="keyring")
 app.add_typer(config_app, name="config")
+app.add_typer(models_app, name="models")
 
 Url = Annotated[
     str, typer.Option("--url", envvar="AI_CLUSTER_URL", help="HTTP address of any node of the mesh", metavar="URL")
@@ -183,14 +185,6 @@ def chat(
     raise typer.Exit(
         stream_chat(url, text, model=model, temperature=temperature, max_tokens=max_tokens, api_key=api_key)
     )
-
-
-@app.command()
-def models(url: Url = DEFAULT_URL) -> None:
-    """List the models that the mesh serves."""
-    from nodes.client import list_models
-
-    raise typer.Exit(list_models(url))
 
 
 @keyring_app.command("new")

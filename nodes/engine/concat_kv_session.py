@@ -28,7 +28,7 @@ FloatArray = npt.NDArray[np.float32]
 WIDTH_MIN = 64
 # How far logits with holes may be from those without, as a part of their spread. Positions or masks that ignore the
 # holes give others altogether; quantised activations of a chunk and of a step differ by up to a fifth.
-EXACT_DEVIATION_MAX = 0.01
+EXACT_DEVIATION_MAX = 0.001
 QUANTISED_DEVIATION_MAX = 0.4
 PROBE_TOKENS = 6
 
@@ -50,6 +50,7 @@ class ConcatKvSession:
         self.capacity = capacity
         self.vocabulary_size = graph.vocabulary_size
         self.is_exact = graph.is_exact
+        self.steady_rows_min = graph.steady_rows_min
         self.device = device
         self._session = session
         self._graph = graph
@@ -138,13 +139,13 @@ class ConcatKvSession:
         self._extents[target] = max(self._extents[target], length)
         self._clear(target, length)
 
-    def swap(self, a: int, b: int, length_a: int, length_b: int) -> None:
-        """Exchange rows [0, length_a) of slot a and [0, length_b) of slot b."""
+    def swap(self, first: int, second: int, first_length: int, second_length: int) -> None:
+        """Exchange rows [0, first_length) of one slot and [0, second_length) of another."""
         for buffer in self._past:
-            bounce = buffer[a, :, :length_a].copy()
-            buffer[a, :, :length_b] = buffer[b, :, :length_b]
-            buffer[b, :, :length_a] = bounce
-        for slot, length in ((a, length_b), (b, length_a)):
+            bounce = buffer[first, :, :first_length].copy()
+            buffer[first, :, :second_length] = buffer[second, :, :second_length]
+            buffer[second, :, :first_length] = bounce
+        for slot, length in ((first, second_length), (second, first_length)):
             self._extents[slot] = max(self._extents[slot], length)
             self._clear(slot, length)
 

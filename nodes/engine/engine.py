@@ -23,10 +23,10 @@ from nodes.engine.engine_statistics import FAILED, LOADING, READY, STUCK, Engine
 from nodes.engine.errors import EngineError, EngineFault, EngineStopped, PromptTooLong, QueueFull
 from nodes.engine.estimate import FirstTokenEstimate, estimate_first_token
 from nodes.engine.executor import Execution, Executor, Session
+from nodes.engine.grammar import GrammarCompiler, GrammarMatcher
 from nodes.engine.meter import Meter
 from nodes.engine.model_loader import LoadedModel, ModelFolder, load_model
-from nodes.engine.sampler import TEMPERATURE_MIN
-from nodes.engine.sampling import SamplingParams
+from nodes.engine.sampling import GrammarSpec, Matcher, SamplingParams
 from nodes.engine.scheduler import Failed, Outcome, Plan, Progress, Scheduler
 from nodes.engine.sequence import Sequence
 from nodes.engine.session import Provider, load_session
@@ -114,6 +114,7 @@ class Engine:
         self._wake = threading.Condition()
         self._scheduler = Scheduler(session.slots, queue_limit, mixes_rows=session.is_exact)
         self._executor = Executor(session)
+        self._grammars = GrammarCompiler(model.tokenizer.to_json(), session.vocabulary_size, model.eos_ids)
         self._meter = Meter()
         self._is_stopping = False
         # The engine thread writes these, and only it.
@@ -166,6 +167,7 @@ class Engine:
         resume: Resume = "auto",
         fairness_id: str = "",
         text_blocks: tuple[int, ...] = (),
+        matcher: Matcher | None = None,
     ) -> EngineStream:
         """Queue a generation and return the stream of its events. deadline: on the engine's clock.
 
@@ -173,7 +175,8 @@ class Engine:
         token. resume: how their rows are made. By prefill: fast. By replay, one decode step each: gives the very tokens
         that would have come without the interruption, also in quantised models. auto: replay where that matters, in a
         model that is not exact and for requests that are greedy or seeded. fairness_id: whose request it is.
-        text_blocks: the conversation's, from prefix_digest, under which its cached rows are told of.
+        text_blocks: the conversation's, from prefix_digest, under which its cached rows are told of. matcher: where
+        params has a grammar, from compile_grammar().
 
         Raises PromptTooLong, QueueFull, EngineFault when it has failed or is stuck, EngineStopped while run() does not
         run; nothing was queued then.
@@ -197,7 +200,10 @@ class Engine:
             replays=bool(generated_ids) and self._is_replayed(params, resume),
             fairness_id=fairness_id,
             text_blocks=text_blocks,
+            matcher=matcher,
         )
+        if (error := sequence.sampling.error) is not None:
+            raise EngineFault(error)
         stream = EngineStream(lambda: self._close(sequence))
         if generated_ids and (end := sequence.ended_before()) is not None:
             stream.offer(end)
@@ -215,6 +221,11 @@ class Engine:
         if not generated_ids:
             self._estimates[sequence] = (self.now(), estimate.seconds(len(prompt_ids) - found))
         return stream
+
+    def compile_grammar(self, spec: GrammarSpec) -> GrammarMatcher:
+        """A fresh matcher for one submit(). May take a second: call it in a worker thread. Raises GrammarInvalid, and
+        GrammarUnavailable for a tokenizer that grammars do not work with."""
+        return self._grammars.compile(spec)
 
     def prefix_digest(self) -> frozenset[int]:
         """Names, from prefix_digest, of the conversation beginnings whose rows are in a slot."""
@@ -255,7 +266,7 @@ class Engine:
 
     def _is_replayed(self, params: SamplingParams, resume: Resume) -> bool:
         if resume == "auto":
-            return not self._session.is_exact and (params.is_seeded or params.temperature < TEMPERATURE_MIN)
+            return params.is_reproducible and not self._session.is_exact
         return resume == "replay"
 
     def _estimate_first_token(self) -> FirstTokenEstimate:
@@ -344,6 +355,7 @@ class Engine:
             logger.exception("the engine has failed: %d steps broke one after the other", self._faults)
             self._post(self._fail)
         finally:
+            self._executor.close()
             self._post(self._thread_ended.set)
 
     def _tick(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from nodes.engine.grammar import MaskWorker
 from nodes.engine.kv_slots import CopyRows, KvSlots, Move, SwapRows
 from nodes.engine.sampler import sample
 from nodes.engine.sampling import Sampled
@@ -33,10 +34,17 @@ class Session(Protocol):
     @property
     def capacity(self) -> int: ...
     @property
+    def vocabulary_size(self) -> int: ...
+    @property
     def kv_bytes(self) -> int: ...
     @property
     def is_exact(self) -> bool:
         """All arithmetic is float32, so that rows written by a chunk and by a step may be mixed."""
+        ...
+
+    @property
+    def steady_rows_min(self) -> int:
+        """The fewest rows of a decode step from which a row's logits do not depend on how many there are."""
         ...
 
     def decode(self, token_ids: IntArray, lengths: IntArray) -> FloatArray:
@@ -82,6 +90,11 @@ class Executor:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self._masks = MaskWorker()
+
+    def close(self) -> None:
+        """End the thread that computes grammars' masks. Any number of times."""
+        self._masks.close()
 
     def execute(self, plan: Plan, kv: KvSlots) -> Execution:
         """Do what the plan says. Raises nothing that the session raises; see Execution.fault."""
@@ -109,17 +122,27 @@ class Executor:
 
     def _decode(self, batch: SequenceOf[Sequence], kv: KvSlots) -> tuple[list[Sampled], float]:
         """One token per sequence, and the seconds that the session took."""
-        count = len(batch)
+        count = rows = len(batch)
+        states = [sequence.sampling for sequence in batch]
+        if count < self._session.steady_rows_min and any(sequence.params.is_reproducible for sequence in batch):
+            # Idle slots decode along: each gets a row after its valid ones, which nobody reads.
+            rows = min(self._session.steady_rows_min, kv.slots)
+        self._masks.begin(states)
         started = time.perf_counter()
-        logits = self._session.decode(kv.next_ids[:count], kv.lengths[:count])
+        logits = self._session.decode(kv.next_ids[:rows], kv.lengths[:rows])
         seconds = time.perf_counter() - started
-        return sample(logits, [sequence.sampling for sequence in batch]), seconds
+        self._masks.wait()
+        return sample(logits[:count], states), seconds
 
     def _prefill(self, chunk: PrefillChunk) -> tuple[Sampled | None, float]:
         """The answer's first token after the last chunk, and the seconds that the session took."""
+        state = chunk.sequence.sampling
+        if chunk.is_last:
+            self._masks.begin([state])
         started = time.perf_counter()
         logits = self._session.prefill(chunk.slot, np.asarray(chunk.token_ids, np.int64), chunk.start)
         seconds = time.perf_counter() - started
         if not chunk.is_last:
             return None, seconds
-        return sample(logits[None], [chunk.sequence.sampling])[0], seconds
+        self._masks.wait()
+        return sample(logits[None], [state])[0], seconds

@@ -47,6 +47,7 @@ INTEGER_INPUTS = {
 }
 
 KvKind = Literal["shared", "concatenated"]
+STEADY_BLOCK_MAX = 32  # the block size of int4 up to which rows of a batch do not influence each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,8 @@ class DecoderGraph:
     """What a session needs to know of a graph.
 
     kv_bytes_per_row: of one token in one slot, all layers and both sides. is_pruned: gives logits of the last position
-    only. is_exact: every weight and activation is float32. total_length_shape: of that input, () or (1,).
+    only. is_exact: every weight and activation is float32. steady_rows_min: the fewest rows of a decode step from which
+    a row's logits do not depend on how many there are. total_length_shape: of that input, () or (1,).
     """
 
     kind: KvKind
@@ -67,6 +69,7 @@ class DecoderGraph:
     logits_type: FloatType
     is_pruned: bool
     is_exact: bool
+    steady_rows_min: int
     has_mask: bool
     extra_inputs: frozenset[str]
     total_length_shape: tuple[int, ...] = ()
@@ -144,6 +147,13 @@ def _largest(graph: OnnxFile, operator: str, attribute: str, default: int) -> in
     return max(graph.integers.get(f"{operator}.{attribute}", {default}))
 
 
+def _steady_rows_min(precision: Precision) -> int:
+    """ONNX Runtime multiplies a single row by quantised weights with another kernel than several rows, which sums in
+    another order; from two rows on all are alike, where blocks are small. With larger ones nothing is promised."""
+    is_steady = precision.kind == "int4" and (precision.block_size or STEADY_BLOCK_MAX + 1) <= STEADY_BLOCK_MAX
+    return 2 if is_steady else 1
+
+
 def _block_size(graph: OnnxFile, operator: str) -> int | None:
     return _largest(graph, operator, "block_size", 0) or None
 
@@ -182,6 +192,7 @@ class _Description:
             logits_type=logits_type,
             is_pruned=logits.shape[1] == 1 or LOGITS_TO_KEEP in extra,
             is_exact=self._is_exact(kv_type, logits_type),
+            steady_rows_min=_steady_rows_min(precision_of(self._graph)),
             has_mask=has_mask,
             extra_inputs=extra,
             total_length_shape=(1,) if total is not None and len(total.shape) == 1 else (),

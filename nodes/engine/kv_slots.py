@@ -23,8 +23,8 @@ from nodes.engine.sequence import Sequence
 
 IntArray = npt.NDArray[np.int64]
 
-# Rows are reused in whole blocks of the scheduler's prefill chunk, so that what is computed after them is cut as it
-# would be without them, and quantised results do not depend on the cache.
+# Chunks of a prompt end at multiples of it. Where rows must not be mixed they are reused in whole blocks, so that what
+# is computed after them is cut as it would be without them. A beginning shorter than a block is not worth a copy.
 BLOCK_TOKENS = 64
 
 
@@ -121,18 +121,18 @@ class KvSlots:
         return frozenset().union(*busy, *(rows.text_blocks for rows in self.retained()))
 
     def match(self, ids: list[int]) -> Match:
-        """The longest beginning of ids that a slot holds: whole blocks, and never all, so that logits come of it."""
+        """The longest beginning of ids that a slot holds: a block at least, and never all, so that there are logits."""
         best = Match(None, 0)
-        limit = (len(ids) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
-        if limit == 0:
+        limit = self._reusable(len(ids) - 1)
+        if limit < BLOCK_TOKENS:
             return best
         first_block = ids[:BLOCK_TOKENS]
         for slot in range(self.slots):
             sequence = self._sequences[slot]
             if sequence is not None and first_block != sequence.prefill_ids[:BLOCK_TOKENS]:
                 continue  # as a rule; spares putting its ids together
-            length = _common_blocks(ids, self._held_ids(slot), limit)
-            if length > best.length:
+            length = self._reusable(_common_length(ids, self._held_ids(slot), limit))
+            if length >= BLOCK_TOKENS and length > best.length:
                 best = Match(slot, length)
         return best
 
@@ -194,7 +194,10 @@ class KvSlots:
         length = int(self.lengths[slot])
         if self._mixes_rows:
             return [*sequence.prompt_ids, *sequence.generated_ids][:length]
-        return sequence.prefill_ids[: min(length, len(sequence.prefill_ids)) // BLOCK_TOKENS * BLOCK_TOKENS]
+        return sequence.prefill_ids[: self._reusable(min(length, len(sequence.prefill_ids)))]
+
+    def _reusable(self, length: int) -> int:
+        return length if self._mixes_rows else length // BLOCK_TOKENS * BLOCK_TOKENS
 
     def _retire(self, slot: int) -> None:
         """The slot's sequence leaves; rows worth a block stay."""
@@ -262,12 +265,13 @@ class KvSlots:
         return sequence
 
 
-def _common_blocks(ids: SequenceOf[int], held: SequenceOf[int], limit: int) -> int:
-    """Tokens of the whole blocks, up to limit, in which both begin alike."""
+def _common_length(ids: list[int], held: SequenceOf[int], limit: int) -> int:
+    """Tokens, up to limit, in which both begin alike. Whole blocks are compared at once."""
+    limit = min(limit, len(held))
     length = 0
-    while length + BLOCK_TOKENS <= min(limit, len(held)):
-        end = length + BLOCK_TOKENS
+    while length < limit:
+        end = min(length + BLOCK_TOKENS, limit)
         if ids[length:end] != held[length:end]:
-            break
+            return length + next(i for i in range(end - length) if ids[length + i] != held[length + i])
         length = end
     return length

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-BUILD_FIX = "build the folder with `python -m onnxruntime_genai.models.builder`, or copy it again"
+BUILD_FIX = "build the folder with `ai-cluster models build`, or copy it again"
 
 
 class ModelFolderInvalid(Exception):

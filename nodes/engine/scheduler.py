@@ -223,7 +223,8 @@ class Scheduler:
             return
         if sampled.token_id == INVALID:
             self._leave(sequence)
-            outcomes.append(Failed(sequence, EngineFault("the model's logits are not finite numbers")))
+            reason = sequence.sampling.error or "the model's logits are not finite numbers"
+            outcomes.append(Failed(sequence, EngineFault(reason)))
             return
         event = sequence.accept(sampled)
         self._waiting.charge(sequence.fairness_id, generated_tokens=1)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Literal, Protocol
 
-from nodes.engine.sampling import Sampled, SamplingParams, SamplingState, TokenLogprobs
+from nodes.engine.sampling import Matcher, Sampled, SamplingParams, SamplingState, TokenLogprobs
 
 FinishReason = Literal["stop", "length"]
 
@@ -72,7 +72,8 @@ class Sequence:
 
     capacity: KV rows of a slot, which hold prompt and answer; prompt and what is generated already are shorter.
     deadline: on the engine's clock. generated_ids: of the answer, made before; replays: by decode steps. fairness_id:
-    whose request it is. text_blocks: hashes of the conversation's beginning, see prefix_digest. After the end, accept()
+    whose request it is. text_blocks: hashes of the conversation's beginning, see prefix_digest. matcher: of the params'
+    grammar, fresh. After the end, accept()
     must not be called.
     """
 
@@ -108,6 +109,7 @@ class Sequence:
         replays: bool = False,
         fairness_id: str = "",
         text_blocks: tuple[int, ...] = (),
+        matcher: Matcher | None = None,
     ) -> None:
         count = len(prompt_ids) + len(generated_ids)
         assert 0 < len(prompt_ids) <= count < capacity, f"{count} ids, capacity {capacity}"
@@ -124,9 +126,9 @@ class Sequence:
         self.is_cancelled = False
         left = capacity - len(prompt_ids)
         self.token_limit = left if params.max_tokens is None else min(left, params.max_tokens)
-        self.sampling = SamplingState(params, prompt_ids, eos_ids)
+        self.sampling = SamplingState(params, prompt_ids, eos_ids, matcher=matcher)
         self._decoder = decoder
-        self._eos_ids = frozenset() if params.ignore_eos else eos_ids
+        self._eos_ids = frozenset() if self.sampling.ignores_eos else eos_ids
         self._stop = StopMatcher(params.stop)
         for token_id in generated_ids:
             self._take(token_id)

@@ -38,6 +38,7 @@ class SharedKvSession:
         self.capacity = capacity
         self.vocabulary_size = graph.vocabulary_size
         self.is_exact = graph.is_exact
+        self.steady_rows_min = graph.steady_rows_min
         self.device = kv.device
         self._session = session
         self._graph = graph
@@ -123,9 +124,9 @@ class SharedKvSession:
         """Copy rows [0, length) of one slot to another."""
         self._kv.copy(source, target, length)
 
-    def swap(self, a: int, b: int, length_a: int, length_b: int) -> None:
-        """Exchange rows [0, length_a) of slot a and [0, length_b) of slot b."""
-        self._kv.swap(a, b, length_a, length_b)
+    def swap(self, first: int, second: int, first_length: int, second_length: int) -> None:
+        """Exchange rows [0, first_length) of one slot and [0, second_length) of another."""
+        self._kv.swap(first, second, first_length, second_length)
 
     def _set_mask(self, lengths: IntArray) -> None:
         """Let row i of the mask be lengths[i] + 1 ones. As a rule each row has grown by one since the last step."""

@@ -40,6 +40,10 @@ class Tokenizer:
         """One more than the largest id, added tokens included."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
+    def to_json(self) -> str:
+        """The text of the tokenizer.json that makes this tokenizer."""
+        return self._tokenizer.to_str()
+
     def token(self, token_id: int) -> str | None:
         """The token of that id as the vocabulary spells it; None when there is none."""
         return self._tokenizer.id_to_token(token_id)

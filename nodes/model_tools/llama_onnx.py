@@ -207,6 +207,7 @@ class _LlamaGraph:
         self._float = "float16" if precision in ("fp16", "int4-fp16") else "float32"
         self._is_int4 = precision in ("int4", "int4-fp16")
         self._block_size = block_size
+        self._accuracy = {"accuracy_level": ACCURACY_LEVEL_INT8} if precision == "int4" else {}
         self._graph = Graph()
 
     def build(self) -> Graph:
@@ -335,7 +336,7 @@ class _LlamaGraph:
 
         block_size, blocks = self._block_size, block_count(width, self._block_size)
         nibbles = Tensor(f"{matrix}_Q4", "uint8", (rows, blocks, block_size // 2))
-        scales = Tensor(f"{matrix}_scales", self._float, (rows * blocks,))
+        scales = Tensor(f"{matrix}_scales", self._float, (rows, blocks))
 
         def quantised() -> list[AnyArray]:
             codes, steps = quantise_int4(stacked(), block_size)
@@ -348,13 +349,7 @@ class _LlamaGraph:
             f"{name}/MatMul_Q4",
             outputs=outputs,
             domain=MICROSOFT,
-            attributes={
-                "K": width,
-                "N": rows,
-                "bits": 4,
-                "block_size": block_size,
-                "accuracy_level": ACCURACY_LEVEL_INT8,
-            },
+            attributes={"K": width, "N": rows, "bits": 4, "block_size": block_size, **self._accuracy},
         )
 
     def _weight(self, name: str) -> None:

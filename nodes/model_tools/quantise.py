@@ -22,7 +22,7 @@ def quantise_int4(weight: FloatArray, block_size: int) -> tuple[ByteArray, Float
     """Round to nearest in blocks. weight: float32 [outputs, inputs].
 
     Returns nibbles uint8 [outputs, blocks, block_size / 2], the earlier weight in the low half of a byte, and scales
-    float32 [outputs * blocks]. A block's scale puts the weight of largest magnitude on the end of the range that has
+    float32 [outputs, blocks]. A block's scale puts the weight of largest magnitude on the end of the range that has
     one step more: 0, which is -8, as ONNX Runtime's own quantiser does.
     """
     outputs, inputs = weight.shape
@@ -42,7 +42,7 @@ def quantise_int4(weight: FloatArray, block_size: int) -> tuple[ByteArray, Float
         values += np.float32(ZERO_POINT)
         codes = np.clip(np.rint(values, out=values), 0, 15, out=values).astype(np.uint8)
         nibbles[rows] = codes[..., 0::2] | codes[..., 1::2] << 4
-    return nibbles, scales.reshape(-1)
+    return nibbles, scales
 
 
 def dequantise_int4(nibbles: ByteArray, scales: FloatArray, inputs: int) -> FloatArray:
@@ -51,5 +51,5 @@ def dequantise_int4(nibbles: ByteArray, scales: FloatArray, inputs: int) -> Floa
     codes = np.empty((outputs, blocks, 2 * half), np.float32)
     codes[..., 0::2] = nibbles & 0xF
     codes[..., 1::2] = nibbles >> 4
-    weights: FloatArray = (codes - np.float32(ZERO_POINT)) * scales.reshape(outputs, blocks, 1)
+    weights: FloatArray = (codes - np.float32(ZERO_POINT)) * scales[..., None]
     return weights.reshape(outputs, -1)[:, :inputs]

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from nodes.model_tools.errors import ModelToolError
 from nodes.model_tools.llama_onnx import (
     Array,
     LlamaShape,
@@ -70,7 +71,7 @@ SENTENCES = [
 ]
 
 
-class DiskTooSmall(Exception):
+class DiskTooSmall(ModelToolError):
     """The folder's disk has no room for the model. Nothing was written."""
 
     def __init__(self, out: Path, needed_bytes: int, free_bytes: int) -> None:

@@ -45,6 +45,8 @@ class FakeSession:
         self.capacity = capacity
         self.kv_bytes = slots * capacity * 8
         self.is_exact = is_exact
+        self.steady_rows_min = 1 if is_exact else 2
+        self.vocabulary_size = VOCABULARY
         self.recoveries = 0
         self.entered = 0  # decode and prefill calls begun
         self.prefilled = 0  # tokens computed by prefill

@@ -64,3 +64,43 @@ def test_a_long_complaint_is_cut() -> None:
     with pytest.raises(ChatTemplateError) as raised:
         template("{{ raise_exception('x' * 100000) }}").render(USER)
     assert len(str(raised.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% macro f() %}{% for i in [1] * 99 %}{% endfor %}{% endmacro %}{% for i in [1] * 999 %}{{ f() }}{% endfor %}",
+    ],
+    ids=["nested loops", "macros that call each other", "a loop in a macro"],
+)
+def test_a_template_that_loops_without_writing_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "STEPS_MAX", 10_000)
+    with pytest.raises(ChatTemplateError, match="10000 steps"):
+        template(source).render(USER)
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ 9 ** (9 ** 9) }}", "TemplateRuntimeError"),
+        ("{{ 'x' * (999999 * 999999) }}", "TemplateRuntimeError"),
+        ("{{ (999999 * 999999) * ['x'] }}", "TemplateRuntimeError"),
+    ],
+)
+def test_a_step_that_would_not_end_is_not_taken(source: str, complaint: str) -> None:
+    with pytest.raises(ChatTemplateError, match=complaint):
+        template(source).render(USER)
+
+
+def test_loops_know_their_length_and_macros_their_arguments() -> None:
+    source = (
+        "{% macro say(m, end='.') %}{{ m.content }}{{ end }}{% endmacro %}"
+        "{% for m in messages if m.role == 'user' %}{{ say(m) }}{{ loop.index }}/{{ loop.length }}"
+        "{% if loop.last %}!{% endif %}{% else %}nobody{% endfor %}{{ 'ab' * 2 }}{{ 2 ** 3 }}"
+        "{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% endfor %}"
+    )
+    assert template(source).render([*USER, *USER]) == "secret words.1/2secret words.2/2!abab8a1"
+    assert template(source).render([]) == "nobodyabab8a1"

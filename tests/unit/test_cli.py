@@ -20,7 +20,11 @@ def test_every_configuration_key_is_a_flag_of_serve_and_every_flag_a_key() -> No
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["serve"], ["up"], ["status"], ["chat"], ["models"], ["keyring", "new"], ["config", "check"]]
+    "command",
+    [
+        *([], ["serve"], ["up"], ["status"], ["chat"], ["models"], ["keyring", "new"], ["config", "check"]),
+        *(["models", "list"], ["models", "check"], ["models", "pull"], ["models", "build"], ["models", "random"]),
+    ],
 )
 def test_help_is_there_for_every_command(command: list[str]) -> None:
     result = runner.invoke(cli.app, [*command, "--help"])
@@ -55,7 +59,7 @@ def test_config_check_names_a_fault(tmp_path: Path) -> None:
     assert "slots = -3" in result.stderr
 
 
-@pytest.mark.parametrize("command", [["status"], ["models"], ["chat", "hello"]])
+@pytest.mark.parametrize("command", [["status"], ["models", "list"], ["chat", "hello"]])
 def test_a_node_that_is_not_there_is_one_line_with_the_fix(command: list[str]) -> None:
     result = runner.invoke(cli.app, [*command, "--url", "http://127.0.0.1:1"])
     assert result.exit_code == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from nodes.engine.errors import (
     QueueFull,
 )
 from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid, read_model_folder
-from nodes.engine.sampling import SamplingParams
+from nodes.engine.sampling import GrammarSpec, SamplingParams
 from tests.unit.fake_session import (
     CAPACITY,
     Clock,
@@ -380,11 +381,11 @@ async def test_statistics_tell_what_was_done() -> None:
         await until(engine, active=0)
         statistics = engine.statistics()
     assert statistics.tokens_generated_total == 30
-    # 131 tokens, of which the second and third time all whole blocks are there already.
-    assert statistics.prompt_tokens_total == 131 + 3 + 3
+    # 131 tokens, of which the second and third time all but the last are there already.
+    assert statistics.prompt_tokens_total == 131 + 1 + 1
     assert statistics.step_count == (3 + 9) + 2 * (1 + 9)
     assert (statistics.cache_queries_total, statistics.cache_hits_total) == (3, 2)
-    assert (statistics.cache_query_tokens_total, statistics.cache_hit_tokens_total) == (3 * 131, 2 * 128)
+    assert (statistics.cache_query_tokens_total, statistics.cache_hit_tokens_total) == (3 * 131, 2 * 130)
     assert statistics.first_token_error > 0
     assert statistics.first_token.seconds(1_000) > statistics.first_token.seconds(10) > 0
     assert (statistics.active, statistics.queued, statistics.free_slots, statistics.slots) == (0, 0, 2, 2)
@@ -502,3 +503,70 @@ async def test_the_digest_names_the_conversations_whose_rows_are_there() -> None
         await until(engine, active=0)
         await read(engine.submit([99], greedy(1), FAR))
         assert engine.prefix_digest() == {7, 8}, "what is shorter than a block is not kept"
+
+
+SCHEMA = GrammarSpec(
+    "json_schema",
+    '{"type": "object", "properties": {"a": {"type": "boolean"}, "b": {"enum": ["one", "two", "three"]}}, '
+    '"required": ["a", "b"], "additionalProperties": false}',
+)
+
+
+@pytest.mark.parametrize("resume", ["prefill", "replay"])
+async def test_a_grammar_holds_in_a_batch_and_after_a_resume(engine: Engine, resume: Resume) -> None:
+    params = SamplingParams(temperature=1.0, seed=3, is_seeded=True, max_tokens=200, grammar=SCHEMA)
+    async with running(engine), trio.open_nursery() as nursery:
+        for prompt in PROMPTS[:3]:  # others beside it, which know no grammar
+            nursery.start_soon(read, engine.submit(prompt, greedy(150), FAR))
+        text, ids, last = await read(engine.submit(PROMPTS[4], params, FAR, matcher=engine.compile_grammar(SCHEMA)))
+        assert json.loads(text).keys() == {"a", "b"}
+        assert last.finish_reason == "stop"
+        half = len(ids) // 2
+        stream = engine.submit(
+            PROMPTS[4], params, FAR, generated_ids=ids[:half], resume=resume, matcher=engine.compile_grammar(SCHEMA)
+        )
+        assert (await read(stream))[1] == ids[half:]
+
+
+async def test_a_token_that_the_grammar_does_not_take_is_refused_before_anything_is_queued() -> None:
+    engine, _ = fake_engine()
+    params = greedy(grammar=SCHEMA)
+    async with running(engine):
+        with pytest.raises(EngineFault, match="grammar does not take token 99"):
+            engine.submit(PROMPTS[0], params, FAR, generated_ids=[99], matcher=engine.compile_grammar(SCHEMA))
+        assert engine.statistics().active == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"presence_penalty": 1.5}, {"repetition_penalty": 1.3}, {"frequency_penalty": 2.0}]
+)
+async def test_penalties_count_what_was_generated_elsewhere(engine: Engine, options: dict[str, float]) -> None:
+    params = greedy(40, **options, logprobs=2)
+    async with running(engine):
+        _, ids, last = await read(engine.submit(PROMPTS[4], params, FAR))
+        assert [entry.token_id for entry in last.logprobs] == list(ids)
+        for resume in ("prefill", "replay"):
+            stream = engine.submit(PROMPTS[4], params, FAR, generated_ids=ids[:20], resume=resume)
+            _, rest, resumed = await read(stream)
+            assert rest == ids[20:]
+            assert [entry.token_id for entry in resumed.logprobs] == list(rest)
+
+
+@pytest.mark.parametrize(
+    ("params", "slots", "is_exact", "rows"),
+    [
+        (greedy(5), 4, False, 2),
+        (SamplingParams(seed=1, is_seeded=True, max_tokens=5), 4, False, 2),
+        (SamplingParams(seed=1, max_tokens=5), 4, False, 1),
+        (greedy(5), 1, False, 1),
+        (greedy(5), 4, True, 1),
+    ],
+    ids=["greedy", "seeded", "neither", "one slot", "exact model"],
+)
+async def test_who_must_not_depend_on_company_never_decodes_alone(
+    params: SamplingParams, slots: int, is_exact: bool, rows: int
+) -> None:
+    engine, session = fake_engine(slots=slots, is_exact=is_exact)
+    async with running(engine):
+        assert len((await read(engine.submit(PROMPTS[0], params, FAR)))[1]) == 5
+    assert set(session.batches) == {rows}

@@ -99,20 +99,23 @@ def serve(kv: KvSlots, ids: list[int], *, stays: bool = False) -> tuple[int, lis
     return found, moves
 
 
-def test_a_repeated_prompt_finds_all_whole_blocks_but_the_last_token() -> None:
-    kv = KvSlots(SLOTS)
+@pytest.mark.parametrize(
+    ("mixes_rows", "lengths"), [(True, (132, 127, 65)), (False, (128, 64, 64))], ids=["float32", "quantised"]
+)
+def test_a_repeated_prompt_finds_all_but_its_last_token(mixes_rows: bool, lengths: tuple[int, int, int]) -> None:
+    kv = KvSlots(SLOTS, mixes_rows=mixes_rows)
     assert serve(kv, conversation(1, 2, 5))[0] == 0
-    assert kv.match(conversation(1, 2, 5)) == Match(0, 2 * BLOCK_TOKENS)
-    assert kv.match(conversation(1, 2)) == Match(0, BLOCK_TOKENS), "one token at least is computed"
-    assert kv.match(conversation(1, 0, 63)) == Match(None, 0)
+    asked = (conversation(1, 2, 5), conversation(1, 2), [*conversation(1, 1, 1), 7, 7])
+    assert tuple(kv.match(ids).length for ids in asked) == lengths
+    assert kv.match(conversation(1, 0, 64)) == Match(None, 0), "of a single block one token must be computed"
     assert kv.match(conversation(2, 2, 5)) == Match(None, 0)
-    assert serve(kv, conversation(1, 2, 5)) == (2 * BLOCK_TOKENS, [])
+    assert serve(kv, conversation(1, 2, 5)) == (lengths[0], [])
 
 
 def test_a_longer_conversation_takes_the_slot_of_the_one_it_continues() -> None:
     kv = KvSlots(SLOTS)
     serve(kv, conversation(1, 2, 5))
-    assert serve(kv, conversation(1, 4)) == (2 * BLOCK_TOKENS, [])
+    assert serve(kv, conversation(1, 4)) == (2 * BLOCK_TOKENS + 5, [])
     assert [len(rows.ids) for rows in kv.retained()] == [4 * BLOCK_TOKENS]
 
 
@@ -131,6 +134,8 @@ def test_the_prefix_of_a_running_sequence_is_copied() -> None:
     serve(kv, conversation(1, 3, 1), stays=True)
     found, moves = serve(kv, conversation(1, 3, 1), stays=True)
     assert (found, moves) == (3 * BLOCK_TOKENS, [CopyRows(0, 1, 3 * BLOCK_TOKENS)])
+    found, moves = serve(kv, conversation(1, 3, 9), stays=True)
+    assert (found, moves) == (3 * BLOCK_TOKENS + 1, [CopyRows(0, 2, 3 * BLOCK_TOKENS + 1)])
 
 
 def test_who_leaves_the_batch_keeps_its_rows_by_a_swap() -> None:
@@ -155,7 +160,7 @@ def test_the_conversation_used_longest_ago_is_given_up_first() -> None:
 def test_where_rows_must_not_be_mixed_only_prefilled_blocks_are_reused() -> None:
     ids = conversation(1, 1, 10)
     answered = [*ids, *range(100)]
-    for mixes_rows, length in ((True, 2 * BLOCK_TOKENS), (False, BLOCK_TOKENS)):
+    for mixes_rows, length in ((True, len(answered) - 1), (False, BLOCK_TOKENS)):
         kv = KvSlots(SLOTS, mixes_rows=mixes_rows)
         one = sequence(ids)
         kv.begin(one)

@@ -244,3 +244,24 @@ def test_the_file_is_one_that_onnx_itself_reads(tmp_path: Path, precision: Preci
     embedding = next(tensor for tensor in model.graph.initializer if tensor.name == "model.embed_tokens.weight")
     expected = weights[embedding.name].astype(np.float16 if "fp16" in precision else np.float32)
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(embedding), expected)
+
+
+def test_int4_matrices_are_laid_out_as_the_builder_lays_them_out(tmp_path: Path) -> None:
+    """Names, types, shapes and attributes as onnxruntime-genai 0.18.0 wrote them for a Llama of this shape."""
+    write_random_llama(tmp_path, precision="int4", block_size=128)
+    model = onnx.load(tmp_path / "model.onnx")
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    node = next(node for node in model.graph.node if node.name == "/model/layers.0/attn/qkv_proj/MatMul_Q4")
+    assert (node.op_type, node.domain) == ("MatMulNBits", "com.microsoft")
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    assert attributes == {"K": 64, "N": 128, "accuracy_level": 4, "bits": 4, "block_size": 128}
+    weight = "model.layers.0.attn.qkv_proj.MatMul.weight"
+    assert list(node.input)[1:] == [f"{weight}_Q4", f"{weight}_scales"]
+    assert (tensors[f"{weight}_Q4"].data_type, list(tensors[f"{weight}_Q4"].dims)) == (
+        onnx.TensorProto.UINT8,
+        [128, 1, 64],
+    )
+    assert (tensors[f"{weight}_scales"].data_type, list(tensors[f"{weight}_scales"].dims)) == (
+        onnx.TensorProto.FLOAT,
+        [128, 1],
+    )

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nodes.engine import sampler
-from nodes.engine.sampler import INVALID, SHORTLIST, gumbel_noise
-from nodes.engine.sampling import SamplingParams, SamplingState
+from nodes.engine.noise import gumbel_noise, id_steps, noise_key
+from nodes.engine.sampler import INVALID, SHORTLIST
+from nodes.engine.sampling import TOP_LOGPROBS_MAX, SamplingParams, SamplingState
 
 VOCABULARY = 50
 
@@ -95,7 +95,7 @@ def test_the_nucleus_is_that_of_a_full_sort(seed: int, top_p: float) -> None:
 @given(seed=st.integers(0, 2**32), temperature=st.floats(0.05, 2.0))
 def test_what_is_left_off_the_shortlist_could_not_have_won(seed: int, temperature: float) -> None:
     row = np.random.default_rng(seed).normal(0, 12, VOCABULARY).astype(np.float32)
-    scores = row.astype(np.float64) / temperature + gumbel_noise(seed, 3, np.arange(VOCABULARY))
+    scores = row.astype(np.float64) / temperature + gumbel_noise(noise_key(seed, 3), id_steps(VOCABULARY))
     assert sample(row[None], [SamplingParams(seed=seed, temperature=temperature)], [3]) == [int(scores.argmax())]
 
 
@@ -105,31 +105,6 @@ def test_a_token_is_the_same_in_every_batch_and_on_every_machine() -> None:
     together = sample(rows, params, range(100, 106))
     assert together == [sample(rows[i : i + 1], [params[i]], [100 + i])[0] for i in range(6)]
     assert together == [13, 8, 46, 35, 20, 19]  # nodes of two versions must agree, or a failover changes the text
-
-
-def split_mix(value: int) -> int:
-    """SplitMix64's finaliser, as its authors write it."""
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) % 2**64
-    return value ^ (value >> 31)
-
-
-@given(seed=st.integers(-(2**63), 2**64), position=st.integers(0, 2**20), token_id=st.integers(0, 2**18))
-def test_noise_is_a_pure_function_of_seed_position_and_id(seed: int, position: int, token_id: int) -> None:
-    golden = 0x9E3779B97F4A7C15
-    key = split_mix(split_mix((seed + golden) % 2**64) ^ position)
-    uniform = ((split_mix((key + (token_id + 1) * golden) % 2**64) >> 12) + 0.5) / 2**52
-    expected = -math.log(-math.log(uniform))
-    noise = gumbel_noise(seed, position, np.array([token_id, 5]))
-    assert noise[0] == pytest.approx(expected, rel=1e-12, abs=1e-12)
-    assert noise[1] == gumbel_noise(seed, position, np.array([5]))[0]
-
-
-def test_noise_is_gumbel_distributed() -> None:
-    noise = gumbel_noise(1, 0, np.arange(200_000))
-    assert np.isfinite(noise).all()
-    assert abs(noise.mean() - np.euler_gamma) < 0.02
-    assert abs(noise.var() - np.pi**2 / 6) < 0.03
 
 
 @pytest.mark.parametrize(
@@ -168,6 +143,115 @@ def test_the_shortlist_scales_with_the_temperature() -> None:
     row = np.array([0.0, -SHORTLIST * 1.5], np.float32)
     counts = draw(row, 2_000, temperature=20.0)
     assert counts[1] > 200
+
+
+def test_answers_to_one_prompt_differ_by_their_choice() -> None:
+    row = logits_of([0.1] * 10)
+    choices = [SamplingParams(seed=4, choice=choice) for choice in range(DRAWS)]
+    tokens = sample(np.tile(row, (DRAWS, 1)), choices, [7] * DRAWS)
+    assert chi_square(np.bincount(tokens, minlength=10), np.full(10, 0.1)) < CHI_SQUARE_MAX[9]
+    assert sample(row[None], [SamplingParams(seed=4, choice=0)], [7]) == sample(
+        row[None], [SamplingParams(seed=4)], [7]
+    )
+
+
+EOS = frozenset({2, 5})
+
+
+def choose(row: list[float], answer: Sequence[int] = (), **params: object) -> int:
+    """The token that greedy sampling, with these params, chooses after `answer` to the prompt [0, 1]."""
+    state = SamplingState(SamplingParams(temperature=0.0, **params), [0, 1], EOS)  # type: ignore[arg-type]
+    for token_id in answer:
+        state.accept(token_id)
+    return sampler.sample(np.array([row], np.float32), [state])[0].token_id
+
+
+@pytest.mark.parametrize(
+    ("answer", "ignore_eos", "token"),
+    [([], False, 4), ([3], False, 4), ([3, 3], False, 2), ([], True, 2)],
+    ids=["none yet", "one too few", "enough", "an end that is ignored is a token like any other"],
+)
+def test_no_end_of_sequence_token_comes_before_min_tokens(answer: list[int], ignore_eos: bool, token: int) -> None:
+    row = [0.0, 1.0, 9.0, 2.0, 3.0, 8.0]
+    assert choose(row, answer, min_tokens=2, ignore_eos=ignore_eos) == token
+
+
+def test_a_row_of_nothing_but_ends_before_min_tokens_is_invalid() -> None:
+    assert choose([-np.inf, -np.inf, 1.0, -np.inf, -np.inf, 1.0], min_tokens=1) == INVALID
+
+
+@pytest.mark.parametrize(
+    ("params", "answer", "token"),
+    [
+        ({"logit_bias": ((3, 2.0),)}, [], 3),
+        ({"logit_bias": ((4, -100.0), (99, 50.0), (-1, 50.0))}, [], 0),
+        ({"presence_penalty": 2.0}, [4], 0),
+        ({"presence_penalty": 0.4}, [4, 4, 4], 4),
+        ({"frequency_penalty": 0.5}, [4, 4, 4], 0),
+        ({"repetition_penalty": 3.0}, [4], 3),
+        ({"presence_penalty": -2.0}, [3], 3),
+        ({"logit_bias": ((3, 2.0),), "presence_penalty": 2.0}, [3], 4),
+    ],
+    ids=[
+        "bias",
+        "bias of ids that the vocabulary lacks does nothing",
+        "presence",
+        "presence counts once",
+        "frequency counts each",
+        "repetition counts the prompt too",
+        "a negative penalty is a reward",
+        "bias and penalty add up",
+    ],
+)
+def test_changed_logits_change_the_token(params: dict[str, object], answer: list[int], token: int) -> None:
+    assert choose([2.5, 0.0, -9.0, 2.0, 3.0, -9.0], answer, **params) == token
+
+
+def test_bias_comes_before_the_repetition_penalty_and_min_tokens_before_neither() -> None:
+    """A biased negative logit is divided, for it is positive by then; a bias does not bring an excluded end back."""
+    row = [-1.0, -9.0, 0.0, 0.9, -9.0, -9.0]
+    assert choose(row, repetition_penalty=2.0, logit_bias=((0, 3.0), (2, 50.0)), min_tokens=1) == 0
+    assert choose(row, repetition_penalty=4.0, logit_bias=((0, 3.0), (2, 50.0)), min_tokens=1) == 3
+
+
+def test_logprobs_are_the_models_own_whatever_the_request_changes() -> None:
+    row = np.random.default_rng(2).normal(0, 3, VOCABULARY).astype(np.float32)
+    expected = row - np.log(np.exp(row.astype(np.float64)).sum())
+    best = np.argsort(-row)[:3]
+    params = SamplingParams(
+        temperature=1.7, top_k=20, logit_bias=((7, 30.0),), presence_penalty=1.0, logprobs=3, min_tokens=4
+    )
+    state = SamplingState(params, [1], EOS)
+    state.accept(int(best[0]))
+    sampled = sampler.sample(row[None].copy(), [state])[0]
+    assert sampled.token_id == 7
+    assert sampled.logprobs is not None
+    assert sampled.logprobs.token_id == 7
+    assert sampled.logprobs.logprob == pytest.approx(expected[7], abs=1e-5)
+    assert [token_id for token_id, _ in sampled.logprobs.top] == best.tolist()
+    assert [logprob for _, logprob in sampled.logprobs.top] == pytest.approx(expected[best].tolist(), abs=1e-5)
+
+
+@given(seed=st.integers(0, 2**32), top=st.integers(0, 25), spread=st.floats(0.01, 30))
+@settings(deadline=None, max_examples=30)
+def test_logprobs_of_all_tokens_sum_to_one(seed: int, top: int, spread: float) -> None:
+    rows = np.random.default_rng(seed).normal(0, spread, (VOCABULARY, VOCABULARY)).astype(np.float32)
+    rows[:] = rows[0]
+    one_each = [SamplingParams(temperature=0, logit_bias=((i, 1000.0),), logprobs=top) for i in range(VOCABULARY)]
+    sampled = sampler.sample(rows, [SamplingState(params, [1], EOS) for params in one_each])
+    assert [token.token_id for token in sampled] == list(range(VOCABULARY))
+    logprobs = [token.logprobs.logprob for token in sampled if token.logprobs is not None]
+    assert np.exp(logprobs).sum() == pytest.approx(1.0, abs=1e-4)
+    assert all(len(token.logprobs.top) == min(top, TOP_LOGPROBS_MAX) for token in sampled if token.logprobs)
+
+
+def test_logprobs_are_told_only_where_they_were_asked_for() -> None:
+    row = np.zeros((1, 4), np.float32)
+    assert sampler.sample(row, [SamplingState(SamplingParams(), [1], EOS)])[0].logprobs is None
+    asked = sampler.sample(row, [SamplingState(SamplingParams(logprobs=0), [1], EOS)])[0].logprobs
+    assert asked is not None
+    assert asked.top == ()
+    assert asked.logprob == pytest.approx(np.log(0.25))
 
 
 def test_sampling_leaves_the_logits_as_they_are() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ from onnx import numpy_helper
 
 from deploy.models.llama_onnx import TokenIds, write_llama
 from deploy.models.random_llama import SIZES, random_weights, small_tokenizer, write_random_llama
-from nodes.engine import devices
+from nodes.engine import devices, memory
+from nodes.engine import session as session_module
+from nodes.engine.concat_kv_session import ConcatKvSession
 from nodes.engine.executor import Session
+from nodes.engine.graph import describe_graph
 from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid, read_model_folder
 from nodes.engine.session import OnnxSession, load_session
 from tests.unit.fake_session import FakeSession
 
+MODELS = Path(__file__).parents[1] / "models"
 SLOTS = 4
 CAPACITY = 160
 PROMPTS = [[7, 99, 300, 17, 44], [5], list(range(10, 80)), list(range(3, 140))]
@@ -37,9 +42,22 @@ def load(folder: ModelFolder, **options: Any) -> OnnxSession:
     return load_session(folder, **({"slots": SLOTS, "capacity": CAPACITY, "threads": 1, "provider": "cpu"} | options))
 
 
-@pytest.fixture(params=["onnx", "fake"])
-def session(request: pytest.FixtureRequest, folder: ModelFolder) -> Session:
-    return load(folder) if request.param == "onnx" else FakeSession(SLOTS, CAPACITY)
+@pytest.fixture(scope="module")
+def optimum() -> ModelFolder:
+    """A graph without shared KV buffers."""
+    return read_model_folder(MODELS / "llama-optimum")
+
+
+@pytest.fixture(params=["onnx", "optimum", "fake"])
+def session(request: pytest.FixtureRequest, folder: ModelFolder, optimum: ModelFolder) -> Session:
+    if request.param == "fake":
+        return FakeSession(SLOTS, CAPACITY)
+    return load(folder if request.param == "onnx" else optimum)
+
+
+@pytest.fixture(params=["onnx", "optimum"])
+def real(request: pytest.FixtureRequest, folder: ModelFolder, optimum: ModelFolder) -> OnnxSession:
+    return load(folder if request.param == "onnx" else optimum)
 
 
 def prefill(session: Session, slot: int, prompt: list[int]) -> Logits:
@@ -117,13 +135,217 @@ def test_a_slot_can_be_filled_to_its_last_row(session: Session) -> None:
     np.testing.assert_allclose(session.decode(np.array([9]), np.array([CAPACITY - 1]))[0], expected, atol=1e-4)
 
 
-def test_half_precision_and_logits_of_every_position_are_served(folder: ModelFolder, tmp_path: Path) -> None:
+def go_on(session: Session, slot_tokens: list[int], lengths: list[int], steps: int) -> list[list[int]]:
+    """Tokens of slots 0, 1, … whose rows are there; slot_tokens: what each feeds first."""
+    rows, ends = [[token] for token in slot_tokens], np.array(lengths)
+    for _ in range(steps):
+        logits = session.decode(np.array([row[-1] for row in rows]), ends)
+        for row, best in zip(rows, logits.argmax(axis=1).tolist(), strict=True):
+            row.append(best)
+        ends += 1
+    return rows
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 3), (3, 0), (1, 2)], ids=str)
+def test_swapped_slots_go_on_as_the_other_did(real: OnnxSession, first: int, second: int) -> None:
+    expected = greedy(real, [PROMPTS[first], PROMPTS[second]], 8)
+    best = [int(prefill(real, slot, PROMPTS[index]).argmax()) for slot, index in ((1, first), (0, second))]
+    real.swap(1, 0, len(PROMPTS[first]), len(PROMPTS[second]))
+    assert go_on(real, best, [len(PROMPTS[first]), len(PROMPTS[second])], 7) == expected
+    real.swap(2, 3, 0, 0)
+
+
+def test_a_session_goes_on_after_it_recovered(real: OnnxSession) -> None:
+    expected = greedy(real, PROMPTS[:3], 9)
+    best = [row[0] for row in expected]
+    for slot, prompt in enumerate(PROMPTS[:3]):
+        prefill(real, slot, prompt)
+    lengths = [len(prompt) for prompt in PROMPTS[:3]]
+    with pytest.raises(Exception, match=r"indices|idx"):
+        real.decode(np.array([10**6] * 3), np.array(lengths))  # no such row in the embedding
+    real.recover()
+    assert go_on(real, best, lengths, 8) == expected
+
+
+def test_rows_that_are_no_numbers_leave_no_trace_in_their_slot_or_others(real: OnnxSession) -> None:
+    expected = greedy(real, PROMPTS[:3], 5)
+    if isinstance(real, ConcatKvSession):
+        real._past[:] = np.nan
+        real._extents[:] = real.width  # as if they had been written
+    else:
+        for buffer in real._kv._buffers:  # type: ignore[attr-defined]
+            buffer[:] = np.nan
+    assert greedy(real, PROMPTS[:3], 5) == expected
+
+
+def test_the_past_of_a_graph_without_shared_buffers_is_as_wide_as_the_longest_needs(optimum: ModelFolder) -> None:
+    session = load(optimum, capacity=300)
+    assert session.device == "cpu"
+    assert isinstance(session, ConcatKvSession)
+    assert session.width == 64
+    expected = greedy(session, PROMPTS[:1], 70)
+    assert session.width == 128
+    long = list(range(3, 260))
+    best = int(prefill(session, 1, long).argmax())
+    assert session.width == 300
+    assert greedy(session, PROMPTS[:1], 70) == expected
+    # The long one's rows are still there.
+    session.copy(1, 2, len(long))
+    assert go_on(session, [5, 5, best], [3, 3, len(long)], 3)[2][1:] == go_on_alone(session, best, long, 3)
+    for slot in (1, 2):
+        prefill(session, slot, PROMPTS[0])
+    prefill(session, 0, PROMPTS[1])
+    assert session.width == 64
+    assert session.kv_bytes == 2 * SLOTS * 300 * 2 * 2 * 2 * 16 * 4
+
+
+def go_on_alone(session: Session, first: int, prompt: list[int], steps: int) -> list[int]:
+    prefill(session, 0, prompt)
+    return go_on(session, [first], [len(prompt)], steps)[0][1:]
+
+
+def test_only_float32_throughout_is_exact(folder: ModelFolder, optimum: ModelFolder, tmp_path: Path) -> None:
+    assert load(folder).is_exact
+    assert load(optimum).is_exact
+    assert not load(read_model_folder(MODELS / "llama-int4")).is_exact
+    assert not load(changed(folder, tmp_path, with_half_precision)).is_exact
+
+
+def changed(folder: ModelFolder, path: Path, *changes: Callable[[onnx.ModelProto], None]) -> ModelFolder:
+    """The folder with another graph, elsewhere."""
     model = onnx.load(str(folder.graph_file))
-    with_half_precision(model)
-    with_all_logits(model)
-    copy = replace(folder, path=tmp_path, graph_file=tmp_path / "model.onnx")
-    onnx.save(model, str(copy.graph_file))
-    half, whole = load(copy), load(folder)
+    for change in changes:
+        change(model)
+    onnx.save(model, str(path / "model.onnx"))
+    return replace(folder, path=path, graph_file=path / "model.onnx")
+
+
+def with_lengths_instead_of_a_mask(model: onnx.ModelProto) -> None:
+    """Inputs seqlens_k and total_sequence_length, from which others compute the graph's own."""
+    graph = model.graph
+    given = {"seqlens_k": ["batch_size"], "total_sequence_length": list[str]()}
+    for node in list(graph.node):
+        if node.name.startswith("/model/attn_mask_reformat"):
+            graph.node.remove(node)
+        elif node.op_type == "GroupQueryAttention":
+            node.input[5], node.input[6] = given
+    (mask,) = [value for value in graph.input if value.name == "attention_mask"]
+    graph.input.remove(mask)
+    for name, shape in given.items():
+        graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT32, shape))
+
+
+def with_logits_to_keep(model: onnx.ModelProto) -> None:
+    """Input num_logits_to_keep says of how many positions, from the end, there are logits."""
+    graph = model.graph
+    (gather,) = [node for node in graph.node if node.name == "/lm_head/Gather"]
+    gather.input[1] = "kept"
+    (logits,) = [info for info in graph.output if info.name == "logits"]
+    logits.type.tensor_type.shape.dim[1].dim_param = "kept_length"
+    graph.input.append(onnx.helper.make_tensor_value_info("num_logits_to_keep", onnx.TensorProto.INT64, []))
+    negated = onnx.helper.make_node("Neg", ["num_logits_to_keep"], ["negated"])
+    kept = onnx.helper.make_node("Unsqueeze", ["negated", "zero_axis"], ["kept"])
+    graph.initializer.append(numpy_helper.from_array(np.array([0]), "zero_axis"))
+    for node in (kept, negated):
+        graph.node.insert(0, node)
+
+
+@pytest.mark.parametrize("change", [with_lengths_instead_of_a_mask, with_logits_to_keep])
+def test_inputs_that_some_graphs_have_are_fed(
+    folder: ModelFolder, tmp_path: Path, change: Callable[[onnx.ModelProto], None]
+) -> None:
+    assert greedy(load(changed(folder, tmp_path, change)), PROMPTS, 6) == greedy(load(folder), PROMPTS, 6)
+
+
+def with_positions_from_the_width(model: onnx.ModelProto) -> None:
+    """position_ids computed as the number of columns that came before."""
+    graph, helper = model.graph, onnx.helper
+    (positions,) = [value for value in graph.input if value.name == "position_ids"]
+    graph.input.remove(positions)
+    constants = {"w0": np.array(0), "w1": np.array(1), "w2": np.array(2), "w_axis": np.array([0])}
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    nodes = [
+        helper.make_node("Shape", ["past_key_values.0.key"], ["w_past"]),
+        helper.make_node("Shape", ["input_ids"], ["w_ids"]),
+        helper.make_node("Gather", ["w_past", "w2"], ["w_width"]),
+        helper.make_node("Gather", ["w_ids", "w1"], ["w_count"]),
+        helper.make_node("Add", ["w_width", "w_count"], ["w_end"]),
+        helper.make_node("Range", ["w_width", "w_end", "w1"], ["w_range"]),
+        helper.make_node("Unsqueeze", ["w_range", "w_axis"], ["position_ids"]),
+    ]
+    for node in reversed(nodes):
+        graph.node.insert(0, node)
+
+
+def test_a_graph_whose_positions_ignore_holes_is_refused(optimum: ModelFolder, tmp_path: Path) -> None:
+    with pytest.raises(ModelFolderInvalid, match="cannot run several sequences together") as raised:
+        load(changed(optimum, tmp_path, with_positions_from_the_width))
+    assert "position_ids" in raised.value.fix
+
+
+def renamed(graph: onnx.GraphProto, old: str, new: str) -> None:
+    for value in (*graph.input, *graph.output):
+        if value.name == old:
+            value.name = new
+    for node in graph.node:
+        for names in (node.input, node.output):
+            for index, name in enumerate(names):
+                if name == old:
+                    names[index] = new
+
+
+def add_input(name: str) -> Callable[[onnx.ModelProto], None]:
+    value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, ["batch"])
+    return lambda model: model.graph.input.append(value)
+
+
+def set_type(name: str, kind: int) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        for value in (*model.graph.input, *model.graph.output):
+            if value.name == name:
+                value.type.tensor_type.elem_type = kind
+
+    return change
+
+
+def without_cache(model: onnx.ModelProto) -> None:
+    for value in [value for value in model.graph.input if value.name.startswith("past")]:
+        model.graph.input.remove(value)
+
+
+def with_paged_attention(model: onnx.ModelProto) -> None:
+    model.graph.node[-1].op_type, model.graph.node[-1].domain = "PagedAttention", "com.microsoft"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "fix"),
+    [
+        (with_paged_attention, "has paged attention", "build the folder"),
+        (add_input("use_cache_branch"), "is a merged decoder", "optimum-cli export onnx"),
+        (add_input("encoder_hidden_states"), "is the decoder of an encoder-decoder model", "decoder-only"),
+        (add_input("past_conv.0"), "has an input past_conv.0 that 2 layers do not explain", "build the folder"),
+        (lambda m: renamed(m.graph, "input_ids", "inputs_embeds"), "takes inputs_embeds", "text-only"),
+        (lambda m: renamed(m.graph, "logits", "scores"), "has no output logits", "build the folder"),
+        (lambda m: renamed(m.graph, "present.1.key", "new.1.key"), "has no output present.1.key", "build"),
+        (without_cache, "was exported without a KV cache", "text-generation-with-past"),
+        (set_type("input_ids", onnx.TensorProto.INT32), "has input_ids of element type 6", "export"),
+        (set_type("logits", onnx.TensorProto.BFLOAT16), "has logits of element type 16", "export"),
+        (set_type("present.1.value", onnx.TensorProto.FLOAT16), "some keys and values in float and some in", "export"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_graph_that_cannot_work_is_refused_before_it_is_loaded(
+    folder: ModelFolder, tmp_path: Path, change: Callable[[onnx.ModelProto], None], reason: str, fix: str
+) -> None:
+    with pytest.raises(ModelFolderInvalid) as raised:
+        describe_graph(changed(folder, tmp_path, change))
+    assert f"model.onnx {reason}" in str(raised.value) or reason in str(raised.value)
+    assert fix in raised.value.fix
+    assert "\n" not in str(raised.value)
+
+
+def test_half_precision_and_logits_of_every_position_are_served(folder: ModelFolder, tmp_path: Path) -> None:
+    half, whole = load(changed(folder, tmp_path, with_half_precision, with_all_logits)), load(folder)
     assert half.kv_bytes == whole.kv_bytes // 2
     for prompt in PROMPTS:
         np.testing.assert_allclose(prefill(half, 0, prompt), prefill(whole, 0, prompt), atol=0.1)
@@ -282,3 +504,60 @@ def test_a_device_without_cuda_libraries_falls_back_to_the_cpu(
 @pytest.fixture
 def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "NVIDIA_DEVICES", ())
+
+
+def test_slots_and_capacity_are_what_fits_into_the_limit(long_folder: ModelFolder) -> None:
+    row = describe_graph(long_folder).kv_bytes_per_row
+    room = long_folder.graph_file.stat().st_size * 5 // 4 + memory.HEADROOM_BYTES
+    chosen = load_session(long_folder, provider="cpu", threads=1, memory_limit_bytes=room + 8 * 2048 * row)
+    assert (chosen.slots, chosen.capacity) == (8, 2048)
+    with pytest.raises(ModelFolderInvalid, match="it does not fit into memory: 4 slots of 8192 tokens") as raised:
+        load(long_folder, capacity=8192, memory_limit_bytes=room + 4 * 1000 * row)
+    assert raised.value.fix == "4 slots would fit with a capacity of 1000"
+
+
+def test_a_sliding_window_without_shared_buffers_bounds_the_capacity(optimum: ModelFolder) -> None:
+    assert load(replace(optimum, sliding_window=200), capacity=None).capacity == 200 - 64
+    with pytest.raises(ModelFolderInvalid, match="sliding window of 64 tokens leaves no room"):
+        load(replace(optimum, sliding_window=64))
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "fix"),
+    [
+        (
+            RuntimeError("Failed to allocate memory for requested buffer of size 99"),
+            "memory ran out",
+            "smaller variant",
+        ),
+        (MemoryError("Unable to allocate 9 GiB"), "memory ran out", "smaller variant"),
+        (RuntimeError("Could not find an implementation for Paged(1) node"), "an operator Paged(1)", "q4 on the CPU"),
+    ],
+    ids=["runtime", "numpy", "kernel"],
+)
+def test_what_breaks_while_loading_is_told_with_what_to_do(
+    folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str, fix: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(session_module.onnxruntime, "InferenceSession", fail)
+    with pytest.raises(ModelFolderInvalid) as raised:
+        load(folder)
+    assert reason in raised.value.reason
+    assert fix in raised.value.fix
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not devices.is_nvidia_there(), reason="no NVIDIA device is there")
+@pytest.mark.parametrize("model", ["llama-fp32", "qwen3-fp32", "llama-optimum"])
+def test_a_gpu_says_what_the_cpu_says(model: str) -> None:
+    folder = read_model_folder(MODELS / model)
+    on_gpu, on_cpu = load(folder, provider="cuda"), load(folder)
+    assert on_gpu.device == "cuda"
+    assert greedy(on_gpu, PROMPTS, 12) == greedy(on_cpu, PROMPTS, 12)
+    best = [int(prefill(on_gpu, slot, prompt).argmax()) for slot, prompt in enumerate(PROMPTS[:2])]
+    on_gpu.swap(0, 1, len(PROMPTS[0]), len(PROMPTS[1]))
+    on_gpu.copy(1, 2, len(PROMPTS[0]))
+    on_gpu.swap(0, 2, len(PROMPTS[1]), len(PROMPTS[0]))
+    assert go_on(on_gpu, best[:1], [len(PROMPTS[0])], 5) == [greedy(on_cpu, PROMPTS[:1], 6)[0]]

@@ -1,0 +1,148 @@
+"""Drawing looks at few tokens; it gives what scoring and sorting all of them would."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from nodes.engine.draw import SHORTLIST, draw, largest
+from nodes.engine.noise import gumbel_noise, id_steps, noise_key
+from nodes.engine.sampling import SamplingParams
+
+FloatArray = npt.NDArray[np.float32]
+IdArray = npt.NDArray[np.int64]
+
+
+def naive_nucleus(scores: npt.NDArray[np.float64], is_kept: npt.NDArray[np.bool_], top_p: float) -> IdArray:
+    """The fewest of those kept that reach top_p, the likeliest first."""
+    order = np.argsort(-scores, kind="stable")
+    order = order[is_kept[order]]
+    probabilities = np.exp(scores[order])
+    before = np.cumsum(probabilities / probabilities.sum())[:-1]
+    assume(len(before) == 0 or float(np.abs(before - top_p).min()) > 1e-5)  # rounding may decide either way
+    return order[: 1 + int((before < top_p).sum())]
+
+
+def naive_draw(row: FloatArray, params: SamplingParams, key: int) -> int:
+    peak = float(row.max())
+    with np.errstate(over="ignore"):
+        scores = (row.astype(np.float64) - peak) / params.temperature
+    is_kept = row >= np.float32(peak - SHORTLIST * params.temperature)
+    if params.min_p > 0:
+        is_kept &= scores >= np.log(params.min_p)
+    if params.top_k > 0:
+        is_best = np.zeros(len(row), bool)
+        is_best[np.argsort(-scores, kind="stable")[: params.top_k]] = True
+        is_kept &= is_best
+    if params.top_p < 1:
+        is_best = np.zeros(len(row), bool)
+        is_best[naive_nucleus(scores, is_kept, params.top_p)] = True
+        is_kept &= is_best
+    scores = scores + gumbel_noise(key, id_steps(len(row)))
+    scores[~is_kept] = -np.inf
+    return int(scores.argmax())
+
+
+def check(row: FloatArray, params: SamplingParams, keys: Sequence[int]) -> None:
+    before = row.copy()
+    for key in keys:
+        assert draw(row, float(row.max()), params, key) == naive_draw(row, params, key)
+    assert (row == before).all()
+
+
+SIZES = st.sampled_from([1, 2, 50, 257, 1_500, 6_000])
+SEEDS = st.integers(0, 2**32)
+SPREADS = st.sampled_from([0.01, 0.5, 3.0, 8.0, 40.0])
+TEMPERATURES = st.floats(0.02, 30)
+KEYS = [noise_key(1, position) for position in range(3)]
+LAW = settings(deadline=None, max_examples=80)
+
+
+def random_row(seed: int, size: int, spread: float) -> FloatArray:
+    return np.random.default_rng(seed).normal(0, spread, size).astype(np.float32)
+
+
+@given(seed=SEEDS, size=SIZES, spread=SPREADS, temperature=TEMPERATURES)
+@LAW
+def test_the_shortcut_to_the_best_score_finds_the_best_of_all(
+    seed: int, size: int, spread: float, temperature: float
+) -> None:
+    check(random_row(seed, size, spread), SamplingParams(temperature=temperature), KEYS)
+
+
+@given(seed=SEEDS, size=SIZES, spread=SPREADS, temperature=TEMPERATURES, top_p=st.floats(0.001, 0.9999))
+@LAW
+def test_top_p_draws_what_a_full_sort_would(
+    seed: int, size: int, spread: float, temperature: float, top_p: float
+) -> None:
+    check(random_row(seed, size, spread), SamplingParams(temperature=temperature, top_p=top_p), KEYS)
+
+
+@given(
+    seed=SEEDS,
+    size=SIZES,
+    spread=SPREADS,
+    temperature=TEMPERATURES,
+    top_p=st.sampled_from([1.0, 0.95, 0.3]),
+    top_k=st.sampled_from([0, 1, 3, 40, 1_000, 100_000]),
+    min_p=st.sampled_from([0.0, 1e-6, 0.04, 0.7]),
+)
+@LAW
+def test_every_combination_draws_what_a_full_sort_would(
+    seed: int, size: int, spread: float, temperature: float, top_p: float, top_k: int, min_p: float
+) -> None:
+    params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+    check(random_row(seed, size, spread), params, KEYS)
+
+
+@given(seed=SEEDS, size=SIZES, top_k=st.sampled_from([0, 1, 7, 300]), masked=st.floats(0, 0.9))
+@example(seed=0, size=6_000, top_k=0, masked=0.0)
+@LAW
+def test_equal_and_excluded_logits_change_nothing(seed: int, size: int, top_k: int, masked: float) -> None:
+    rng = np.random.default_rng(seed)
+    row = rng.integers(-2, 3, size).astype(np.float32)
+    row[rng.random(size) < masked] = -np.inf
+    row[rng.integers(size)] = 2.0
+    check(row, SamplingParams(top_k=top_k, temperature=2.0), KEYS)
+
+
+@given(seed=SEEDS, size=SIZES, spread=SPREADS, temperature=TEMPERATURES)
+@LAW
+def test_top_k_of_one_is_greedy(seed: int, size: int, spread: float, temperature: float) -> None:
+    row = np.round(random_row(seed, size, spread))
+    params = SamplingParams(temperature=temperature, top_k=1)
+    assert draw(row, float(row.max()), params, KEYS[0]) == int(row.argmax())
+
+
+@pytest.mark.parametrize(
+    "params", [SamplingParams(min_p=1.0), SamplingParams(top_p=0.0), SamplingParams(top_p=1e-12)], ids=str
+)
+@pytest.mark.parametrize("size", [50, 6_000])
+def test_the_narrowest_bounds_leave_the_likeliest_token(params: SamplingParams, size: int) -> None:
+    row = random_row(3, size, 0.1)
+    assert {draw(row, float(row.max()), params, key) for key in KEYS} == {int(row.argmax())}
+
+
+def test_extreme_logits_are_compared_without_a_warning() -> None:
+    row = np.full(6_000, np.finfo(np.float32).min)
+    row[5_000:] = 3.0
+    params = SamplingParams(temperature=1e-4, top_p=0.9)
+    assert draw(row, 3.0, params, KEYS[0]) >= 5_000
+
+
+@given(seed=SEEDS, size=SIZES, spread=SPREADS, count=st.integers(1, 400), unit=st.floats(0.01, 10))
+@LAW
+def test_the_largest_are_those_of_a_stable_sort(seed: int, size: int, spread: float, count: int, unit: float) -> None:
+    row = np.round(random_row(seed, size, spread), 1)
+    expected = np.sort(np.argsort(-row, kind="stable")[:count])
+    assert largest(row, float(row.max()), count, unit).tolist() == expected.tolist()
+
+
+def test_excluded_tokens_are_not_among_the_largest() -> None:
+    row = np.array([-np.inf, 1.0, -np.inf, -500.0], np.float32)
+    assert largest(row, 1.0, 3, 1.0).tolist() == [1, 3]
