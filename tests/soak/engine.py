@@ -1,0 +1,178 @@
+"""Does the engine's memory stay flat? Thousands of short generations, cancelled, refused, late and finished ones.
+
+`python -m tests.soak.engine [--generations 20000] [--seed 7]` prints one JSON line and ends with status 1 when
+something is left behind: a slot, a queue's entry, an open stream, or memory.
+
+Readers are more than slots and queue together, so requests are refused all the time. Half of the prompts begin with one
+of a few shared prefixes. A generation ends in one of four ways: complete, its stream closed while it waits, its stream
+closed after some tokens, or past its deadline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import trio
+
+from deploy.models.random_llama import write_random_llama
+from nodes.engine.engine import Engine, load_engine
+from nodes.engine.errors import DeadlinePassed, QueueFull
+from nodes.engine.model_loader import read_model_folder
+from nodes.engine.sampling import SamplingParams
+
+SLOTS = 8
+QUEUE_LIMIT = 8
+READERS = 24
+PREFIXES = 6
+PREFIX_TOKENS = (64, 192)
+TAIL_TOKENS = (1, 40)
+ANSWER_TOKENS = (1, 12)
+LATE_S = 0.003  # a deadline that passes in the queue or in the slot
+REFUSED_PAUSE_S = 0.002
+FIRST_ID, LAST_ID = 10, 249
+
+# Caches, allocator and KV pages have their size by then, whatever the number of generations after it.
+WARM_UP_SHARE = 0.2
+# A sequence that stays referenced keeps its prompt, answer, text decoder and stream: at least 2 kB. So 16,000 of them
+# leave 32 MB, a leaked event or future of 300 bytes each about 5 MB; the allocator's own noise is under 2 MB.
+GROWTH_BYTES_MAX = 4 << 20
+
+
+@dataclass(slots=True)
+class Soak:
+    """What is left to do, and what came of it."""
+
+    engine: Engine
+    generations: int
+    rng: random.Random
+    outcomes: Counter[str] = field(default_factory=Counter)
+    rss_bytes: list[int] = field(default_factory=list)  # twenty samples, the first one at the beginning
+    begun: int = 0
+
+    async def read(self) -> None:
+        """One reader: a generation after the other until all have been begun."""
+        while self.begun < self.generations:
+            if self.begun % max(1, self.generations // 20) == 0:
+                self.rss_bytes.append(rss_bytes())
+            self.begun += 1
+            outcome = await self._generate()
+            self.outcomes[outcome] += 1
+
+    async def _generate(self) -> str:
+        """One generation, refused as often as it takes. Returns how it ended."""
+        rng, engine = self.rng, self.engine
+        ids = self._prompt()
+        tokens = rng.randint(*ANSWER_TOKENS)
+        ending = rng.choices(("finished", "closed waiting", "closed reading", "late"), (6, 1, 2, 1))[0]
+        params = SamplingParams(
+            temperature=rng.choice((0.0, 1.0)), top_p=0.9, seed=rng.getrandbits(32), max_tokens=tokens, ignore_eos=True
+        )
+        while True:
+            deadline = engine.now() + (LATE_S if ending == "late" else 600.0)
+            try:
+                stream = engine.submit(ids, params, deadline)
+            except QueueFull:
+                self.outcomes["refused"] += 1
+                await trio.sleep(REFUSED_PAUSE_S)
+            else:
+                break
+        async with stream:
+            if ending == "closed waiting":
+                await trio.lowlevel.checkpoint()
+                return ending
+            try:
+                async for event in stream:
+                    if ending == "closed reading" and event.finish_reason is None:
+                        return ending
+            except DeadlinePassed:
+                return "late"
+        return "finished"
+
+    def _prompt(self) -> list[int]:
+        rng = self.rng
+        ids: list[int] = []
+        if rng.random() < 0.5:
+            shared = random.Random(rng.randrange(PREFIXES))
+            ids = [shared.randint(FIRST_ID, LAST_ID) for _ in range(shared.randint(*PREFIX_TOKENS))]
+        return ids + [rng.randint(FIRST_ID, LAST_ID) for _ in range(rng.randint(*TAIL_TOKENS))]
+
+
+def rss_bytes() -> int:
+    gc.collect()
+    return int(psutil.Process().memory_info().rss)
+
+
+async def soak(folder: Path, generations: int, seed: int) -> list[str]:
+    """Print what was done. Returns what is wrong."""
+    # Threads that spin between steps would only take the cores from each other here.
+    engine = load_engine(
+        read_model_folder(folder), slots=SLOTS, queue_limit=QUEUE_LIMIT, threads=1, spinning=False, provider="cpu"
+    )
+    state = Soak(engine, generations, random.Random(seed))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(engine.run)
+        async with trio.open_nursery() as readers:
+            for _ in range(READERS):
+                readers.start_soon(state.read)
+        state.rss_bytes.append(rss_bytes())
+        with trio.move_on_after(10):  # the slots of the last streams closed are free after the next plan
+            while engine.statistics().free_slots < SLOTS:
+                await trio.sleep(0.01)
+        left = engine.statistics()
+        open_streams = len(engine._streams)
+        nursery.cancel_scope.cancel()
+
+    warm = state.rss_bytes[int(WARM_UP_SHARE * (len(state.rss_bytes) - 1))]
+    growth = state.rss_bytes[-1] - warm
+    wrong = []
+    if growth > GROWTH_BYTES_MAX:
+        wrong.append(f"memory grew by {growth / 1e6:.1f} MB after warm-up, and {GROWTH_BYTES_MAX / 1e6:.1f} may")
+    for name, found, expected in (
+        ("free slots", left.free_slots, SLOTS),
+        ("active sequences", left.active, 0),
+        ("queued sequences", left.queued, 0),
+        ("queued prompt tokens", left.queued_tokens, 0),
+        ("open streams", open_streams, 0),
+    ):
+        if found != expected:
+            wrong.append(f"{found} {name} at the end instead of {expected}")
+    figures = {
+        "generations": generations,
+        **{name.replace(" ", "_"): count for name, count in sorted(state.outcomes.items())},
+        "rss_mb_warm": round(warm / 1e6, 1),
+        "rss_mb_end": round(state.rss_bytes[-1] / 1e6, 1),
+        "rss_mb_samples": [round(sample / 1e6, 1) for sample in state.rss_bytes],
+        "free_slots": left.free_slots,
+        "queued": left.queued,
+        "prompts_found_in_cache": left.cache_hits_total,
+        "tokens_generated": left.tokens_generated_total,
+        "wrong": wrong,
+    }
+    print(json.dumps(figures))
+    return wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generations", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=7)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_llama(Path(folder))
+        wrong = trio.run(soak, Path(folder), options.generations, options.seed)
+    for line in wrong:
+        print(line, file=sys.stderr)
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
