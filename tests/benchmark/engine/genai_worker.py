@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections import deque
 from typing import Any
@@ -20,9 +21,9 @@ PAD_ID = 2
 class Genai:
     def __init__(self, folder: str, threads: int) -> None:
         config = og.Config(folder)
-        if threads:
-            options = {"session_options": {"intra_op_num_threads": threads}}
-            config.overlay(json.dumps({"model": {"decoder": options}}))
+        # Left alone it takes one thread on some machines, where the others take every core.
+        options = {"session_options": {"intra_op_num_threads": threads or os.cpu_count()}}
+        config.overlay(json.dumps({"model": {"decoder": options}}))
         self._model = og.Model(config)
 
     def _generator(self, prompts: list[list[int]], tokens: int) -> Any:
