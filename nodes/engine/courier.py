@@ -19,7 +19,7 @@ Call = Callable[[], object]
 
 
 class Courier:
-    """One thread, from start() to close(). What is posted is bounded by the caller: one call for each step."""
+    """One thread, from start() to close(). While the trio loop is blocked, one call waits for each step."""
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()

@@ -21,7 +21,7 @@ import trio
 
 from nodes.engine.courier import Courier
 from nodes.engine.engine_statistics import FAILED, LOADING, READY, STUCK, EngineStatistics, State
-from nodes.engine.errors import EngineError, EngineFault, EngineStopped, PromptTooLong, QueueFull
+from nodes.engine.errors import EngineError, EngineFault, EngineStopped, PromptTooLong, QueueFull, TokenUnknown
 from nodes.engine.estimate import FirstTokenEstimate, estimate_first_token
 from nodes.engine.executor import Execution, Executor, Session
 from nodes.engine.grammar import GrammarCompiler, GrammarMatcher
@@ -136,7 +136,8 @@ class Engine:
         """Run the engine thread until cancelled; once. Readers of streams still open then get EngineStopped.
 
         A step that breaks ends its own requests with EngineFault. After FAULTS_MAX in a row the state is `failed`,
-        every stream gets EngineFault and submit() refuses. While a step does not return the state is `stuck`.
+        every stream gets EngineFault and submit() refuses. So it is, for as long as it takes, when a step does not
+        return: the state is then `stuck`.
         """
         self._courier.start(trio.lowlevel.current_trio_token())
         thread = threading.Thread(target=self._run_thread, name="engine", daemon=True)
@@ -179,8 +180,8 @@ class Engine:
         text_blocks: the conversation's, from prefix_digest, under which its cached rows are told of. matcher: where
         params has a grammar, from compile_grammar().
 
-        Raises PromptTooLong, QueueFull, EngineFault when it has failed or is stuck, EngineStopped while run() does not
-        run; nothing was queued then.
+        Raises PromptTooLong, TokenUnknown, QueueFull, EngineFault when it has failed or is stuck, EngineStopped while
+        run() does not run; nothing was queued then.
         """
         if self._state is FAILED:
             raise EngineFault("the engine has failed; the log says why")
@@ -188,8 +189,11 @@ class Engine:
             raise EngineFault("a step of the engine does not return")
         if not self._is_running:
             raise EngineStopped("the engine is not running")
-        if len(prompt_ids) + len(generated_ids) >= self.context_length:
+        if len(prompt_ids) >= self.context_length or len(prompt_ids) + len(generated_ids) > self.context_length:
             raise PromptTooLong(len(prompt_ids) + len(generated_ids), self.context_length - 1)
+        for ids in (prompt_ids, generated_ids):
+            if ids and not (min(ids) >= 0 and max(ids) < self._session.vocabulary_size):
+                raise TokenUnknown(min(ids) if min(ids) < 0 else max(ids), self._session.vocabulary_size)
         sequence = Sequence(
             prompt_ids,
             params,
@@ -306,8 +310,9 @@ class Engine:
                 continue  # closed by its reader after the step began
             if (estimate := self._estimates.pop(outcome.sequence, None)) is not None:
                 submitted, estimated_s = estimate
-                with self._wake:
-                    self._meter.first_token(estimated_s, self.now() - submitted)
+                if isinstance(outcome, Progress):
+                    with self._wake:
+                        self._meter.first_token(estimated_s, self.now() - submitted)
             if isinstance(outcome, Failed):
                 del self._streams[outcome.sequence]
                 stream.end(outcome.error)
@@ -336,7 +341,10 @@ class Engine:
         is_stuck = began is not None and self.now() - began > limit_s
         if is_stuck and self._state is READY:
             self._state = STUCK
-            logger.error("a step of the engine does not return; the engine takes nothing until it does")
+            logger.error("a step of the engine does not return; its requests end, and it takes none until it does")
+            for sequence, stream in list(self._streams.items()):
+                self._close(sequence)
+                stream.end(EngineFault("a step of the engine does not return"))  # another engine can go on
         elif not is_stuck and self._state is STUCK:
             self._state = READY
             logger.warning("the step of the engine has returned; the engine is ready again")
@@ -352,7 +360,7 @@ class Engine:
         try:
             while self._tick():
                 pass
-        except Exception:  # whatever broke: readers must not wait for ever, and the node must say that it has failed
+        except BaseException:  # panics of Rust code are no Exception: readers must not wait for ever, whatever broke
             logger.exception("the engine has failed: %d steps broke one after the other", self._faults)
             self._courier.post(self._fail)
         finally:

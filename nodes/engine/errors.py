@@ -18,6 +18,13 @@ class PromptTooLong(EngineError):
         self.limit = limit
 
 
+class TokenUnknown(EngineError):
+    """An id that the model does not have. Nothing was queued."""
+
+    def __init__(self, token_id: int, vocabulary_size: int) -> None:
+        super().__init__(f"token {token_id} is not among the {vocabulary_size} of this model")
+
+
 class QueueFull(EngineError):
     """As many sequences wait for a slot as may. Nothing was queued. retry_after_s: about when one more can wait."""
 

@@ -47,14 +47,16 @@ def estimate_first_token(
     rate = prefill_rate or PREFILL_RATE_DEFAULT
     step = step_s or STEP_S_DEFAULT
     busy = len(remaining_tokens)
+    placeable = min(queued, slots - busy)  # they find a slot free, and hold it for a whole answer
+    taken = sorted([*remaining_tokens, *[answer_tokens] * placeable])
     prompt_token_s = 1 / rate + (step / BLOCK_TOKENS if busy else 0.0)
     ahead_s = queued_tokens * prompt_token_s
     # What is under way when it comes is half done, on average.
     begun_s = (step if busy else 0.0) / 2
     if busy + queued < slots:
         return FirstTokenEstimate(begun_s + ahead_s, prompt_token_s)
-    rounds, place = divmod(queued, max(busy, 1))
-    first = sorted(remaining_tokens)[place] if busy else 0.0
+    rounds, place = divmod(queued - placeable, slots)
+    first = taken[place]
     # So many steps until the slot is free, beside the chunks of the prompts before it.
     slot_s = (first + rounds * answer_tokens) * step + queued_tokens / rate
     return FirstTokenEstimate(begun_s + max(slot_s, ahead_s), prompt_token_s)

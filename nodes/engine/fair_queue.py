@@ -27,7 +27,7 @@ class FairQueue:
 
     def __init__(self) -> None:
         self._queues: dict[str, deque[tuple[int, Sequence]]] = {}  # by asker, none empty
-        self._service: dict[str, float] = {}  # at most ASKERS_MAX and those who wait
+        self._service: dict[str, float] = {}  # at most ASKERS_MAX of those who were served, and those who wait
         self._floor = 0.0
         self._arrivals = itertools.count()
         self._length = 0
@@ -91,3 +91,5 @@ class FairQueue:
         self._length -= 1
         if not self._queues[asker]:
             del self._queues[asker]
+            if self._service[asker] <= self._floor:  # as much as a newcomer's
+                del self._service[asker]

@@ -41,14 +41,16 @@ class KvBuffers(Protocol):
 
 
 class HostKv:
-    """KV rows in this machine's memory; pages that no row was written to take none."""
+    """KV rows in this machine's memory, which they take from the beginning: what is planned next must see it gone."""
 
     device = "cpu"
     device_index = 0
 
     def __init__(self, count: int, shape: KvShape, dtype: Any) -> None:
         """Raises MemoryError."""
-        self._buffers: list[npt.NDArray[Any]] = [np.zeros(shape, dtype) for _ in range(count)]
+        self._buffers: list[npt.NDArray[Any]] = [np.empty(shape, dtype) for _ in range(count)]
+        for buffer in self._buffers:
+            buffer.fill(0)  # np.zeros would leave the pages to be taken when rows are written
         self._bounce: npt.NDArray[Any] = np.empty(shape[1:], dtype)
         self.nbytes = sum(buffer.nbytes for buffer in self._buffers)
 

@@ -117,7 +117,11 @@ class KvSlots:
 
     def text_blocks(self) -> frozenset[int]:
         """Hashes of all conversations whose rows are in some slot."""
-        busy = [sequence.text_blocks for sequence in self._sequences if sequence is not None]
+        busy = [
+            _blocks_of(sequence, int(self.lengths[slot]))
+            for slot, sequence in enumerate(self._sequences)
+            if sequence is not None
+        ]
         return frozenset().union(*busy, *(rows.text_blocks for rows in self.retained()))
 
     def match(self, ids: list[int]) -> Match:
@@ -191,6 +195,8 @@ class KvSlots:
         return rows.ids if rows is not None else ()
 
     def _reusable_ids(self, slot: int, sequence: Sequence) -> list[int]:
+        if not sequence.has_valid_rows:
+            return []
         length = int(self.lengths[slot])
         if self._mixes_rows:
             return [*sequence.prompt_ids, *sequence.generated_ids][:length]
@@ -206,7 +212,7 @@ class KvSlots:
         ids = self._reusable_ids(slot, sequence)
         if len(ids) >= BLOCK_TOKENS:
             self._uses += 1
-            self._retained[slot] = Retained(ids, sequence.text_blocks, self._uses)
+            self._retained[slot] = Retained(ids, _blocks_of(sequence, len(ids)), self._uses)
             self.lengths[slot] = len(ids)
         else:
             self._empty(slot)
@@ -263,6 +269,12 @@ class KvSlots:
         sequence = self._sequences[slot]
         assert sequence is not None, f"slot {slot} is empty"
         return sequence
+
+
+def _blocks_of(sequence: Sequence, rows: int) -> tuple[int, ...]:
+    """Names of the text blocks that the first `rows` rows hold, supposed that text and tokens run alike."""
+    blocks = sequence.text_blocks
+    return blocks[: len(blocks) * min(rows, len(sequence.prompt_ids)) // len(sequence.prompt_ids)]
 
 
 def _common_length(ids: list[int], held: SequenceOf[int], limit: int) -> int:

@@ -16,15 +16,24 @@ TEXT_BLOCK_BYTES = 256  # about the 64 tokens in which rows are reused, of Engli
 NAME_BYTES = 8
 # Of one conversation: a digest of 8 slots then has at most 16 kB. The beginning is what conversations share.
 BLOCKS_MAX = 256
+BYTES_MAX = BLOCKS_MAX * TEXT_BLOCK_BYTES
 
 
 def text_blocks(messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
     """Names of the blocks of a conversation, first block first; whole blocks only, at most BLOCKS_MAX."""
-    text = json.dumps([dict(message) for message in messages], ensure_ascii=True, sort_keys=True, separators=(",", ":"))
-    data = text[1:-1].encode()  # without the list's brackets: a conversation that goes on begins with the one before
+    # Joined as a list without its brackets: a conversation that goes on begins with the one before.
+    parts: list[str] = []
+    size = 0
+    for message in messages:
+        cut = {name: value[:BYTES_MAX] if isinstance(value, str) else value for name, value in message.items()}
+        parts.append(json.dumps(cut, ensure_ascii=True, sort_keys=True, separators=(",", ":")))
+        size += len(parts[-1]) + 1
+        if size > BYTES_MAX:
+            break
+    data = ",".join(parts).encode()[:BYTES_MAX]
     running = hashlib.blake2b(digest_size=NAME_BYTES)
     names = []
-    for start in range(0, min(len(data), BLOCKS_MAX * TEXT_BLOCK_BYTES) - TEXT_BLOCK_BYTES + 1, TEXT_BLOCK_BYTES):
+    for start in range(0, len(data) - TEXT_BLOCK_BYTES + 1, TEXT_BLOCK_BYTES):
         running.update(data[start : start + TEXT_BLOCK_BYTES])
         names.append(int.from_bytes(running.digest()))
     return tuple(names)

@@ -223,10 +223,18 @@ class Scheduler:
             return
         if sampled.token_id == INVALID:
             self._leave(sequence)
-            reason = sequence.sampling.error or "the model's logits are not finite numbers"
+            reason = sequence.sampling.error
+            if reason is None:
+                reason = "the model's logits are not finite numbers"
+                sequence.has_valid_rows = False
             outcomes.append(Failed(sequence, EngineFault(reason)))
             return
-        event = sequence.accept(sampled)
+        try:
+            event = sequence.accept(sampled)
+        except BaseException as exc:  # of the tokenizer, whose panics are no Exception: one request's fault is its own
+            self._leave(sequence)
+            outcomes.append(Failed(sequence, EngineFault(f"the answer's text cannot be made: {type(exc).__name__}")))
+            return
         self._waiting.charge(sequence.fairness_id, generated_tokens=1)
         if event.finish_reason is None:
             self.kv.next_ids[slot] = sampled.token_id

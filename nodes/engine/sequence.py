@@ -70,11 +70,10 @@ class Phase(Enum):
 class Sequence:
     """One request from its submission to its end.
 
-    capacity: KV rows of a slot, which hold prompt and answer; prompt and what is generated already are shorter.
-    deadline: on the engine's clock. generated_ids: of the answer, made before; replays: by decode steps. fairness_id:
-    whose request it is. text_blocks: hashes of the conversation's beginning, see prefix_digest. matcher: of the params'
-    grammar, fresh. After the end, accept()
-    must not be called.
+    capacity: KV rows of a slot, which hold prompt and answer; the prompt is shorter. deadline: on the engine's clock.
+    generated_ids: of the answer, made before; replays: by decode steps. fairness_id: whose request it is. text_blocks:
+    hashes of the conversation's beginning, see prefix_digest. matcher: of the params' grammar, fresh. accept() must not
+    be called after the end.
     """
 
     __slots__ = (
@@ -85,6 +84,7 @@ class Sequence:
         "deadline",
         "fairness_id",
         "generated_ids",
+        "has_valid_rows",
         "is_cancelled",
         "phase",
         "prefill_ids",
@@ -112,7 +112,8 @@ class Sequence:
         matcher: Matcher | None = None,
     ) -> None:
         count = len(prompt_ids) + len(generated_ids)
-        assert 0 < len(prompt_ids) <= count < capacity, f"{count} ids, capacity {capacity}"
+        assert 0 < len(prompt_ids) < capacity, f"{len(prompt_ids)} prompt ids, capacity {capacity}"
+        assert count <= capacity, f"{count} ids, capacity {capacity}"
         self.prompt_ids = prompt_ids
         self.generated_ids: list[int] = []
         self.prefill_ids = [*prompt_ids, *(() if replays else generated_ids)]
@@ -124,6 +125,7 @@ class Sequence:
         self.text_blocks = text_blocks
         self.phase = Phase.WAITING
         self.is_cancelled = False
+        self.has_valid_rows = True  # False once its logits were no numbers: its rows may be none either
         left = capacity - len(prompt_ids)
         self.token_limit = left if params.max_tokens is None else min(left, params.max_tokens)
         self.sampling = SamplingState(params, prompt_ids, eos_ids, matcher=matcher)

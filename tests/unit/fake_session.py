@@ -176,6 +176,12 @@ async def until(engine: Engine, **figures: object) -> None:
         await trio.sleep(0.001)  # lets the engine thread have the interpreter; no test depends on how long
 
 
+async def until_delivered(engine: Engine) -> None:
+    """Until every stream has been given its last event."""
+    while engine._streams:
+        await trio.sleep(0.001)
+
+
 async def until_entered(session: FakeSession, calls: int) -> None:
     """Until so many decode and prefill calls have begun."""
     while session.entered < calls:

@@ -21,6 +21,7 @@ from nodes.engine.errors import (
     EngineStopped,
     PromptTooLong,
     QueueFull,
+    TokenUnknown,
 )
 from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid, read_model_folder
 from nodes.engine.sampling import GrammarSpec, SamplingParams
@@ -34,6 +35,7 @@ from tests.unit.fake_session import (
     running,
     toy_model,
     until,
+    until_delivered,
     until_entered,
 )
 
@@ -138,8 +140,7 @@ async def test_a_late_reader_gets_all_that_waits_at_once() -> None:
     engine, _ = fake_engine()
     async with running(engine):
         stream = engine.submit(PROMPTS[0], greedy(20), FAR)
-        await until(engine, tokens_generated_total=20, active=0)
-        await trio.testing.wait_all_tasks_blocked()
+        await until_delivered(engine)
         event = await stream.receive()
         assert (len(event.token_ids), event.finish_reason) == (20, "length")
         with pytest.raises(trio.EndOfChannel):
@@ -338,9 +339,11 @@ async def test_a_step_that_does_not_return_makes_the_engine_stuck_until_it_does(
         await until(engine, state=STUCK)
         with pytest.raises(EngineFault, match="does not return"):
             engine.submit(PROMPTS[0], greedy(3), FAR)
+        with pytest.raises(EngineFault, match="does not return"):
+            await stream.receive()
         session.release()
-        assert len((await read(stream))[1]) == 3
-        await until(engine, state=READY)
+        await until(engine, state=READY, active=0)
+        assert len((await read(engine.submit(PROMPTS[0], greedy(3), FAR)))[1]) == 3
     assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
 
 
@@ -349,8 +352,8 @@ async def test_a_reader_that_takes_nothing_is_ended_and_costs_no_slot(monkeypatc
     engine, _ = fake_engine()
     async with running(engine):
         stream = engine.submit(PROMPTS[0], greedy(100), FAR)
+        await until_delivered(engine)
         await until(engine, active=0, free_slots=4)
-        await trio.testing.wait_all_tasks_blocked()
         event = await stream.receive()
         assert len(event.token_ids) == 5
         with pytest.raises(EngineOverflow, match="5 events unread"):
@@ -570,3 +573,71 @@ async def test_who_must_not_depend_on_company_never_decodes_alone(
     async with running(engine):
         assert len((await read(engine.submit(PROMPTS[0], params, FAR)))[1]) == 5
     assert set(session.batches) == {rows}
+
+
+async def test_rows_that_may_be_no_numbers_are_not_cached() -> None:
+    engine, session = fake_engine()
+    async with running(engine):
+        session.poison = PROMPTS[7][150]
+        with pytest.raises(EngineFault, match="not finite"):
+            await drain(engine.submit(PROMPTS[7], greedy(), FAR))
+        session.poison = -1
+        await until(engine, active=0)
+        assert len((await read(engine.submit(PROMPTS[7], greedy(5), FAR)))[1]) == 5
+        assert engine.statistics().cache_hits_total == 0
+
+
+@pytest.mark.parametrize("error", [RuntimeError, BaseException], ids=["error", "panic of the tokenizer's own code"])
+async def test_text_that_cannot_be_made_ends_its_own_request(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    class Broken:
+        def feed(self, token_id: int) -> str:
+            raise error("no text")
+
+    engine, _ = fake_engine()
+    async with running(engine):
+        expected = await read(engine.submit(PROMPTS[0], greedy(), FAR))
+        good = engine.submit(PROMPTS[0], greedy(), FAR)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(engine.model.tokenizer), "decoder", lambda self: Broken())
+            bad = engine.submit(PROMPTS[2], greedy(), FAR)
+        with pytest.raises(EngineFault, match="text cannot be made"):
+            await bad.receive()
+        assert await read(good) == expected
+        assert engine.statistics().state == READY
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_whatever_ends_the_engine_thread_readers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def panic(*arguments: object) -> None:
+        raise BaseException("a panic")
+
+    engine, session = fake_engine()
+    session.hold()
+    async with running(engine):
+        stream = engine.submit(PROMPTS[0], greedy(), FAR)
+        monkeypatch.setattr(engine._scheduler, "commit", panic)
+        session.release()
+        with pytest.raises(EngineFault):
+            await drain(stream)
+        assert engine.statistics().state == FAILED
+
+
+@pytest.mark.parametrize(("prompt", "generated"), [([5, 600], []), ([-1], []), ([5], [7, 2**40])])
+async def test_ids_that_the_model_does_not_have_are_refused(prompt: list[int], generated: list[int]) -> None:
+    engine, _ = fake_engine()
+    async with running(engine):
+        with pytest.raises(TokenUnknown, match="not among the 512"):
+            engine.submit(prompt, greedy(), FAR, generated_ids=generated)
+        assert engine.statistics().active == 0
+
+
+async def test_an_answer_that_had_filled_the_capacity_just_ends() -> None:
+    engine, _ = fake_engine()
+    async with running(engine):
+        _, ids, _ = await read(engine.submit([5] * (CAPACITY - 3), greedy(None), FAR))
+        stream = engine.submit([5] * (CAPACITY - 3), greedy(None), FAR, generated_ids=ids)
+        assert (await stream.receive()).finish_reason == "length"
+        with pytest.raises(PromptTooLong):
+            engine.submit([5] * (CAPACITY - 3), greedy(None), FAR, generated_ids=[*ids, 5])

@@ -20,8 +20,20 @@ RATE = 640.0  # a chunk of 64 tokens takes one step's time
         ([10, 20, 30, 40], 2, 64, 64, 0.05 + 3.0 + 0.1 + 0.2),
         ([10, 20, 30, 40], 5, 64, 64, 0.05 + 2.0 + 10.0 + 0.1 + 0.2),
         ([10, 20, 30, 40], 2, 6_400, 64, 0.05 + 20.0 + 0.2),
+        ([10], 3, 0, 64, 0.05 + 1.0 + 0.2),
+        ([50], 4, 0, 64, 0.05 + 10.0 + 0.2),
     ],
-    ids=["idle", "behind a prompt", "beside others", "no slot", "third in line", "second round", "long prompts ahead"],
+    ids=[
+        "idle",
+        "behind a prompt",
+        "beside others",
+        "no slot",
+        "third in line",
+        "second round",
+        "long prompts ahead",
+        "burst",
+        "behind a burst",
+    ],
 )
 def test_the_estimate_adds_up(
     remaining: list[float], queued: int, queued_tokens: int, prompt: int, expected: float

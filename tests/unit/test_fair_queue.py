@@ -97,6 +97,15 @@ def test_askers_that_are_gone_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(queue._service) <= 11
 
 
+def test_who_never_was_served_is_forgotten_when_it_leaves() -> None:
+    queue = FairQueue()
+    for number in range(50):
+        one = sequence(str(number))
+        queue.push(one)
+        queue.remove(one)
+    assert not queue._service
+
+
 @given(st.lists(st.one_of(st.sampled_from("abc"), st.sampled_from([1, 5, 30, "pop", "remove"])), max_size=60))
 def test_nothing_is_lost_or_served_twice(steps: list[str | int]) -> None:
     queue, waiting, asker = FairQueue(), [], "a"

@@ -185,6 +185,7 @@ def test_text_blocks_of_busy_and_idle_slots_are_told_of() -> None:
             text_blocks=(topic, topic + 10),
         )
         kv.begin(one)
+        assert topic not in kv.text_blocks(), "no row is there yet"
         kv.lengths[kv.active] = BLOCK_TOKENS + 1
         kv.promote()
     kv.release([0])

@@ -1,0 +1,117 @@
+"""Random traffic through scheduler and executor: whatever comes and goes, each request gets what it gets alone.
+
+Shared beginnings, few slots, cancellations, steps that break, answers begun elsewhere, sessions whose rows must not be
+mixed and whose single rows are padded: FakeSession's logits are a hash of the context, so a row that is not the
+request's own changes its tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nodes.engine.errors import EngineFault
+from nodes.engine.executor import Executor
+from nodes.engine.sampling import SamplingParams
+from nodes.engine.scheduler import Scheduler
+from nodes.engine.sequence import Phase, Sequence
+from tests.unit.fake_session import CAPACITY, FakeSession
+from tests.unit.test_sequence import LetterDecoder
+
+REQUESTS = 12
+TICKS_MAX = 20_000
+
+
+class Traffic:
+    """A scheduler, its executor and the session that they run."""
+
+    def __init__(self, slots: int, *, is_exact: bool) -> None:
+        self.session = FakeSession(slots, is_exact=is_exact)
+        self.scheduler = Scheduler(slots, REQUESTS, mixes_rows=is_exact)
+        self.executor = Executor(self.session)
+
+    def tick(self) -> bool:
+        """One tick as the engine does it; False when there was nothing to do."""
+        scheduler = self.scheduler
+        plan = scheduler.plan(0.0)
+        if not plan.has_steps:
+            return False
+        done = self.executor.execute(plan, scheduler.kv)
+        if done.fault is None:
+            scheduler.commit(plan, done.tokens, done.first_token)
+            return True
+        if not isinstance(done.fault, RuntimeError):
+            raise done.fault
+        if done.tokens:
+            scheduler.commit(replace(plan, prefill=None), done.tokens, None)
+        scheduler.fail(done.broken, EngineFault("told to"))
+        return True
+
+
+def request(ids: list[int], params: SamplingParams, generated: list[int], *, replays: bool) -> Sequence:
+    return Sequence(
+        ids,
+        params,
+        LetterDecoder(),
+        eos_ids=frozenset(),
+        capacity=CAPACITY,
+        deadline=1e9,
+        generated_ids=generated,
+        replays=replays,
+    )
+
+
+def alone(ids: list[int], params: SamplingParams) -> list[int]:
+    traffic = Traffic(1, is_exact=True)
+    one = request(ids, params, [], replays=False)
+    traffic.scheduler.submit(one)
+    while traffic.tick():
+        pass
+    traffic.executor.close()
+    return one.generated_ids
+
+
+@settings(max_examples=40)
+@given(rng=st.randoms(use_true_random=False), slots=st.integers(1, 4), is_exact=st.booleans())
+def test_every_request_gets_what_it_gets_alone(rng: random.Random, slots: int, is_exact: bool) -> None:
+    traffic = Traffic(slots, is_exact=is_exact)
+    scheduler = traffic.scheduler
+    beginnings = [[rng.randrange(3, 500) for _ in range(250)] for _ in range(2)]
+    waiting: list[tuple[Sequence, list[int]]] = []
+    for index in range(REQUESTS):
+        shared = rng.choice([1, 2, 63, 64, 65, 100, 128, 129, 200])
+        ids = rng.choice(beginnings)[:shared] + [rng.randrange(3, 500) for _ in range(rng.choice([0, 0, 1, 5, 30]))]
+        params = SamplingParams(
+            temperature=rng.choice([0.0, 1.0]), seed=index, is_seeded=True, max_tokens=rng.choice([1, 3, 25, None])
+        )
+        expected = alone(ids, params)
+        cut = rng.choice([0, 0, len(expected) // 2])
+        one = request(ids, params, expected[:cut], replays=cut > 0 and rng.random() < 0.6)
+        waiting.append((one, expected))
+    everyone = list(waiting)
+    for _ in range(TICKS_MAX):
+        if waiting and rng.random() < 0.3:
+            scheduler.submit(waiting.pop(0)[0])
+        chance = rng.random()
+        if chance < 0.02:
+            victim = rng.choice(everyone[: REQUESTS - len(waiting)] or everyone[:1])[0]
+            if victim is not everyone[0][0] or len(waiting) < REQUESTS:
+                scheduler.cancel(victim)
+        elif chance < 0.03:
+            traffic.session.failures = 1
+        traffic.tick()
+        if not waiting and not scheduler.load().active:
+            break
+    else:
+        pytest.fail(f"not done after {TICKS_MAX} ticks")
+    traffic.executor.close()
+    for one, expected in everyone:
+        assert one.phase is Phase.ENDED
+        assert one.generated_ids == expected[: len(one.generated_ids)]
+    load = scheduler.load()
+    assert (load.free_slots, load.queued, load.queued_tokens) == (slots, 0, 0)
+    assert sum(len(one.generated_ids) == len(expected) for one, expected in everyone) > 0
