@@ -26,6 +26,7 @@ from typing import Any, Literal
 import trio
 
 from nodes.engine.engine import Engine, load_engine
+from nodes.engine.engine_statistics import STUCK
 from nodes.engine.model_loader import read_model_folder
 from nodes.engine.sampling import SamplingParams
 from nodes.model_tools.random_llama import SIZES
@@ -64,6 +65,8 @@ async def read(engine: Engine, answer: Answer, ids_so_far: Sequence[int], resume
     """The ids that follow ids_so_far."""
     options: dict[str, Any] = {} if resume is None else {"generated_ids": list(ids_so_far), "resume": resume}
     found: list[int] = []
+    while engine.statistics().state is STUCK:  # a machine that stands still for seconds; the engine refuses meanwhile
+        await trio.sleep(0.5)
     async with engine.submit(answer.prompt, answer.params, engine.now() + DEADLINE_S, **options) as stream:
         async for event in stream:
             found += event.token_ids

@@ -43,13 +43,12 @@ class Slot:
 class Context:
     """A context of `sequences` sequences, and the batch that is filled for it."""
 
-    def __init__(self, model: Any, sequences: int, threads: int, is_unified: bool, **params: Any) -> None:
+    def __init__(self, model: Any, sequences: int, threads: int, **params: Any) -> None:
         options = llama_cpp.llama_context_default_params()
         options.n_ctx = sequences * CONTEXT_TOKENS
         options.n_batch = options.n_ubatch = BATCH_TOKENS_MAX
         options.n_seq_max = sequences
         options.n_threads = options.n_threads_batch = threads
-        options.kv_unified = is_unified
         options.no_perf = True
         for name, value in params.items():
             setattr(options, name, value)
@@ -109,20 +108,21 @@ class Context:
 
 
 class LlamaCpp:
-    def __init__(self, file: str, threads: int, is_unified: bool) -> None:
+    def __init__(self, file: str, threads: int) -> None:
         llama_cpp.llama_log_set(_drop_log, None)
         llama_cpp.llama_backend_init()
         self._model = llama_cpp.llama_model_load_from_file(file.encode(), llama_cpp.llama_model_default_params())
         if not self._model:
             raise OSError(f"llama.cpp cannot load {file}")
         self._threads = threads or os.cpu_count() or 1
-        self._is_unified = is_unified
-        self._contexts: dict[int, Context] = {}
+        self._contexts: dict[tuple[int, bool], Context] = {}
 
-    def _context(self, sequences: int) -> Context:
-        if sequences not in self._contexts:
-            self._contexts[sequences] = Context(self._model, sequences, self._threads, self._is_unified)
-        return self._contexts[sequences]
+    def _context(self, sequences: int, *, kv_unified: bool = False) -> Context:
+        """kv_unified: one KV buffer for all. It decodes slower, and takes prompts and steps in one batch."""
+        key = sequences, kv_unified
+        if key not in self._contexts:
+            self._contexts[key] = Context(self._model, sequences, self._threads, kv_unified=kv_unified)
+        return self._contexts[key]
 
     def prefill(self, tokens: int, seed: int) -> dict[str, Any]:
         context = self._context(1)
@@ -143,7 +143,7 @@ class LlamaCpp:
         return {"tokens_per_s": n * tokens / (time.perf_counter() - started)}
 
     def greedy(self, ids: list[int], tokens: int) -> dict[str, Any]:
-        context = Context(self._model, 1, self._threads, self._is_unified, **EXACT_KV)
+        context = Context(self._model, 1, self._threads, **EXACT_KV)
         slot = Slot(list(ids), tokens)
         context.add(slot)
         while context.slots:
@@ -152,7 +152,7 @@ class LlamaCpp:
         return {"ids": slot.answer}
 
     def poisson(self, count: int, per_s: float, shortest: int, longest: int, seed: int, slots: int) -> dict[str, Any]:
-        context = self._context(slots)
+        context = self._context(slots, kv_unified=True)
         waiting: deque[Request] = deque(poisson_requests(count, per_s, shortest, longest, seed))
         tokens = 0
         started = time.perf_counter()
@@ -171,9 +171,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--unified", action="store_true", help="one KV buffer for all sequences")
     options = parser.parse_args()
-    contestant = LlamaCpp(options.model, options.threads, options.unified)
+    contestant = LlamaCpp(options.model, options.threads)
     serve({name: getattr(contestant, name) for name in ("prefill", "decode", "greedy", "poisson")})
 
 
