@@ -98,9 +98,9 @@ def test_every_request_gets_what_it_gets_alone(rng: random.Random, slots: int, i
             scheduler.submit(waiting.pop(0)[0])
         chance = rng.random()
         if chance < 0.02:
-            victim = rng.choice(everyone[: REQUESTS - len(waiting)] or everyone[:1])[0]
-            if victim is not everyone[0][0] or len(waiting) < REQUESTS:
-                scheduler.cancel(victim)
+            submitted = everyone[: REQUESTS - len(waiting)]
+            if submitted:
+                scheduler.cancel(rng.choice(submitted)[0])
         elif chance < 0.03:
             traffic.session.failures = 1
         traffic.tick()
