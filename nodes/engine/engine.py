@@ -49,6 +49,9 @@ STUCK_STEPS = 20
 STUCK_MIN_S = 2.0
 STUCK_FIRST_S = 60.0
 WATCH_INTERVAL_S = 0.5
+# A watch that comes so much too late says that the whole process stood still, as a suspended machine does, and that a
+# step began before that cannot be judged by the clock.
+PAUSE_S = 1.0
 # Steps that break one after the other until the engine gives up: what is left of a device after that is not worth it.
 FAULTS_MAX = 3
 
@@ -145,9 +148,13 @@ class Engine:
         self._state, self._is_running = READY, True
         task_status.started()
         try:
+            watched_from = self.now()
             while True:
-                await trio.sleep(WATCH_INTERVAL_S)
-                self._watch()
+                due = trio.current_time() + WATCH_INTERVAL_S
+                await trio.sleep_until(due)
+                if trio.current_time() - due > PAUSE_S:
+                    watched_from = self.now()
+                self._watch(watched_from)
         finally:
             self._is_running = False
             with self._wake:
@@ -332,13 +339,13 @@ class Engine:
         for stream in streams.values():
             stream.end(error)
 
-    def _watch(self) -> None:
-        """Say when a step does not return, and when it has after all."""
+    def _watch(self, watched_from: float) -> None:
+        """Say when a step does not return, and when it has after all. Time before watched_from does not count."""
         began = self._step_began
         with self._wake:
             median_s = self._meter.median_step_s()
         limit_s = max(STUCK_MIN_S, STUCK_STEPS * median_s) if median_s else STUCK_FIRST_S
-        is_stuck = began is not None and self.now() - began > limit_s
+        is_stuck = began is not None and self.now() - max(began, watched_from) > limit_s
         if is_stuck and self._state is READY:
             self._state = STUCK
             logger.error("a step of the engine does not return; its requests end, and it takes none until it does")

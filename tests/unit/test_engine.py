@@ -242,6 +242,24 @@ async def test_a_request_past_its_deadline_ends_with_an_error(is_running: bool) 
         await until(engine, active=0, free_slots=1)
 
 
+async def test_a_machine_that_stood_still_has_no_stuck_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "WATCH_INTERVAL_S", 0.001)
+    monkeypatch.setattr(engine_module, "PAUSE_S", -1.0)  # every watch comes too late
+    clock = Clock()
+    engine, session = fake_engine(clock=clock)
+    async with running(engine):
+        await read(engine.submit(PROMPTS[0], greedy(), FAR))
+        session.hold()
+        begun = session.entered
+        stream = engine.submit(PROMPTS[0], greedy(3), FAR)
+        await until_entered(session, begun + 1)
+        clock.now += 1_000
+        await trio.sleep(0.02)
+        assert engine.statistics().state == READY
+        session.release()
+        assert len((await read(stream))[1]) == 3
+
+
 async def test_logits_that_are_no_numbers_end_their_request_alone() -> None:
     engine, session = fake_engine()
     session.poison = 511
