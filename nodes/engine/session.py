@@ -178,6 +178,11 @@ class _Loader:
             "reason": plan.reason,
         }
         logger.info("model loaded", extra=facts)
+        if plan.slots < graph.steady_rows_min:
+            logger.warning(
+                "with one slot, greedy and seeded answers of this model may differ from those of nodes with more",
+                extra={"model": self._folder.path.name, "slots": plan.slots},
+            )
         return loaded
 
     def _invalid(self, error: Exception) -> ModelFolderInvalid:
