@@ -19,6 +19,7 @@ from nodes.engine.concat_kv_session import ConcatKvSession, HolesUnsupported
 from nodes.engine.cuda import CUDA, INSTALL_FIX, LOG_FATAL_ONLY, DeviceUnavailable, prepare_cuda, provider_options
 from nodes.engine.devices import Provider
 from nodes.engine.graph import DecoderGraph, describe_graph
+from nodes.engine.huge_pages import collapse_new, private_regions
 from nodes.engine.kv_buffers import CudaKv, HostKv, KvBuffers, KvShape
 from nodes.engine.memory import KvNeeds, KvPlan, MemoryTooSmall
 from nodes.engine.model_folder import BUILD_FIX, ModelFolder, ModelFolderInvalid
@@ -92,13 +93,16 @@ class _Loader:
         self._spinning = spinning
         self._limit_bytes = limit_bytes
         self._needs = _needs(folder, self._graph, capacity)
+        self._huge_page_bytes = 0
 
     def on_cpu(self) -> OnnxSession:
         """Raises ModelFolderInvalid."""
         folder = self._folder
         try:
             plan = self._plan(memory.available_host_bytes())
+            regions = private_regions()
             session = self._open([CPU], [{}])
+            self._huge_page_bytes = collapse_new(regions)
             return self._start(session, plan, HostKv)
         except MemoryTooSmall as exc:
             raise ModelFolderInvalid(folder.path, f"it does not fit into memory: {exc.reason}", exc.fix) from exc
@@ -175,6 +179,7 @@ class _Loader:
             "slots": plan.slots,
             "capacity": plan.capacity,
             "kv_bytes": plan.kv_bytes,
+            "huge_page_bytes": self._huge_page_bytes,
             "reason": plan.reason,
         }
         logger.info("model loaded", extra=facts)
