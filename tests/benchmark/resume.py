@@ -26,7 +26,8 @@ from typing import Any, Literal
 import trio
 
 from nodes.engine.engine import Engine, load_engine
-from nodes.engine.engine_statistics import STUCK
+from nodes.engine.engine_statistics import FAILED
+from nodes.engine.errors import EngineFault
 from nodes.engine.model_loader import read_model_folder
 from nodes.engine.sampling import SamplingParams
 from nodes.model_tools.random_llama import SIZES
@@ -64,13 +65,19 @@ def params_of(sampling: Sampling, index: int) -> SamplingParams:
 async def read(engine: Engine, answer: Answer, ids_so_far: Sequence[int], resume: Resume | None) -> tuple[int, ...]:
     """The ids that follow ids_so_far."""
     options: dict[str, Any] = {} if resume is None else {"generated_ids": list(ids_so_far), "resume": resume}
-    found: list[int] = []
-    while engine.statistics().state is STUCK:  # a machine that stands still for seconds; the engine refuses meanwhile
-        await trio.sleep(0.5)
-    async with engine.submit(answer.prompt, answer.params, engine.now() + DEADLINE_S, **options) as stream:
-        async for event in stream:
-            found += event.token_ids
-    return tuple(found)
+    while True:
+        found: list[int] = []
+        try:
+            async with engine.submit(answer.prompt, answer.params, engine.now() + DEADLINE_S, **options) as stream:
+                async for event in stream:
+                    found += event.token_ids
+            return tuple(found)
+        except (
+            EngineFault
+        ):  # a machine that stands still for seconds: the engine has given the requests up, and recovers
+            if engine.statistics().state is FAILED:
+                raise
+            await trio.sleep(0.5)
 
 
 async def together(count: int, do: Callable[[int], Awaitable[None]]) -> None:
