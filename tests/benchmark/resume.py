@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -127,9 +126,8 @@ async def diverged(
     return wrong, compared
 
 
-async def measure(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of one folder, without the folder's own figures."""
-    rows = []
+async def measure(folder: Path, facts: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print the rows of one folder, each as it is complete. facts: what every row begins with."""
     model = read_model_folder(folder)
     first, second = (
         load_engine(
@@ -151,9 +149,9 @@ async def measure(folder: Path, options: argparse.Namespace) -> list[dict[str, A
             for resume in options.resume:
                 started = time.monotonic()
                 wrong, compared = await diverged(second, answers, options.cuts, resume, rng)
-                row = {"sampling": sampling, "resume": resume, "resumes": len(answers) * options.cuts}
-                rows.append(row | {"diverged": wrong, "ids_compared": compared})
-                print(f"{folder.name}: {rows[-1]}, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+                row = {**facts, "sampling": sampling, "resume": resume, "resumes": len(answers) * options.cuts}
+                row |= {"diverged": wrong, "ids_compared": compared, "seconds": round(time.monotonic() - started)}
+                print(json.dumps(row), flush=True)
         nursery.cancel_scope.cancel()
     return rows
 
@@ -166,7 +164,7 @@ def main() -> None:
     parser.add_argument("--sampling", nargs="+", choices=SAMPLINGS, default=SAMPLINGS)
     parser.add_argument("--resume", nargs="+", choices=RESUMES, default=RESUMES)
     parser.add_argument("--resumes", type=int, default=1000, help="of each cell")
-    parser.add_argument("--cuts", type=int, default=2, help="of each answer")
+    parser.add_argument("--cuts", type=int, default=4, help="of each answer")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--work", type=Path, help="where models are made and found again; default: a temporary folder")
@@ -174,9 +172,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for precision in options.precision:
             folder = models.graph_folder(options.work or Path(temporary), options.size, precision, options.block_size)
-            for row in trio.run(measure, folder, options):
-                block = {"block_size": options.block_size} if precision == "int4" else {}
-                print(json.dumps({"model": options.size, "precision": precision, **block, **row}), flush=True)
+            facts: dict[str, Any] = {"model": options.size, "precision": precision}
+            if precision == "int4":
+                facts["block_size"] = options.block_size
+            trio.run(measure, folder, facts, options)
 
 
 if __name__ == "__main__":
