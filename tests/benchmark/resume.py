@@ -153,7 +153,6 @@ async def measure(folder: Path, facts: dict[str, Any], options: argparse.Namespa
                 row |= {"diverged": wrong, "ids_compared": compared, "seconds": round(time.monotonic() - started)}
                 print(json.dumps(row), flush=True)
         nursery.cancel_scope.cancel()
-    return rows
 
 
 def main() -> None:
