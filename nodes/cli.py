@@ -127,7 +127,9 @@ def up(
     model: Annotated[
         list[str] | None, typer.Option(metavar="FOLDER[=NAME]", help="model to serve; repeatable [the built-in model]")
     ] = None,
-    slots: Annotated[int | None, typer.Option(metavar="N", help="sequences decoded together, per model [8]")] = None,
+    slots: Annotated[
+        int | None, typer.Option(metavar="N", help="sequences decoded together, per model [8, or what fits]")
+    ] = None,
     data_dir: Annotated[Path, typer.Option(metavar="DIR", help="each node gets DIR/<name>")] = Path("data"),
     log_dir: Annotated[Path, typer.Option(metavar="DIR", help="all nodes' lines, merged")] = Path("logs"),
     config: ConfigFile = None,

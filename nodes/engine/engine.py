@@ -46,7 +46,7 @@ RETRY_AFTER_MAX_S = 60.0
 # A step is stuck when it takes this many times the median, and at least the first bound; before there is a median,
 # the second one, since a device may compile its kernels in the first step.
 STUCK_STEPS = 20
-STUCK_MIN_S = 10.0  # at 2 s, steps that shared two cores with other work were taken for stuck, 11 times in 8 minutes
+STUCK_MIN_S = 10.0  # steps that share their cores with other work take seconds now and then
 STUCK_FIRST_S = 60.0
 WATCH_INTERVAL_S = 0.5
 # A watch that comes so much too late says that the whole process stood still, as a suspended machine does, and that a

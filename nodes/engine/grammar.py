@@ -104,11 +104,6 @@ class GrammarMatcher:
         self.must_end = False
         self.error: str | None = None
 
-    @property
-    def is_complete(self) -> bool:
-        """The answer is whole and can only end. False when it could end or go on."""
-        return self.error is None and self._matcher.is_stopped() and self._matcher.is_accepting()
-
     def accept(self, token_id: int) -> None:
         """The answer's next token is this one. One that the grammar does not allow sets error."""
         if self.error is not None:

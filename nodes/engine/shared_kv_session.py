@@ -18,11 +18,12 @@ import onnxruntime
 
 from nodes.engine.graph import LOGITS_TO_KEEP, NEWEST_KEYS, POSITION_IDS, TOTAL_LENGTH, DecoderGraph
 from nodes.engine.kv_buffers import KvBuffers
+from nodes.engine.kv_slots import BLOCK_TOKENS
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
-PREFILL_TOKENS_MAX = 64  # of one prefill(): the scheduler's chunk
+PREFILL_TOKENS_MAX = BLOCK_TOKENS  # of one prefill(): the scheduler's chunk
 
 
 class SharedKvSession:

@@ -43,13 +43,3 @@ def quantise_int4(weight: FloatArray, block_size: int) -> tuple[ByteArray, Float
         codes = np.clip(np.rint(values, out=values), 0, 15, out=values).astype(np.uint8)
         nibbles[rows] = codes[..., 0::2] | codes[..., 1::2] << 4
     return nibbles, scales
-
-
-def dequantise_int4(nibbles: ByteArray, scales: FloatArray, inputs: int) -> FloatArray:
-    """The weights, float32 [outputs, inputs], that a matrix of quantise_int4 stands for."""
-    outputs, blocks, half = nibbles.shape
-    codes = np.empty((outputs, blocks, 2 * half), np.float32)
-    codes[..., 0::2] = nibbles & 0xF
-    codes[..., 1::2] = nibbles >> 4
-    weights: FloatArray = (codes - np.float32(ZERO_POINT)) * scales[..., None]
-    return weights.reshape(outputs, -1)[:, :inputs]

@@ -23,11 +23,11 @@ from pathlib import Path
 import psutil
 import trio
 
-from deploy.models.random_llama import write_random_llama
 from nodes.engine.engine import Engine, load_engine
 from nodes.engine.errors import DeadlinePassed, QueueFull
 from nodes.engine.model_loader import read_model_folder
 from nodes.engine.sampling import SamplingParams
+from nodes.model_tools.random_llama import write_random_llama
 
 SLOTS = 8
 QUEUE_LIMIT = 8

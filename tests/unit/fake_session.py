@@ -13,7 +13,6 @@ import numpy.typing as npt
 import trio
 import trio.testing
 
-from deploy.models.random_llama import CHAT_TEMPLATE, IM_END, SPECIAL_TOKENS, small_tokenizer
 from nodes.engine.chat_template import ChatTemplate
 from nodes.engine.engine import Engine
 from nodes.engine.model_loader import LoadedModel
@@ -22,6 +21,7 @@ from nodes.engine.scheduler import PREFILL_CHUNK_TOKENS
 from nodes.engine.sequence import EngineEvent
 from nodes.engine.stream import EngineStream
 from nodes.engine.tokenizer import Tokenizer
+from nodes.model_tools.random_llama import CHAT_TEMPLATE, IM_END, SPECIAL_TOKENS, small_tokenizer
 
 VOCABULARY = 512
 CAPACITY = 256

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import trio
 
-from deploy.models.random_llama import write_random_llama
 from nodes.engine import engine as engine_module
 from nodes.engine import stream as stream_module
 from nodes.engine.engine import Engine, Resume, load_engine
@@ -25,6 +24,8 @@ from nodes.engine.errors import (
 )
 from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid, read_model_folder
 from nodes.engine.sampling import GrammarSpec, SamplingParams
+from nodes.engine.stream import EngineStream
+from nodes.model_tools.random_llama import write_random_llama
 from tests.unit.fake_session import (
     CAPACITY,
     Clock,
@@ -276,15 +277,21 @@ async def test_logits_that_are_no_numbers_end_their_request_alone() -> None:
         assert engine.statistics().state == READY
 
 
+async def held_in_its_first_step(engine: Engine, session: FakeSession) -> tuple[EngineStream, int]:
+    """A request whose prompt is done, held in its first decode step; and the calls that had begun before it."""
+    session.hold()
+    begun = session.entered
+    stream = engine.submit(PROMPTS[0], greedy(), FAR)
+    session.allow()
+    await until_entered(session, begun + 2)
+    return stream, begun
+
+
 async def test_a_step_that_breaks_ends_its_own_requests_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
     engine, session = fake_engine(slots=2)
     async with running(engine):
         expected = await read(engine.submit(PROMPTS[2], greedy(), FAR))
-        session.hold()
-        begun = session.entered
-        decoding = engine.submit(PROMPTS[0], greedy(), FAR)
-        session.allow()
-        await until_entered(session, begun + 2)
+        decoding, _ = await held_in_its_first_step(engine, session)
         arriving = engine.submit(PROMPTS[2], greedy(), FAR)
         waiting = engine.submit(PROMPTS[2], greedy(), FAR)
         session.failures = 1
@@ -301,11 +308,7 @@ async def test_a_chunk_that_breaks_leaves_the_decode_step_before_it_as_it_was() 
     engine, session = fake_engine(slots=2)
     async with running(engine):
         expected = await read(engine.submit(PROMPTS[0], greedy(), FAR))
-        session.hold()
-        begun = session.entered
-        decoding = engine.submit(PROMPTS[0], greedy(), FAR)
-        session.allow()
-        await until_entered(session, begun + 2)
+        decoding, begun = await held_in_its_first_step(engine, session)
         arriving = engine.submit(PROMPTS[3], greedy(), FAR)
         session.allow(2)  # the step under way, and the decode step of the tick that prefills the other
         await until_entered(session, begun + 4)

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.models.random_llama import BOS, IM_END, small_tokenizer
 from nodes.engine import grammar
 from nodes.engine.grammar import GrammarCompiler, GrammarInvalid, GrammarMatcher, GrammarUnavailable, MaskWorker
 from nodes.engine.sampler import INVALID, sample
 from nodes.engine.sampling import GrammarSpec, SamplingParams, SamplingState
 from nodes.engine.tokenizer import Tokenizer
+from nodes.model_tools.random_llama import BOS, IM_END, small_tokenizer
 
 SMALL_JSON = small_tokenizer(512).to_str()
 SMALL = Tokenizer(small_tokenizer(512))
@@ -158,7 +158,6 @@ def test_every_end_is_allowed_where_the_answer_may_end_and_nowhere_else() -> Non
     assert allowed() == [b]
     state.accept(b)
     assert allowed() == [*sorted(EOS), a]
-    assert not matcher.is_complete
     assert not matcher.must_end
 
 
@@ -166,10 +165,10 @@ def test_a_complete_grammar_allows_the_end_alone() -> None:
     state = state_of(GrammarSpec("choice", '["ab"]'))
     assert state.matcher is not None
     for token_id in SMALL.encode("ab"):
-        assert not state.matcher.is_complete
+        state.matcher.prepare()
+        assert not state.matcher.must_end
         state.accept(token_id)
     state.matcher.prepare()
-    assert state.matcher.is_complete
     assert state.matcher.must_end
     row = np.zeros(WIDTH, np.float32)
     state.matcher.forbid(row)

@@ -13,8 +13,9 @@ from tokenizers import Tokenizer
 
 from nodes.model_tools import llama_onnx
 from nodes.model_tools.llama_onnx import PRECISIONS, Array, LlamaShape, Precision, TokenIds, rotary_caches, write_llama
-from nodes.model_tools.quantise import dequantise_int4, quantise_int4
+from nodes.model_tools.quantise import quantise_int4
 from nodes.model_tools.random_llama import IM_END, SIZES, random_weights, write_random_llama
+from tests.unit.test_quantise import dequantise_int4
 
 TINY = SIZES["tiny"]
 PROMPT = [0, 1, 99, 300, 17, 44, 45, 46, 2, 7, 250, 511]

@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
-from deploy.models.random_llama import IM_END
 from mesh.errors import ModelUnknown, NoCapacity
 from nodes.engine.chat_template import ChatTemplate
 from nodes.engine.engine import Engine
@@ -25,6 +24,7 @@ from nodes.generation import (
     Usage,
 )
 from nodes.local import LocalGenerator, LocalStream, Status
+from nodes.model_tools.random_llama import IM_END
 from tests.unit.fake_session import CAPACITY, Clock, FakeSession, drain, running, toy_model, until
 
 GREEDY = Sampling(temperature=0.0, max_tokens=8)

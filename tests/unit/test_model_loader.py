@@ -11,7 +11,6 @@ from typing import Any
 import onnx
 import pytest
 
-from deploy.models.random_llama import BOS, IM_END, SIZES, write_random_llama
 from nodes.engine.model_loader import (
     ModelFolderInvalid,
     TensorNames,
@@ -19,6 +18,7 @@ from nodes.engine.model_loader import (
     load_model,
     read_model_folder,
 )
+from nodes.model_tools.random_llama import BOS, IM_END, SIZES, write_random_llama
 
 TINY = SIZES["tiny"]
 PRODUCER_VERSION = b"\x1a\x01x"  # field 3 of an ONNX model, a text

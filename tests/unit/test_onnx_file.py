@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from deploy.models.random_llama import write_random_llama
 from nodes.engine import onnx_file
 from nodes.engine.onnx_file import OnnxFileInvalid, OnnxValue, read_onnx_file
+from nodes.model_tools.random_llama import write_random_llama
 
 
 @pytest.fixture(scope="module")

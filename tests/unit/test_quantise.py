@@ -1,11 +1,26 @@
 """Four-bit weights."""
 
+from __future__ import annotations
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodes.model_tools.quantise import BLOCK_SIZES, dequantise_int4, quantise_int4
+from nodes.model_tools.quantise import BLOCK_SIZES, ZERO_POINT, quantise_int4
+
+
+def dequantise_int4(
+    nibbles: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32], inputs: int
+) -> npt.NDArray[np.float32]:
+    """The weights, float32 [outputs, inputs], that a matrix of quantise_int4 stands for."""
+    outputs, blocks, half = nibbles.shape
+    codes = np.empty((outputs, blocks, 2 * half), np.float32)
+    codes[..., 0::2] = nibbles & 0xF
+    codes[..., 1::2] = nibbles >> 4
+    weights: npt.NDArray[np.float32] = (codes - np.float32(ZERO_POINT)) * scales[..., None]
+    return weights.reshape(outputs, -1)[:, :inputs]
 
 
 @given(

@@ -14,8 +14,6 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from deploy.models.llama_onnx import TokenIds, write_llama
-from deploy.models.random_llama import SIZES, random_weights, small_tokenizer, write_random_llama
 from nodes.engine import devices, memory
 from nodes.engine import session as session_module
 from nodes.engine.concat_kv_session import ConcatKvSession
@@ -23,6 +21,8 @@ from nodes.engine.executor import Session
 from nodes.engine.graph import describe_graph
 from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid, read_model_folder
 from nodes.engine.session import OnnxSession, load_session
+from nodes.model_tools.llama_onnx import TokenIds, write_llama
+from nodes.model_tools.random_llama import SIZES, random_weights, small_tokenizer, write_random_llama
 from tests.unit.fake_session import FakeSession
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -147,12 +147,12 @@ def go_on(session: Session, slot_tokens: list[int], lengths: list[int], steps: i
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 3), (3, 0), (1, 2)], ids=str)
-def test_swapped_slots_go_on_as_the_other_did(real: OnnxSession, first: int, second: int) -> None:
-    expected = greedy(real, [PROMPTS[first], PROMPTS[second]], 8)
-    best = [int(prefill(real, slot, PROMPTS[index]).argmax()) for slot, index in ((1, first), (0, second))]
-    real.swap(1, 0, len(PROMPTS[first]), len(PROMPTS[second]))
-    assert go_on(real, best, [len(PROMPTS[first]), len(PROMPTS[second])], 7) == expected
-    real.swap(2, 3, 0, 0)
+def test_swapped_slots_go_on_as_the_other_did(session: Session, first: int, second: int) -> None:
+    expected = greedy(session, [PROMPTS[first], PROMPTS[second]], 8)
+    best = [int(prefill(session, slot, PROMPTS[index]).argmax()) for slot, index in ((1, first), (0, second))]
+    session.swap(1, 0, len(PROMPTS[first]), len(PROMPTS[second]))
+    assert go_on(session, best, [len(PROMPTS[first]), len(PROMPTS[second])], 7) == expected
+    session.swap(2, 3, 0, 0)
 
 
 def test_a_session_goes_on_after_it_recovered(real: OnnxSession) -> None:

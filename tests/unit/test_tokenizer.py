@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.models.random_llama import IM_END, small_tokenizer
 from nodes.engine.errors import PromptTooLong
 from nodes.engine.tokenizer import Tokenizer, TokenizerInvalid
+from nodes.model_tools.random_llama import IM_END, small_tokenizer
 
 VOCABULARY = 512
 TOKENIZER = Tokenizer(small_tokenizer(VOCABULARY))

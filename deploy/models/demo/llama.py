@@ -1,10 +1,10 @@
-"""The Llama that is trained, in plain torch. Its weights carry the names that deploy.models.llama_onnx expects."""
+"""The Llama that is trained, in plain torch. Its weights carry the names that nodes.model_tools.llama_onnx expects."""
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from deploy.models.llama_onnx import LlamaShape, rotary_caches
+from nodes.model_tools.llama_onnx import LlamaShape, rotary_caches
 
 INITIAL_STD = 0.03
 

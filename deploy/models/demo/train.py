@@ -24,7 +24,7 @@ from deploy.models.demo.generate import Generator
 from deploy.models.demo.llama import Llama
 from deploy.models.demo.tokenizer import END_ID, USER_ID, train_tokenizer, write_tokenizer
 from deploy.models.demo.warm_start import chooser_of, learn_bag, start_from
-from deploy.models.llama_onnx import LlamaShape, TokenIds, write_llama
+from nodes.model_tools.llama_onnx import LlamaShape, TokenIds, write_llama
 
 # Untied: a tied head pulls the embeddings away from what they know of questions, and learns to speak more slowly.
 SHAPE = LlamaShape(
