@@ -1,8 +1,8 @@
 """Does an answer that moves to another node go on as it would have? Counts the answers that do not.
 
 `python -m tests.benchmark.resume [--resumes 1000] [--size 200m] [--precision fp32 int4]` prints one JSON line for each
-cell of a table: precision, greedy or seeded sampling at temperature 1, and how the ids so far are taken up, `prefill`
-or `replay`. One engine writes the answers, another one gets a prompt with the answer's first k ids and continues; k is
+cell of a table: precision, greedy or seeded sampling at temperature 1, how the ids so far are taken up, `prefill`
+or `replay`, and how a token is drawn, by the engine's own Gumbel-max or, to compare, by inverse CDF. One engine writes the answers, another one gets a prompt with the answer's first k ids and continues; k is
 random. Both run 16 sequences at once, so that no step has the same company as the one it is to repeat. An answer has
 diverged when any later id differs.
 
@@ -22,12 +22,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import trio
 
+from nodes.engine import sampler
 from nodes.engine.engine import Engine, load_engine
 from nodes.engine.engine_statistics import FAILED
 from nodes.engine.errors import EngineFault
 from nodes.engine.model_loader import read_model_folder
+from nodes.engine.draw import FloatArray
 from nodes.engine.sampling import SamplingParams
 from nodes.model_tools.random_llama import SIZES
 from tests.benchmark.engine import models
@@ -59,6 +62,12 @@ def params_of(sampling: Sampling, index: int) -> SamplingParams:
     if sampling == "greedy":
         return SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
     return SamplingParams(temperature=1.0, seed=index, is_seeded=True, max_tokens=ANSWER_TOKENS, ignore_eos=True)
+
+
+def inverse_cdf(row: FloatArray, peak: float, params: SamplingParams, key: int) -> int:
+    """What most engines draw with: the first token at which the summed probabilities reach a random number."""
+    sums = np.exp((row.astype(np.float64) - peak) / params.temperature).cumsum()
+    return int(sums.searchsorted(key / 2.0**64 * sums[-1], side="right"))
 
 
 async def read(engine: Engine, answer: Answer, ids_so_far: Sequence[int], resume: Resume | None) -> tuple[int, ...]:
@@ -162,16 +171,19 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, choices=(32, 128), default=EXACT_BLOCK_SIZE, help="of int4")
     parser.add_argument("--sampling", nargs="+", choices=SAMPLINGS, default=SAMPLINGS)
     parser.add_argument("--resume", nargs="+", choices=RESUMES, default=RESUMES)
+    parser.add_argument("--draw", choices=("gumbel-max", "inverse-cdf"), default="gumbel-max")
     parser.add_argument("--resumes", type=int, default=1000, help="of each cell")
     parser.add_argument("--cuts", type=int, default=4, help="of each answer")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--work", type=Path, help="where models are made and found again; default: a temporary folder")
     options = parser.parse_args()
+    if options.draw == "inverse-cdf":
+        sampler.draw = inverse_cdf  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as temporary:
         for precision in options.precision:
             folder = models.graph_folder(options.work or Path(temporary), options.size, precision, options.block_size)
-            facts: dict[str, Any] = {"model": options.size, "precision": precision}
+            facts: dict[str, Any] = {"model": options.size, "precision": precision, "draw": options.draw}
             if precision == "int4":
                 facts["block_size"] = options.block_size
             trio.run(measure, folder, facts, options)
