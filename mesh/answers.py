@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import assert_never
 
 from mesh import wire
-from mesh.anti_entropy import DigestTurns, compare
+from mesh.anti_entropy import DigestTurns, Lacking, compare
 from mesh.contacts import Contacts
 from mesh.failure_detector import FailureDetector
 from mesh.gossip_types import GossipConfig
@@ -15,7 +15,7 @@ from mesh.membership import Member, MemberTable
 from mesh.outbox import Outbox
 from mesh.view import Address
 
-JOIN_SAMPLE = 64  # members named to a joining node, more than its answer has room for; digests bring the rest
+JOIN_SAMPLE = 12  # members named to a joining node, more than its answer has room for; an exchange brings the rest
 
 
 class Answers:
@@ -39,8 +39,10 @@ class Answers:
         self._outbox = outbox
         self._rng = rng
 
-    def answer(self, packet: wire.Packet, source: Address, now: float) -> None:
-        """Replies go to `source`, where the datagram came from, whatever address its sender advertises."""
+    def answer(self, packet: wire.Packet, source: Address, now: float) -> bool:
+        """Replies go to `source`, where the datagram came from, whatever address its sender advertises.
+
+        True where the sender answered the call of a seed, and so knows a mesh that this node does not."""
         message, outbox, members = packet.message, self._outbox, self._table.members
         sender = members.get(packet.sender)
         match message:
@@ -48,7 +50,9 @@ class Answers:
                 # A ping for another was meant for who had this address before.
                 if target == self._table.own.node_id:
                     outbox.send(source, wire.Ack(sequence, target), now, to=sender)
-            case wire.Ack(sequence, target):
+            case wire.Ack(sequence, target, cookie):
+                if cookie:
+                    outbox.echo_cookie(source, cookie, 0, now)
                 relay = self._detector.relay_answered(sequence, target)
                 if relay is None:
                     self._detector.answered(sequence, target)
@@ -69,19 +73,67 @@ class Answers:
                 outbox.send_delta(source, self._overruled(packet.records), now)
                 if self._contacts.answered(join_sequence, packet.sender):
                     outbox.send(source, self._digests.build(), now, is_filled=False)
+                    return True
             case wire.Join(sequence):
-                known_better = [(sender, False)] if sender and _knows_better(packet.records, sender) else []
-                named = [(m, True) for m in self._table.sample(self._rng, JOIN_SAMPLE, packet.sender)]
-                outbox.answer_join(source, sequence, known_better + named, now)
-            case wire.Rumour() | wire.Leave():
+                self._answer_join(packet, sender, source, sequence, now)
+            case wire.CookieEcho(_, join_sequence):
+                if join_sequence:
+                    self._answer_join(packet, sender, source, join_sequence, now)
+            case wire.Cookie(cookie):
+                outbox.echo_cookie(source, cookie, self._contacts.call_to(source), now)
+            case wire.Rumour() | wire.Leave() | wire.Conflict() | wire.Unknown():
                 pass
             case _:
                 assert_never(message)
+        return False
 
-    def _overruled(self, records: Iterable[wire.Record]) -> list[tuple[Member, bool]]:
+    def answer_second_process(self, packet: wire.Packet, source: Address, now: float) -> None:
+        """Tell it that its name is taken, by whom and since when."""
+        member = self._table.members[packet.sender]
+        known_ms = int(1000 * (now - member.known_since))
+        message = packet.message
+        sequence = (
+            message.sequence
+            if isinstance(message, wire.Join)
+            else message.join_sequence
+            if isinstance(message, wire.CookieEcho)
+            else 0
+        )
+        self._outbox.send_bare(source, wire.Conflict(known_ms, member.address, sequence), now)
+
+    def answer_stranger(self, packet: wire.Packet, cookie: int, source: Address, now: float) -> None:
+        """A cookie for a process that is not admitted. Its ping is answered as well: that tells nothing and takes
+        nothing. A cookie of its own comes back, with news only if this node has called it."""
+        match packet.message:
+            case wire.Cookie(theirs):
+                sequence = self._contacts.call_to(source)
+                if sequence:
+                    self._outbox.echo_cookie(source, theirs, sequence, now)
+                else:
+                    self._outbox.send_bare(source, wire.CookieEcho(theirs), now)
+            case wire.Ping(sequence, target) if target == self._table.own.node_id:
+                self._outbox.send_bare(source, wire.Ack(sequence, target, cookie), now)
+            case wire.CookieEcho():
+                pass  # not this cookie: to answer with another could go on without an end
+            case _:
+                self._outbox.send_bare(source, wire.Cookie(cookie), now)
+
+    def _answer_join(
+        self, packet: wire.Packet, sender: Member | None, source: Address, sequence: int, now: float
+    ) -> None:
+        named = [Lacking(m, with_bulk=False) for m in self._table.sample(self._rng, JOIN_SAMPLE, packet.sender)]
+        if sender is not None and _knows_better(packet.records, sender):
+            named.insert(0, Lacking(sender, with_warm=False, with_bulk=False))
+        self._outbox.answer_join(source, sequence, named, now)
+
+    def _overruled(self, records: Iterable[wire.Record]) -> list[Lacking]:
         """Members that the sender of a Delta holds for alive and that are known here to be gone."""
         known = [(record, self._table.members.get(record.node_id)) for record in records]
-        return [(m, False) for r, m in known if m is not None and not m.is_live and r.status < m.status]
+        return [
+            Lacking(m, with_warm=False, with_bulk=False)
+            for r, m in known
+            if m is not None and not m.is_live and r.status < m.status
+        ]
 
 
 def _knows_better(records: Iterable[wire.Record], sender: Member) -> bool:

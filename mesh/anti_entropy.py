@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from mesh.gossip_types import GossipConfig
 from mesh.membership import Member, MemberTable
 from mesh.view import MemberStatus
-from mesh.wire import DIGEST_ENTRIES_MAX, HASH_MAX, NODE_ID_BYTES_MAX, Digest, DigestEntry, digest_entry_bytes
+from mesh.wire import (
+    BULK_INLINE_BYTES_MAX,
+    DIGEST_ENTRIES_MAX,
+    HASH_MAX,
+    NODE_ID_BYTES_MAX,
+    Digest,
+    DigestEntry,
+    digest_entry_bytes,
+)
 
 # The entries of one digest; the rest of its packet is for the head and the sender's own record.
 ENTRIES_BYTES_MAX = 1_000 - NODE_ID_BYTES_MAX
@@ -58,10 +66,24 @@ class DigestTurns:
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """What a comparison found. lacking: members the other side should be told of, and if with their profile."""
+class Lacking:
+    """A member that the other side should be told of, and with which of its sections beside the load."""
 
-    lacking: list[tuple[Member, bool]]
+    member: Member
+    with_warm: bool = True
+    with_bulk: bool = True
+
+    def encoded(self, *, is_datagram: bool = True) -> bytes:
+        """Its record. is_datagram: without a bulk section that fits none."""
+        fits = not is_datagram or len(self.member.bulk) <= BULK_INLINE_BYTES_MAX
+        return self.member.encoded(with_warm=self.with_warm, with_bulk=self.with_bulk and fits)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What a comparison found. lacking: what the other side should be told."""
+
+    lacking: list[Lacking]
     wanted: tuple[DigestEntry, ...]
 
 
@@ -80,7 +102,7 @@ def build_digest(table: MemberTable, low: int) -> tuple[Digest, int]:
 
 def compare(table: MemberTable, digest: Digest, sender_id: str, lag_versions: int) -> Difference:
     """What the sender of a digest lacks, and what this node does, as entries of what it holds itself."""
-    lacking: list[tuple[Member, bool]] = []
+    lacking: list[Lacking] = []
     wanted: list[DigestEntry] = []
     named = set()
     room_bytes = ENTRIES_BYTES_MAX
@@ -90,8 +112,7 @@ def compare(table: MemberTable, digest: Digest, sender_id: str, lag_versions: in
         member = table.members[node_id] if node_id is not None else None
         ours = member.digest_entry() if member else DigestEntry(theirs.id_hash, 0, 0, MemberStatus.ALIVE, 0)
         if member is not None and is_behind(theirs, ours, lag_versions):
-            needs_warm = theirs.generation < ours.generation or theirs.profile_version < ours.profile_version
-            lacking.append((member, needs_warm))
+            lacking.append(lacking_of(theirs, member))
         if is_behind(ours, theirs, lag_versions) and (room_bytes := room_bytes - digest_entry_bytes(ours)) >= 0:
             wanted.append(ours)
     lacking += _unnamed(table.between(digest.low, digest.high), named, sender_id)
@@ -105,8 +126,20 @@ def is_behind(a: DigestEntry, b: DigestEntry, lag_versions: int) -> bool:
         return a.generation < b.generation
     if a.profile_version < b.profile_version or a.version + lag_versions <= b.version:
         return True
+    if a.bulk_version < b.bulk_version and b.bulk_version + lag_versions <= b.version:
+        return True  # published a while ago, so it is not on its way any more
     return a.status is not b.status and (a.version, a.status) < (b.version, b.status)
 
 
-def _unnamed(members: Iterable[Member], named: set[int], sender_id: str) -> list[tuple[Member, bool]]:
-    return [(m, True) for m in members if m.id_hash not in named and m.node_id != sender_id]
+def lacking_of(theirs: DigestEntry, member: Member) -> Lacking:
+    """What to tell of a member to one who holds `theirs` of it."""
+    is_later_life = theirs.generation < member.generation
+    return Lacking(
+        member,
+        with_warm=is_later_life or theirs.profile_version < member.profile_version,
+        with_bulk=is_later_life or theirs.bulk_version < member.bulk_version,
+    )
+
+
+def _unnamed(members: Iterable[Member], named: set[int], sender_id: str) -> list[Lacking]:
+    return [Lacking(m) for m in members if m.id_hash not in named and m.node_id != sender_id]

@@ -5,6 +5,7 @@ Without the first a node started before its seeds stays alone; without the secon
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from mesh.gossip_types import GossipConfig, SeedUnanswered
 from mesh.membership import MemberTable
 from mesh.outbox import Outbox
 from mesh.view import Address, MemberStatus
+
+CALLS_MAX = 128  # unanswered calls remembered; an answer to an older one is taken for a stranger's
 
 
 @dataclass(slots=True)
@@ -34,6 +37,7 @@ class Contacts:
         # A node may be given its own address among the seeds: every node the same list.
         self._seeds = [Seed(a) for a in dict.fromkeys(seeds) if a != table.own.address]
         self._sequence = rng.randrange(2**32)  # so that an answer to a former process fits no call of this one
+        self._calls: OrderedDict[int, Address] = OrderedDict()  # unanswered ones by sequence, oldest first
         self._dead_at = float("inf")
         self._dead_order: list[str] = []
         self._died_at = float("-inf")
@@ -52,19 +56,28 @@ class Contacts:
                 seed.unanswered += 1
                 if seed.unanswered & (seed.unanswered - 1) == 0:
                     outbox.emit(SeedUnanswered(seed.address, seed.unanswered))
-            seed.join_sequence = self._next_sequence()
+            seed.join_sequence = self._new_call(seed.address)
             outbox.send_join(seed.address, seed.join_sequence, now, None)
         if now >= self._dead_at:
             self._call_dead(outbox, now)
 
     def answered(self, join_sequence: int, node_id: str) -> bool:
-        """A Delta that names a call to a seed. True the first time for one call."""
+        """A Delta that names a call. True the first time for one call to a seed."""
+        self._calls.pop(join_sequence, None)
         for seed in self._seeds:
             if join_sequence and seed.join_sequence == join_sequence:
                 seed.join_sequence = seed.unanswered = 0
                 seed.node_id = node_id
                 return True
         return False
+
+    def is_called(self, join_sequence: int) -> bool:
+        """A call of this sequence waits for its answer."""
+        return join_sequence in self._calls
+
+    def call_to(self, address: Address) -> int:
+        """The sequence of the latest call to an address that waits for its answer; 0 for none."""
+        return next((sequence for sequence, called in reversed(self._calls.items()) if called == address), 0)
 
     def died(self, now: float) -> None:
         """Somebody was found dead: call soon, because a restart follows a crash."""
@@ -84,10 +97,14 @@ class Contacts:
         self._dead_at = now + max(config.dead_spacing_s, interval_s / max(1, len(self._table.tombstones)))
         member = members.get(self._dead_order.pop())
         if member is not None and member.status is MemberStatus.DEAD:
-            outbox.send_join(member.address, self._next_sequence(), now, member)
+            outbox.send_join(member.address, self._new_call(member.address), now, member)
 
-    def _next_sequence(self) -> int:
+    def _new_call(self, address: Address) -> int:
+        """Its sequence."""
         self._sequence += 1
+        self._calls[self._sequence] = address
+        if len(self._calls) > CALLS_MAX:
+            self._calls.popitem(last=False)
         return self._sequence
 
     def _due(self, seed: Seed) -> float:

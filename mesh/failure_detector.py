@@ -198,6 +198,12 @@ class FailureDetector:
         self._relays[sequence] = Relay(origin, origin_sequence, node_id, nack_at)
         return sequence
 
+    def is_asked(self, sequence: int, node_id: str) -> bool:
+        """A ping of this sequence to this member waits for its answer, for this node or for another."""
+        probe, relay = self._probes.get(sequence), self._relays.get(sequence)
+        asked = probe or relay
+        return asked is not None and asked.node_id == node_id
+
     def relay_answered(self, sequence: int, node_id: str) -> Relay | None:
         """The relay that an Ack ends, if any."""
         relay = self._relays.get(sequence)

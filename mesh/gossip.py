@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from collections.abc import Iterable
 from types import MappingProxyType
 from typing import assert_never
 
-from mesh import wire
+from mesh import exchange, wire
+from mesh.admission import Admission
 from mesh.answers import Answers
 from mesh.anti_entropy import DigestTurns
 from mesh.contacts import Contacts
@@ -20,6 +22,8 @@ from mesh.failure_detector import FailureDetector
 from mesh.gossip_types import (
     DuplicateNode,
     Effect,
+    ExchangeState,
+    Fenced,
     GossipConfig,
     GossipStatistics,
     MemberChanged,
@@ -31,12 +35,14 @@ from mesh.identity import Claim, Identity
 from mesh.membership import NEWS, Change, Member, MemberTable, PeerCycle, Plan, own_member
 from mesh.outbox import Outbox
 from mesh.own_state import OwnState
-from mesh.seal import DatagramSealer, Keyring
+from mesh.seal import DatagramSealer, Keyring, Opened
 from mesh.view import Address, ClusterView, MemberStatus, MemberView, NodeLoad, NodeProfile
 
 __all__ = [
     "DuplicateNode",
     "Effect",
+    "ExchangeState",
+    "Fenced",
     "Gossip",
     "GossipConfig",
     "GossipStatistics",
@@ -78,14 +84,16 @@ class Gossip:
         self.node_id = node_id
         self._config = config
         self._rng = rng
-        self._own = own_member(node_id, generation, address, now)
+        self._own = own_member(node_id, generation, address, boot_id, now)
         self._table = MemberTable(self._own)
         self._state = OwnState(config, self._own, now)
         self._identity = Identity(self._table, now)
         self._detector = FailureDetector(config, self._table, rng, now)
         self._contacts = Contacts(config, self._table, seeds, rng)
         self._digests = DigestTurns(config, self._table, rng, now)
+        self._exchanges = exchange.ExchangeTurns(config, self._table, rng, now)
         self._sealer = DatagramSealer(keyring, boot_id)
+        self._admission = Admission(keyring.derive(keyring.primary_id, b"cookie|" + boot_id), now)
         self._outbox = Outbox(config, self._table, self._sealer, now)
         self._answers = Answers(config, self._table, self._detector, self._contacts, self._digests, self._outbox, rng)
         self._cycle = PeerCycle(self._table, rng)
@@ -97,13 +105,14 @@ class Gossip:
         self._seen_at = now
         self._has_ticked = False
         self._has_left = False
+        self._is_fenced = False
         self._view: ClusterView | None = None
         self._view_is_wrong = False  # something changed that must show at once
         self._view_is_old = False  # loads and versions advanced
         self._received: Counter[str] = Counter()
         self._rejects: Counter[str] = Counter()
-        self._bytes_received = 0
-        self._probes = self._suspicions = self._deaths = self._stalls = 0
+        self._bytes_received = self._strangers = 0
+        self._probes = self._suspicions = self._deaths = self._stalls = self._exchanged = 0
         self.set_profile(NodeProfile(), now)
 
     # --- time ---
@@ -117,6 +126,7 @@ class Gossip:
             self._round_at if len(self._table.live) > self._config.direct_peers else float("inf"),
             self._urgent_at,
             self._digests.next_at,
+            self._exchanges.next_wakeup(),
             self._contacts.next_wakeup(),
             self._haste_at,
             self._forget_at,
@@ -139,6 +149,10 @@ class Gossip:
         peer = self._digests.due(now)
         if peer is not None:
             self._outbox.send(peer.address, self._digests.build(), now, is_filled=False)
+        peer = self._exchanges.due(now)
+        if peer is not None:
+            question = exchange.encode_question(self._table)
+            self._outbox.emit(ExchangeState(peer.node_id, peer.address, question))
         if now >= self._urgent_at:
             self._urgent_told_at = now
             has_more = self._outbox.tell_urgently(self._cycle.take(self._config.direct_peers), now)
@@ -218,6 +232,12 @@ class Gossip:
             self._outbox.rumours.add_urgent(self.node_id, with_warm=True)
             self._view_is_wrong = True
 
+    def set_bulk(self, bulk: bytes) -> None:
+        """Publish these bytes beside the load, with the next publication; to all of the mesh, as they are.
+
+        Raises ValueError for more than BULK_BYTES_MAX; the former ones stay."""
+        self._state.set_bulk(bulk)
+
     def leave(self, now: float) -> list[Effect]:
         """Say farewell. After it nothing is received, sent or due."""
         if self._has_left:
@@ -238,14 +258,20 @@ class Gossip:
         if self._has_left:
             return []
         try:
-            boot_id, packet = self._open(datagram)
+            opened, packet = self._open(datagram)
             plans = [self._table.plan(record) for record in packet.records if record.node_id != self.node_id]
+            if not opened.is_admitted and not self._is_proven(opened, packet.message, source):
+                return self._answer_stranger(opened, packet, source, now)
+            if self._admission.is_flooding(opened.boot_id, now):
+                raise SealRejected("flood")
         except SealRejected as exc:
             self._rejects[exc.reason] += 1
             return []
         except MalformedDatagram:
             self._rejects["malformed"] += 1
             return []
+        if not opened.is_admitted:
+            self._sealer.admit(opened)
         self._forgive_stall(now)
         self._received[wire.MESSAGE_LABELS[type(packet.message)]] += 1
         self._bytes_received += len(datagram)
@@ -253,33 +279,94 @@ class Gossip:
             # A former process of this very node speaks from the same address; anything else is a second one.
             if source != self._own.address:
                 self._report_duplicate(self.node_id, source, now)
-        elif self._identity.is_second_process(packet, boot_id, source, now):
+        elif self._identity.is_second_process(packet, opened.boot_id, source, now):
             self._report_duplicate(packet.sender, source, now)
-            if isinstance(packet.message, wire.Join):
-                self._answers.answer(packet, source, now)  # so that it learns of the one it collides with
+            self._answers.answer_second_process(packet, source, now)
         else:
-            merged: set[str] = set()
-            for plan in plans:
-                # One datagram may hold two records of one member; the second was compared before the first was merged.
-                current = self._table.plan(plan.record) if plan and plan.record.node_id in merged else plan
-                if current is not None:
-                    merged.add(current.record.node_id)
-                    self._merge(current, packet.sender, now)
+            self._take(plans, packet.sender, now)
             for record in packet.records:
                 if record.node_id == self.node_id:
                     self._hear_about_self(record, source, now)
-            self._answers.answer(packet, source, now)
+            if isinstance(packet.message, wire.Conflict):
+                self._be_refused(packet.message, now)
+            if self._answers.answer(packet, source, now):
+                self._exchanges.want(packet.sender, now)
         return self._outbox.drain()
 
-    def _open(self, datagram: bytes) -> tuple[bytes, wire.Packet]:
-        """(boot id, packet). Raises SealRejected or MalformedDatagram."""
+    def _take(self, plans: Iterable[Plan | None], sender: str, now: float) -> None:
+        """Merge what came together from one peer."""
+        merged: set[str] = set()
+        for plan in plans:
+            # There may be two records of one member; the second was compared before the first was merged.
+            current = self._table.plan(plan.record) if plan and plan.record.node_id in merged else plan
+            if current is None or self._identity.is_held_back(current.record, now):
+                continue
+            merged.add(current.record.node_id)
+            self._merge(current, sender, now)
+
+    # --- comparing everything over a peer link ---
+
+    def answer_exchange(self, question: bytes) -> bytes:
+        """A peer's question, and what to answer. Raises MalformedDatagram."""
+        return exchange.answer(self._table, question)
+
+    def take_exchange(self, node_id: str, answer: bytes, now: float) -> list[Effect]:
+        """What a member answered. A malformed answer changes nothing but its count."""
+        self._exchanges.ended(node_id)
+        if self._has_left:
+            return []
+        try:
+            records = exchange.decode_answer(answer)
+            plans = [self._table.plan(record) for record in records if record.node_id != self.node_id]
+        except MalformedDatagram:
+            self._rejects["malformed"] += 1
+            return []
+        self._exchanged += 1
+        self._take(plans, node_id, now)
+        member = self._table.members.get(node_id)
+        for record in records:
+            if record.node_id == self.node_id and member is not None:
+                self._hear_about_self(record, member.address, now)
+        return self._outbox.drain()
+
+    def exchange_failed(self, node_id: str) -> None:
+        """No answer came; the next exchange is with another."""
+        self._exchanges.ended(node_id)
+
+    def _be_refused(self, conflict: wire.Conflict, now: float) -> None:
+        self._report_duplicate(self.node_id, conflict.address, now)
+        if self._identity.refused(conflict.known_ms, now) and not self._is_fenced:
+            self._is_fenced = True
+            self._outbox.emit(Fenced(conflict.address))
+
+    def _open(self, datagram: bytes) -> tuple[Opened, wire.Packet]:
+        """Raises SealRejected or MalformedDatagram."""
         if len(datagram) > wire.DATAGRAM_BYTES_MAX:
             raise SealRejected("oversized")
-        boot_id, _, payload = self._sealer.open(datagram)
-        packet = wire.decode(payload)
+        opened = self._sealer.open(datagram)
+        packet = wire.decode(opened.payload)
         if isinstance(packet.message, wire.Join) and not packet.message.is_compatible:
             raise SealRejected("protocol version")
-        return boot_id, packet
+        return opened, packet
+
+    def _is_proven(self, opened: Opened, message: wire.Message, source: Address) -> bool:
+        """True where a datagram holds what only a process that is alive now can know: an answer to a question of this
+        node."""
+        match message:
+            case wire.CookieEcho(cookie):
+                return cookie == self._admission.cookie(opened.boot_id, source)
+            case wire.Ack(sequence, target):
+                return self._detector.is_asked(sequence, target)
+            case wire.Delta(join_sequence) | wire.Conflict(join_sequence=join_sequence):
+                return self._contacts.is_called(join_sequence)
+            case _:
+                return False
+
+    def _answer_stranger(self, opened: Opened, packet: wire.Packet, source: Address, now: float) -> list[Effect]:
+        self._strangers += 1
+        if self._admission.may_send_cookie(now):
+            self._answers.answer_stranger(packet, self._admission.cookie(opened.boot_id, source), source, now)
+        return self._outbox.drain()
 
     def _merge(self, plan: Plan, told_by: str, now: float) -> None:
         """Take in what a record changes: pass it on, watch it, report it."""
@@ -289,6 +376,8 @@ class Gossip:
         member = self._table.apply(plan, now, told_by=told_by)
         if member is None:
             return
+        if plan.record.boot_id and plan.record.boot_id == member.boot_id:
+            self._sealer.admit_process(member.boot_id)
         rumours = self._outbox.rumours
         if change & NEWS or change & Change.ACCUSED:
             is_told_in_full = bool(change & (Change.NEW | Change.GENERATION | Change.PROFILE))
@@ -304,6 +393,10 @@ class Gossip:
             self._contacts.died(now)
         if member.is_live and member.warm_version > member.profile_version:
             self._digests.hurry(member, now)
+        if member.is_live and member.bulk_version_heard > member.bulk_version:
+            self._exchanges.want(member.node_id, now + self._config.bulk_patience_s)
+        if before is not None and before.status is MemberStatus.DEAD and member.is_live:
+            self._exchanges.want(member.node_id, now)  # what it has seen meanwhile, as after a partition
         if change & NEWS:
             self._outbox.emit(MemberChanged(before, member.view(now, is_self=False)))
 
@@ -382,15 +475,18 @@ class Gossip:
             packets_sent=MappingProxyType(dict(self._outbox.sent)),
             packets_received=MappingProxyType(dict(self._received)),
             packets_withheld=self._outbox.withheld,
+            packets_unlimited=self._outbox.unlimited,
             bytes_sent=self._outbox.bytes_sent,
             bytes_received=self._bytes_received,
             rejects=MappingProxyType(dict(self._rejects)),
+            strangers=self._strangers,
             probes=self._probes,
             suspicions=self._suspicions,
             refutations=self._state.refutations,
             deaths=self._deaths,
             stalls=self._stalls,
             duplicates=self._identity.count,
+            exchanges=self._exchanged,
             members_refused=self._table.refused,
             awareness=self._detector.awareness,
             members=len(self._table.members),

@@ -51,6 +51,12 @@ class GossipConfig:
     digest_hurry_s: float = 0.25
     # A digest calls a member's load old when the other side holds one this many versions newer.
     digest_lag_versions: int = 3
+    # Between two comparisons of everything with a random peer over the link to it, at most; at least half of it. And
+    # between any two such comparisons.
+    exchange_interval_s: float = 60.0
+    exchange_spacing_s: float = 0.25
+    # How long a bulk section that was heard of may be on its way before its owner is asked for it.
+    bulk_patience_s: float = 1.0
     # Between two calls to a seed that no member answers for; and while this node knows nobody.
     seed_interval_s: float = 10.0
     seed_alone_interval_s: float = 1.0
@@ -96,6 +102,24 @@ class PingLink:
 
 
 @dataclass(frozen=True, slots=True)
+class ExchangeState:
+    """Send the question to this member over its peer link, then give take_exchange the answer, or say
+    exchange_failed."""
+
+    node_id: str
+    address: Address
+    question: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """Another process, at `address`, has this node's name, is older and answers: the mesh takes nothing from this
+    process. Told once."""
+
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
 class SeedUnanswered:
     """A seed has not answered `attempts` calls in a row; it is called again. Told at attempts 1, 2, 4, 8, …"""
 
@@ -111,27 +135,32 @@ class DuplicateNode:
     address: Address
 
 
-Effect = SendDatagram | MemberChanged | PingLink | SeedUnanswered | DuplicateNode
+Effect = SendDatagram | MemberChanged | PingLink | ExchangeState | SeedUnanswered | DuplicateNode | Fenced
 
 
 @dataclass(frozen=True, slots=True)
 class GossipStatistics:
     """Counts since the start, gauges as of now.
 
-    packets_*: by message type. rejects: datagrams dropped, by reason. packets_withheld: not sent for lack of budget."""
+    packets_*: by message type. rejects: datagrams dropped, by reason. strangers: datagrams of processes that had not
+    proven yet that they are alive, which were answered with a cookie. packets_withheld: not sent for lack of budget.
+    packets_unlimited: sent outside it, each an answer to one that came, or a farewell."""
 
     packets_sent: Mapping[str, int]
     packets_received: Mapping[str, int]
     packets_withheld: int
+    packets_unlimited: int
     bytes_sent: int
     bytes_received: int
     rejects: Mapping[str, int]
+    strangers: int
     probes: int
     suspicions: int  # raised by this node
     refutations: int  # of suspicions and obituaries of this node
     deaths: int  # declared by this node
     stalls: int
     duplicates: int  # datagrams of a second process under one id
+    exchanges: int  # comparisons of everything that were answered
     members_refused: int
     awareness: int
     members: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum, auto
 
 from mesh.gossip_types import DuplicateNode
-from mesh.membership import MemberTable
+from mesh.membership import Member, MemberTable
 from mesh.view import Address, MemberStatus
 from mesh.wire import Packet, Record
 
@@ -13,6 +13,9 @@ DUPLICATE_INTERVAL_S = 10.0  # between two reports of one duplicate id
 DUPLICATES_MAX = 64  # ids whose last report is remembered; beyond it some are reported again too soon
 # A claim that nobody raises for this long is of a process that is gone: several publications.
 SILENT_S = 5.0
+# How long a process must be refused under its name until it gives up: beyond SILENT_S, so that one that was restarted
+# at another address outlasts what is remembered of its former life.
+FENCED_S = 8.0
 
 
 class Claim(Enum):
@@ -36,6 +39,9 @@ class Identity:
         self._own = table.own
         self._rival = (0, 0)
         self._rival_since = now
+        self._started_at = now
+        self._refused_since = float("inf")
+        self._refused_at = float("-inf")
         self._told_at: dict[str, float] = {}
 
     def judge(self, record: Record, now: float) -> Claim:
@@ -55,19 +61,42 @@ class Identity:
         return Claim.RIVAL
 
     def is_second_process(self, packet: Packet, boot_id: bytes, source: Address, now: float) -> bool:
-        """True where another process than the one known speaks for a member that is alive elsewhere, no newer than it.
+        """True where another process than the one known speaks for a member that is alive and heard elsewhere.
 
         Otherwise the sender is the one known from now on, if it claims the generation known."""
         member = self._table.members.get(packet.sender)
         generation = next((r.generation for r in packet.records if r.node_id == packet.sender), None)
-        if member is None or generation is None or generation > member.generation or member.boot_id == boot_id:
+        if member is None or generation is None or member.boot_id == boot_id:
             return False
-        is_elsewhere = source != member.address and member.is_live and now - member.advanced_at <= SILENT_S
-        if is_elsewhere and (member.boot_id or generation < member.generation):
+        is_elsewhere = source != member.address and self._is_heard(member, now)
+        if is_elsewhere and (member.boot_id or generation != member.generation):
             return True
         if generation == member.generation:
             member.boot_id = boot_id
         return False
+
+    def is_held_back(self, record: Record, now: float) -> bool:
+        """True for a later life at another address, told by others, of a member that is heard where it was."""
+        member = self._table.members.get(record.node_id)
+        return (
+            member is not None
+            and record.generation > member.generation
+            and record.address != member.address
+            and self._is_heard(member, now)
+        )
+
+    def _is_heard(self, member: Member, now: float) -> bool:
+        return member.is_live and now - member.advanced_at <= SILENT_S
+
+    def refused(self, known_ms: int, now: float) -> bool:
+        """A peer hears another process under this node's name, and has for so long. True once that has gone on long
+        enough for this process to give up; never where it is the older one."""
+        if known_ms / 1000 <= now - self._started_at and self._table.live:
+            return False
+        if now - self._refused_at > SILENT_S:
+            self._refused_since = now
+        self._refused_at = now
+        return now - self._refused_since >= FENCED_S
 
     def report(self, node_id: str, address: Address, now: float) -> DuplicateNode | None:
         """Count a second process; what to tell of it, unless that was told a short while ago."""

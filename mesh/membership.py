@@ -19,7 +19,15 @@ from enum import IntFlag, auto
 
 from mesh.state import decode_load, decode_profile
 from mesh.view import Address, MemberStatus, MemberView, NodeLoad, NodeProfile
-from mesh.wire import ACCUSERS_MAX, HASH_MAX, SECTION_BYTES_MAX, DigestEntry, Record, encode_record
+from mesh.wire import (
+    ACCUSERS_MAX,
+    BULK_INLINE_BYTES_MAX,
+    HASH_MAX,
+    SECTION_BYTES_MAX,
+    DigestEntry,
+    Record,
+    encode_record,
+)
 
 MEMBERS_MAX = 16_384  # in the table, tombstones included; about 2 KiB each
 TOMBSTONES_MAX = 4_096  # beyond it the oldest is forgotten before its time
@@ -38,6 +46,7 @@ class Change(IntFlag):
     LOAD = auto()
     READINESS = auto()  # within LOAD: what it says of itself flipped
     PROFILE = auto()
+    BULK = auto()
 
 
 # What a reader of the view may want to be told of, and what must spread at once.
@@ -62,23 +71,35 @@ class Member:
         self.profile = NodeProfile()
         self.hot: bytes | None = None
         self.warm: bytes | None = None
+        self.bulk = b""
+        self.bulk_version = 0  # the one held
+        self.bulk_version_heard = record.bulk_version  # the newest heard of
+        self.known_since = now  # this life of it
         self.advanced_at = now
         self.load_at = now
         self.suspected_at = now  # meaningful while SUSPECT
         self.told_by = ""  # the peer that last told news of it, who need not be told
-        self.boot_id = b""  # of the process that speaks for it, once heard directly
-        self._encoded: dict[bool, bytes] = {}
+        self.boot_id = record.boot_id  # of the process that speaks for it, once heard of
+        self._encoded: dict[tuple[bool, bool], bytes] = {}
 
     @property
     def is_live(self) -> bool:
         return self.status in LIVE
 
-    def record(self, *, with_warm: bool) -> Record:
+    @property
+    def is_bulk_news(self) -> bool:
+        """The bulk section was published at the version claimed, and fits a datagram: it goes along with the load."""
+        return 0 < self.bulk_version == self.version and len(self.bulk) <= BULK_INLINE_BYTES_MAX
+
+    def record(self, *, with_warm: bool, with_bulk: bool) -> Record:
         """What this node tells others of it. The hot section rides only while it is of the claimed version, and only
-        where the warm one leaves room for it in a datagram."""
+        where the others leave room for it in a datagram; so does bulk beside warm, unless it fits none anyway."""
         hot = self.hot if self.load_version == self.version else None
         warm = self.warm if with_warm and self.profile_version == self.warm_version else None
-        if hot is not None and warm is not None and len(hot) + len(warm) > SECTION_BYTES_MAX:
+        bulk = self.bulk if with_bulk and self.bulk_version == self.bulk_version_heard else None
+        if bulk is not None and warm is not None and BULK_INLINE_BYTES_MAX >= len(bulk) > SECTION_BYTES_MAX - len(warm):
+            bulk = None
+        if hot is not None and len(hot) + len(warm or b"") + len(bulk or b"") > SECTION_BYTES_MAX:
             hot = None
         return Record(
             node_id=self.node_id,
@@ -90,6 +111,9 @@ class Member:
             hot=hot,
             warm=warm,
             accusers=self.accusers,
+            bulk_version=self.bulk_version_heard,
+            bulk=bulk,
+            boot_id=self.boot_id if with_warm else b"",
         )
 
     def accusation(self, status: MemberStatus, accusers: tuple[int, ...]) -> Record:
@@ -102,20 +126,26 @@ class Member:
             self.address,
             self.warm_version,
             accusers=accusers,
+            bulk_version=self.bulk_version_heard,
         )
 
-    def encoded(self, *, with_warm: bool) -> bytes:
-        """record() as bytes, encoded once per change."""
-        encoded = self._encoded.get(with_warm)
+    def encoded(self, *, with_warm: bool, with_bulk: bool | None = None) -> bytes:
+        """record() as bytes, encoded once per change. with_bulk: left out, where it is news."""
+        kind = (with_warm, self.is_bulk_news if with_bulk is None else with_bulk)
+        if kind[1] and len(self.bulk) > BULK_INLINE_BYTES_MAX:
+            return encode_record(self.record(with_warm=kind[0], with_bulk=True))  # too much to keep a second time
+        encoded = self._encoded.get(kind)
         if encoded is None:
-            encoded = self._encoded[with_warm] = encode_record(self.record(with_warm=with_warm))
+            encoded = self._encoded[kind] = encode_record(self.record(with_warm=kind[0], with_bulk=kind[1]))
         return encoded
 
     def touched(self) -> None:
         self._encoded.clear()
 
     def digest_entry(self) -> DigestEntry:
-        return DigestEntry(self.id_hash, self.generation, self.version, self.status, self.profile_version)
+        return DigestEntry(
+            self.id_hash, self.generation, self.version, self.status, self.profile_version, self.bulk_version
+        )
 
     def view(self, now: float, *, is_self: bool) -> MemberView:
         return MemberView(
@@ -130,6 +160,8 @@ class Member:
             is_self=is_self,
             load_age_s=0.0 if is_self else max(0.0, now - self.load_at),
             load_version=self.load_version,
+            bulk=self.bulk,
+            bulk_version=self.bulk_version,
         )
 
 
@@ -168,6 +200,7 @@ class MemberTable:
             # Version 0 is held of whoever has published nothing, so nothing is published under it.
             takes_hot = record.hot is not None and record.version > 0
             takes_warm = record.warm is not None and record.warm_version > 0
+            takes_bulk = record.bulk is not None and record.bulk_version > 0
         else:
             if record.generation < member.generation:
                 return None
@@ -188,6 +221,8 @@ class MemberTable:
             load_version, profile_version = (0, 0) if is_later_life else (member.load_version, member.profile_version)
             takes_hot = record.hot is not None and record.version > load_version
             takes_warm = record.warm is not None and record.warm_version > profile_version
+            bulk_version = 0 if is_later_life else member.bulk_version
+            takes_bulk = record.bulk is not None and record.bulk_version > bulk_version
         load = decode_load(record.hot) if takes_hot and record.hot is not None else None
         profile = decode_profile(record.warm) if takes_warm and record.warm is not None else None
         if load is not None:
@@ -196,6 +231,8 @@ class MemberTable:
                 change |= Change.READINESS
         if profile is not None:
             change |= Change.PROFILE
+        if takes_bulk:
+            change |= Change.BULK
         return Plan(record, change, load, profile) if change else None
 
     def apply(self, plan: Plan, now: float, *, told_by: str) -> Member | None:
@@ -219,7 +256,11 @@ class MemberTable:
         if plan.profile is not None:
             member.profile, member.warm = plan.profile, record.warm
             member.profile_version = record.warm_version
+        if change & Change.BULK:
+            member.bulk, member.bulk_version = record.bulk or b"", record.bulk_version
+        member.bulk_version_heard = max(member.bulk_version_heard, record.bulk_version)
         member.warm_version = max(member.warm_version, record.warm_version)
+        member.boot_id = member.boot_id or record.boot_id
         member.told_by = told_by
         member.touched()
         return member
@@ -229,9 +270,11 @@ class MemberTable:
             # Another life of this node: what the former one published says nothing of it.
             member.load, member.profile = NodeLoad(), NodeProfile()
             member.hot = member.warm = None
+            member.bulk = b""
             member.load_version = member.profile_version = member.warm_version = 0
-            member.load_at = now
-            member.boot_id = b""
+            member.bulk_version = member.bulk_version_heard = 0
+            member.load_at = member.known_since = now
+            member.boot_id = record.boot_id
             member.address = record.address
         was_live = member.is_live
         member.generation, member.version = record.generation, record.version
@@ -353,6 +396,6 @@ def id_hash(node_id: str) -> int:
     return zlib.crc32(node_id.encode()) & HASH_MAX
 
 
-def own_member(node_id: str, generation: int, address: Address, now: float) -> Member:
+def own_member(node_id: str, generation: int, address: Address, boot_id: bytes, now: float) -> Member:
     """The row of the node itself, before its first publication."""
-    return Member(Record(node_id, generation, 0, MemberStatus.ALIVE, address), now)
+    return Member(Record(node_id, generation, 0, MemberStatus.ALIVE, address, boot_id=boot_id), now)

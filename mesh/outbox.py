@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from mesh import wire
+from mesh.anti_entropy import Lacking
 from mesh.dissemination import PacketBudget, Rumours
 from mesh.gossip_types import Effect, GossipConfig, SendDatagram
 from mesh.membership import Member, MemberTable
@@ -25,6 +26,7 @@ class Outbox:
         self.sent: Counter[str] = Counter()
         self.bytes_sent = 0
         self.withheld = 0
+        self.unlimited = 0  # sent outside the budget
         self._reserve = config.packet_reserve
         self._table = table
         self._own = table.own
@@ -54,6 +56,7 @@ class Outbox:
         """One packet: the message, the records that must go with it, the own one, and news as far as there is room.
 
         False where the packet budget, less `reserve`, withholds it."""
+        self.unlimited += is_unlimited
         if not is_unlimited and not self._budget.take(now, reserve=reserve):
             self.withheld += 1
             return False
@@ -68,11 +71,14 @@ class Outbox:
                 size += len(part)
         if is_filled:
             parts += self.rumours.take(wire.PAYLOAD_BYTES_MAX - size, to.node_id if to else "")
-        datagram = self._sealer.seal(b"".join(parts))
+        self._emit_datagram(address, message, b"".join(parts))
+        return True
+
+    def _emit_datagram(self, address: Address, message: wire.Message, payload: bytes) -> None:
+        datagram = self._sealer.seal(payload)
         self.sent[wire.MESSAGE_LABELS[type(message)]] += 1
         self.bytes_sent += len(datagram)
         self._effects.append(SendDatagram(address, datagram))
-        return True
 
     def tell(self, peers: Iterable[Member], now: float, *, is_urgent: bool = False) -> None:
         """News to each, as far as the budget allows beyond what is kept for probes, and for what is more urgent."""
@@ -86,32 +92,49 @@ class Outbox:
         self.tell(peers, now, is_urgent=True)
         return self.rumours.has_urgent and self.rumours.urgent_tellings > before
 
+    def send_bare(self, address: Address, message: wire.Message, now: float) -> None:
+        """A packet without records and, where it is a cookie or its echo, without a name: to one who is not known, and
+        no larger than what came from it. The caller keeps to a budget of its own."""
+        self.unlimited += 1
+        sender = "" if isinstance(message, wire.Cookie | wire.CookieEcho) else self._own.node_id
+        self._emit_datagram(address, message, wire.encode_head(sender, message))
+
     def send_join(self, address: Address, sequence: int, now: float, to: Member | None) -> None:
         records = [self._own.encoded(with_warm=True)]
         self.send(address, wire.Join(sequence), now, to=to, records=records, is_filled=False)
 
-    def send_delta(self, address: Address, members: list[tuple[Member, bool]], now: float) -> None:
-        """Members the receiver lacks, and if with their profiles, in as many packets as needed up to the limit."""
-        self._send_records(address, wire.Delta(), [m.encoded(with_warm=warm) for m, warm in members], now)
+    def echo_cookie(self, address: Address, cookie: int, join_sequence: int, now: float) -> None:
+        """To one who is known, or called: with the own record, and its profile where it is a call."""
+        records = [self._own.encoded(with_warm=True)] if join_sequence else []
+        message = wire.CookieEcho(cookie, join_sequence)
+        self.send(address, message, now, records=records, is_filled=not join_sequence, is_unlimited=True)
 
-    def answer_join(self, address: Address, sequence: int, members: list[tuple[Member, bool]], now: float) -> None:
-        """The own record first, so that there is an answer even where no other member is known."""
+    def send_delta(self, address: Address, lacking: list[Lacking], now: float) -> None:
+        """What the receiver lacks, in as many packets as needed up to the limit."""
+        self._send_records(address, wire.Delta(), [entry.encoded() for entry in lacking], now)
+
+    def answer_join(self, address: Address, sequence: int, lacking: list[Lacking], now: float) -> None:
+        """One packet, the own record first, so that there is an answer even where no other member is known."""
         records = [self._own.encoded(with_warm=True)]
-        records += [m.encoded(with_warm=warm) for m, warm in members if m is not self._own]
+        records += [entry.encoded() for entry in lacking if entry.member is not self._own]
         self._send_records(address, wire.Delta(sequence), records, now)
 
     def _send_records(self, address: Address, message: wire.Delta, records: list[bytes], now: float) -> None:
+        # Who joins is answered whatever else there is to send: until then it knows nobody.
+        is_join = message.join_sequence > 0
+        packets_max = 1 if is_join else DELTA_PACKETS_MAX
+        reserve = self._reserve
         room_bytes = wire.PAYLOAD_BYTES_MAX - len(wire.encode_head(self._own.node_id, message))
         room_bytes -= len(self._own.encoded(with_warm=False))  # which send() adds
         batches: list[list[bytes]] = []
         left = 0
         for record in records:
             if len(record) > left:
-                if len(batches) == DELTA_PACKETS_MAX:
+                if len(batches) == packets_max:
                     break
                 batches.append([])
                 left = room_bytes
             batches[-1].append(record)
             left -= len(record)
         for batch in batches:
-            self.send(address, message, now, records=batch, is_filled=False, reserve=self._reserve)
+            self.send(address, message, now, records=batch, is_filled=False, reserve=reserve, is_unlimited=is_join)

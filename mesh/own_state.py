@@ -6,6 +6,7 @@ from mesh.gossip_types import GossipConfig
 from mesh.membership import Member
 from mesh.state import encode_load, encode_profile, is_urgent
 from mesh.view import MemberStatus, NodeLoad, NodeProfile
+from mesh.wire import BULK_BYTES_MAX
 
 
 class OwnState:
@@ -21,6 +22,7 @@ class OwnState:
         self._spacing_s = config.urgent_spacing_s
         self._published_load = NodeLoad()
         self._next_hot = encode_load(NodeLoad())
+        self._next_bulk = b""
         self._is_urgent = False
         self._urgent_at = float("-inf")
 
@@ -47,6 +49,12 @@ class OwnState:
         self.hurry(now)
         return True
 
+    def set_bulk(self, bulk: bytes) -> None:
+        """Goes out with the next publication. Raises ValueError for more than a peer link carries."""
+        if len(bulk) > BULK_BYTES_MAX:
+            raise ValueError(f"a bulk section of {len(bulk)} bytes exceeds {BULK_BYTES_MAX}")
+        self._next_bulk = bulk
+
     def hurry(self, now: float) -> None:
         """Publish at once, but for the spacing of urgent publications."""
         if not self._is_urgent:
@@ -57,6 +65,9 @@ class OwnState:
         member = self.member
         member.version += 1
         member.hot, member.load_version = self._next_hot, member.version
+        if self._next_bulk != member.bulk:
+            member.bulk = self._next_bulk
+            member.bulk_version = member.bulk_version_heard = member.version
         member.touched()
         self._published_load = member.load
         on_time = self.publish_at + self._interval_s

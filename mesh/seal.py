@@ -8,6 +8,7 @@ import hashlib
 import secrets
 import struct
 from collections import OrderedDict
+from dataclasses import dataclass
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -28,9 +29,9 @@ HEADER = struct.Struct(f">B{KEY_ID_BYTES}s{BOOT_ID_BYTES}sQ")  # seal version, k
 OVERHEAD_BYTES = HEADER.size + TAG_BYTES  # 45: what sealing adds to a payload
 # Datagrams of one boot may overtake each other by this many; at 16 a second that is a minute.
 REPLAY_WINDOW = 1_024
-# Boots remembered, each about 1 KiB. Beyond it the longest silent is forgotten, and only then could its datagrams be
-# replayed: they hold old versions, which no merge takes.
-BOOTS_MAX = 4_096
+# Admitted processes remembered, each about 1 KiB; as many as members. Beyond it the longest silent is a stranger again.
+BOOTS_MAX = 16_384
+BOOT_KEYS_MAX = 4  # of one process, whose ciphers are kept: two while keys are rotated
 
 
 def new_key() -> str:
@@ -78,10 +79,21 @@ class Keyring:
         return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=salt, info=info).derive(self._keys[identity])
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An authentic datagram. is_admitted: its sender's process was admitted; if not, it may be a recording."""
+
+    boot_id: bytes
+    counter: int
+    payload: bytes
+    is_admitted: bool
+
+
 class DatagramSealer:
     """Seals this process's datagrams and opens those of others: AES-256-GCM (NIST SP 800-38D), header in clear.
 
-    Each boot id has a subkey of its own, so a 64-bit counter is a nonce that never repeats under one key."""
+    Each boot id has a subkey of its own, so a 64-bit counter is a nonce that never repeats under one key. Of a process
+    that was admitted each datagram opens once, whichever keys of the ring it uses."""
 
     def __init__(self, keyring: Keyring, boot_id: bytes) -> None:
         if len(boot_id) != BOOT_ID_BYTES:
@@ -91,7 +103,7 @@ class DatagramSealer:
         self._cluster = keyring.cluster_name.encode()
         self._counter = 0
         self._own_ciphers: dict[bytes, AESGCM] = {}  # by key id: one entry a key of the ring
-        self._boots: OrderedDict[tuple[bytes, bytes], _Boot] = OrderedDict()  # (key id, boot id), longest silent first
+        self._boots: OrderedDict[bytes, _Boot] = OrderedDict()  # admitted ones by boot id, longest silent first
 
     def seal(self, payload: bytes) -> bytes:
         """The payload as a datagram, OVERHEAD_BYTES longer, under the keyring's primary key."""
@@ -103,8 +115,8 @@ class DatagramSealer:
         header = HEADER.pack(SEAL_VERSION, identity, self._boot_id, self._counter)
         return header + cipher.encrypt(_nonce(self._counter), payload, header + self._cluster)
 
-    def open(self, datagram: bytes) -> tuple[bytes, int, bytes]:
-        """(boot id, counter, payload) of a datagram that a holder of a key of this ring sealed and that is new.
+    def open(self, datagram: bytes) -> Opened:
+        """A datagram that a holder of a key of this ring sealed, and that is new if its sender was admitted.
 
         Raises SealRejected: "truncated", "seal version", "unknown key", "reflected" (sealed by this very process),
         "replayed" or "tampered" (altered, or of a mesh by another name). Nothing was changed then."""
@@ -117,35 +129,49 @@ class DatagramSealer:
             raise SealRejected("unknown key")
         if boot_id == self._boot_id:
             raise SealRejected("reflected")
-        boot = self._boots.get((identity, boot_id))
-        if boot is None:
-            boot = _Boot(self._cipher(identity, boot_id))
-        elif boot.has_seen(counter):
+        boot = self._boots.get(boot_id)
+        if boot is not None and boot.has_seen(counter):
             raise SealRejected("replayed")
+        cipher = boot.ciphers.get(identity) if boot is not None else None
+        if cipher is None:
+            cipher = self._cipher(identity, boot_id)
         try:
             associated = datagram[: HEADER.size] + self._cluster
-            payload = boot.cipher.decrypt(_nonce(counter), datagram[HEADER.size :], associated)
+            payload = cipher.decrypt(_nonce(counter), datagram[HEADER.size :], associated)
         except InvalidTag as exc:
             raise SealRejected("tampered") from exc
-        # Only what authenticated may take room or move a window: forged headers cost a derivation, no memory.
-        boot.mark_seen(counter)
-        self._boots[(identity, boot_id)] = boot
-        self._boots.move_to_end((identity, boot_id))
-        if len(self._boots) > BOOTS_MAX:
-            self._boots.popitem(last=False)
-        return boot_id, counter, payload
+        if boot is not None:
+            # Only what authenticated may take room or move a window: forged headers cost a derivation, no memory.
+            boot.mark_seen(counter)
+            boot.ciphers[identity] = cipher
+            if len(boot.ciphers) > BOOT_KEYS_MAX:
+                del boot.ciphers[next(iter(boot.ciphers))]
+            self._boots.move_to_end(boot_id)
+        return Opened(boot_id, counter, payload, boot is not None)
+
+    def admit(self, opened: Opened) -> None:
+        """The process that sealed this datagram is alive: take what it sends, each datagram once, this one included."""
+        self.admit_process(opened.boot_id)
+        self._boots[opened.boot_id].mark_seen(opened.counter)
+
+    def admit_process(self, boot_id: bytes) -> None:
+        """As admit(), on the word of another that was admitted."""
+        if boot_id not in self._boots:
+            self._boots[boot_id] = _Boot()
+            if len(self._boots) > BOOTS_MAX:
+                self._boots.popitem(last=False)
 
     def _cipher(self, identity: bytes, boot_id: bytes) -> AESGCM:
         return AESGCM(self._keyring.derive(identity, b"datagram|" + boot_id))
 
 
 class _Boot:
-    """What is known of one sender process under one key: its cipher, and which counters it has used."""
+    """What is known of one admitted process: its ciphers by key id, and which counters it has used."""
 
-    __slots__ = ("_highest", "_seen", "cipher")
+    __slots__ = ("_highest", "_seen", "ciphers")
 
-    def __init__(self, cipher: AESGCM) -> None:
-        self.cipher = cipher
+    def __init__(self) -> None:
+        self.ciphers: dict[bytes, AESGCM] = {}
         self._highest = -1
         self._seen = 0  # bit i: counter `highest - i` was opened
 

@@ -16,6 +16,8 @@ from mesh.errors import MeshError
 from mesh.gossip import (
     DuplicateNode,
     Effect,
+    ExchangeState,
+    Fenced,
     Gossip,
     MemberChanged,
     PingLink,
@@ -33,6 +35,8 @@ DRAIN_MAX = 64
 READ_BYTES = DATAGRAM_BYTES_MAX + 1
 # A peer link that answers later than this is of no use as evidence: the probe is over.
 LINK_PING_TIMEOUT_S = 2.0
+# The same for an answer to a question; another peer is asked then.
+LINK_EXCHANGE_TIMEOUT_S = 8.0
 # Seeds given by name are looked up each time they are called; a lookup slower than this is given up.
 RESOLVE_TIMEOUT_S = 5.0
 
@@ -68,8 +72,9 @@ def address_of(bound: socket.socket) -> Address:
 class GossipSocket:
     """Runs one Gossip on one bound UDP socket, which stays the caller's to close.
 
-    ping_link: pings a member over its peer link; returning is an answer, MeshError or OSError is none.
-    on_change: told of each change of membership, after it was logged; must not block.
+    ping_link: pings a member over its peer link; returning is an answer, MeshError or OSError is none. ask_link: sends
+    it a question and returns its answer; fails likewise. on_change: told of each change of membership, after it was
+    logged; on_fenced: that another process has this node's name. These two must not block.
     Use set_load, set_profile and link_failed here rather than on the Gossip, so that urgent news leaves at once."""
 
     def __init__(
@@ -78,6 +83,8 @@ class GossipSocket:
         bound: socket.socket,
         *,
         ping_link: Callable[[str, Address], Awaitable[object]],
+        ask_link: Callable[[str, Address, bytes], Awaitable[bytes]],
+        on_fenced: Callable[[Address], None] | None = None,
         on_change: Callable[[MemberChanged], None] | None = None,
         clock: Callable[[], float] = trio.current_time,
     ) -> None:
@@ -85,6 +92,8 @@ class GossipSocket:
         self._gossip = gossip
         self._socket = bound
         self._ping_link = ping_link
+        self._ask_link = ask_link
+        self._on_fenced = on_fenced
         self._on_change = on_change
         self._clock = clock
         self._waiting: trio.CancelScope | None = None
@@ -167,6 +176,12 @@ class GossipSocket:
                 case PingLink(node_id, address):
                     if self._nursery is not None:
                         self._nursery.start_soon(self._ping, node_id, address)
+                case ExchangeState(node_id, address, question):
+                    if self._nursery is not None:
+                        self._nursery.start_soon(self._exchange, node_id, address, question)
+                case Fenced(address):
+                    if self._on_fenced is not None:
+                        self._on_fenced(address)
                 case SeedUnanswered(address, attempts):
                     logger.warning("seed %s has not answered; it is called again (call %d)", address, attempts)
                 case DuplicateNode(node_id, address):
@@ -209,6 +224,18 @@ class GossipSocket:
                 logger.debug("no answer from %s over the peer link: %s", node_id, exc)
                 return
             self._gossip.link_answered(node_id, self._clock())
+
+    async def _exchange(self, node_id: str, address: Address, question: bytes) -> None:
+        with trio.move_on_after(LINK_EXCHANGE_TIMEOUT_S):
+            try:
+                answer = await self._ask_link(node_id, address, question)
+            except (MeshError, OSError) as exc:
+                logger.debug("no answer from %s over the peer link: %s", node_id, exc)
+            else:
+                self._perform(self._gossip.take_exchange(node_id, answer, self._clock()))
+                self.wake()
+                return
+        self._gossip.exchange_failed(node_id)
 
 
 def _is_numeric(host: str) -> bool:

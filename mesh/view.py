@@ -116,6 +116,8 @@ class MemberView:
     is_self: bool = False
     load_age_s: float = 0.0
     load_version: int = 0  # the version at which `load` was published: tells a fresh report from a repeated one
+    bulk: bytes = b""  # what its owner published beside load and profile, and at which version
+    bulk_version: int = 0
 
     def model(self, name: str) -> ModelInfo | None:
         return next((m for m in self.profile.models if m.name == name), None)

@@ -1,8 +1,9 @@
 """The datagrams of the mesh: their types, their bytes, their limits. Everything a peer sends is checked here.
 
 A payload is one msgpack array [type, sender, ...fields], then any number of records to the end, one array each. Arrays
-may be longer than this version knows: what follows is ignored. The hot and warm sections inside a record are opaque
-here and forwarded as the bytes they came in; mesh.state reads them.
+may be longer than this version knows: what follows is ignored; so is the message of a type that it does not know, but
+not the records beside it. The sections inside a record are opaque here and forwarded as the bytes they came in;
+mesh.state reads hot and warm.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, assert_never
 import msgpack
 
 from mesh.errors import MalformedDatagram
-from mesh.seal import OVERHEAD_BYTES
+from mesh.seal import BOOT_ID_BYTES, OVERHEAD_BYTES
 from mesh.view import Address, MemberStatus
 
 # Versions of the protocol this node speaks; JOIN carries both, and meshes that share none do not mix.
@@ -25,18 +26,23 @@ DATAGRAM_BYTES_MAX = 1_200  # below 1280, the smallest MTU IPv6 allows, less IP 
 PAYLOAD_BYTES_MAX = DATAGRAM_BYTES_MAX - OVERHEAD_BYTES
 NODE_ID_BYTES_MAX = 64
 SECTION_BYTES_MAX = 896  # one section and its claim always fit one datagram, even under the longest node id
+BULK_INLINE_BYTES_MAX = 512  # of a bulk section in a datagram: beside it there is room for the load and other news
+BULK_BYTES_MAX = 256 * 1024  # a bulk section, which crosses on peer links where it fits no datagram
 ACCUSERS_MAX = 3  # one who suspects and k=2 independent confirmations (Lifeguard)
 COUNT_MAX = 2**63 - 1  # generations, versions, sequences
 HASH_MAX = 2**32 - 1  # ids as 32-bit hashes, in digests and accusations
-DIGEST_ENTRIES_MAX = 80  # of at most 31 bytes; usual ones are 13, so a full digest fits one datagram
+DIGEST_ENTRIES_MAX = 80  # of at most 40 bytes; usual ones are 13 to 18, so a full digest fits one datagram
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """What the sender believes of one member: a claim, and sections of its state.
 
-    hot: the load published at exactly this version. warm: the profile published at warm_version.
-    accusers: hashes of the ids of those who suspect it at this version, sorted; empty unless SUSPECT."""
+    hot: the load published at exactly this version. warm: the profile published at warm_version. bulk: what was
+    published at bulk_version, at most SECTION_BYTES_MAX in a datagram and BULK_BYTES_MAX on a peer link. boot_id: of
+    the process that lives this generation, beside a profile, so that whoever is told of it need not ask it to prove
+    itself; empty for unknown. accusers: hashes of the ids of those who suspect it at this version, sorted; empty unless
+    SUSPECT."""
 
     node_id: str
     generation: int
@@ -47,6 +53,9 @@ class Record:
     hot: bytes | None = None
     warm: bytes | None = None
     accusers: tuple[int, ...] = ()
+    bulk_version: int = 0
+    bulk: bytes | None = None
+    boot_id: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +68,13 @@ class Ping:
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """`target` answered the ping of this sequence; from itself or from who was asked to ping it."""
+    """`target` answered the ping of this sequence; from itself or from who was asked to ping it.
+
+    cookie: 0, or to be echoed like that of a Cookie."""
 
     sequence: int
     target: str
+    cookie: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +100,15 @@ class Rumour:
 
 @dataclass(frozen=True, slots=True)
 class DigestEntry:
-    """What the sender holds of one member: its claim, and which profile it has of it (not which it has heard of)."""
+    """What the sender holds of one member: its claim, and which profile and bulk section it has of it (not which it has
+    heard of)."""
 
     id_hash: int
     generation: int
     version: int
     status: MemberStatus
     profile_version: int
+    bulk_version: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +148,43 @@ class Leave:
     """The sender goes; its record says LEFT."""
 
 
-Message = Ping | Ack | PingRequest | Nack | Rumour | Digest | Delta | Join | Leave
+@dataclass(frozen=True, slots=True)
+class Cookie:
+    """The sender does not know the receiver's process, so it has ignored what came from it: prove by an echo that this
+    is no recording and that the address is no forgery. The packet's sender is empty, so that it is never larger than
+    the datagram that it answers."""
+
+    cookie: int
+
+
+@dataclass(frozen=True, slots=True)
+class CookieEcho:
+    """The cookie came back. join_sequence: of the Join that was answered with the cookie, and asked again hereby, or 0.
+
+    The packet's sender is empty where the one who sent the cookie is not known either."""
+
+    cookie: int
+    join_sequence: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Another process, at `address`, is heard under the receiver's name and has been for `known_ms` milliseconds: the
+    receiver is fenced, which means that nothing is taken from it. join_sequence: the Join it answers, or 0."""
+
+    known_ms: int
+    address: Address
+    join_sequence: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """A message of a later version."""
+
+
+Message = (
+    Ping | Ack | PingRequest | Nack | Rumour | Digest | Delta | Join | Leave | Cookie | CookieEcho | Conflict | Unknown
+)
 
 # The labels under which statistics count, and each type's number on the wire.
 MESSAGE_LABELS: dict[type, str] = {
@@ -147,8 +197,13 @@ MESSAGE_LABELS: dict[type, str] = {
     Delta: "delta",
     Join: "join",
     Leave: "leave",
+    Cookie: "cookie",
+    CookieEcho: "cookie_echo",
+    Conflict: "conflict",
+    Unknown: "unknown",
 }
 _PING, _ACK, _PING_REQUEST, _NACK, _RUMOUR, _DIGEST, _DELTA, _JOIN, _LEAVE = range(1, 10)
+_COOKIE, _COOKIE_ECHO, _CONFLICT = range(10, 13)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +225,8 @@ def encode_head(sender: str, message: Message) -> bytes:
     match message:
         case Ping(sequence, target):
             fields: list[object] = [_PING, sender, sequence, target]
-        case Ack(sequence, target):
-            fields = [_ACK, sender, sequence, target]
+        case Ack(sequence, target, cookie):
+            fields = [_ACK, sender, sequence, target, *([cookie] if cookie else [])]
         case PingRequest(sequence, target, address):
             fields = [_PING_REQUEST, sender, sequence, target, pack_address(address)]
         case Nack(sequence):
@@ -179,14 +234,21 @@ def encode_head(sender: str, message: Message) -> bytes:
         case Rumour():
             fields = [_RUMOUR, sender]
         case Digest(low, high, entries, is_reply):
-            packed = [[e.id_hash, e.generation, e.version, int(e.status), e.profile_version] for e in entries]
-            fields = [_DIGEST, sender, low, high, packed, is_reply]
+            fields = [_DIGEST, sender, low, high, [pack_digest_entry(entry) for entry in entries], is_reply]
         case Delta(join_sequence):
             fields = [_DELTA, sender, join_sequence]
         case Join(sequence, protocol_min, protocol_max):
             fields = [_JOIN, sender, sequence, protocol_min, protocol_max]
         case Leave():
             fields = [_LEAVE, sender]
+        case Cookie(cookie):
+            fields = [_COOKIE, sender, cookie]
+        case CookieEcho(cookie, join_sequence):
+            fields = [_COOKIE_ECHO, sender, cookie, *([join_sequence] if join_sequence else [])]
+        case Conflict(known_ms, address, join_sequence):
+            fields = [_CONFLICT, sender, known_ms, pack_address(address), join_sequence]
+        case Unknown():
+            raise AssertionError("a message of a later version has no bytes here")
         case _:
             assert_never(message)
     encoded: bytes = msgpack.packb(fields)
@@ -195,9 +257,13 @@ def encode_head(sender: str, message: Message) -> bytes:
 
 def digest_entry_bytes(entry: DigestEntry) -> int:
     """How much of a digest this entry takes."""
-    return len(
-        msgpack.packb([entry.id_hash, entry.generation, entry.version, int(entry.status), entry.profile_version])
-    )
+    return len(msgpack.packb(pack_digest_entry(entry)))
+
+
+def pack_digest_entry(entry: DigestEntry) -> list[int]:
+    """As an array for msgpack."""
+    fields = [entry.id_hash, entry.generation, entry.version, int(entry.status), entry.profile_version]
+    return [*fields, entry.bulk_version] if entry.bulk_version else fields
 
 
 def encode_record(record: Record) -> bytes:
@@ -211,8 +277,10 @@ def encode_record(record: Record) -> bytes:
         record.hot,
         record.warm,
     ]
-    if record.accusers:
-        fields.append(record.accusers)
+    optional = [record.accusers or None, record.bulk_version, record.bulk, record.boot_id or None]
+    while optional and optional[-1] in (None, 0):  # most records end here
+        optional.pop()
+    fields += optional
     encoded: bytes = msgpack.packb(fields)
     return encoded
 
@@ -227,21 +295,23 @@ def decode(payload: bytes) -> Packet:
         head = _array(unpacker.unpack(), 2)
         records = []
         while unpacker.tell() < len(payload):
-            records.append(_record(_array(unpacker.unpack(), 8)))
+            records.append(unpack_record(unpacker.unpack()))
     except (msgpack.UnpackException, ValueError) as exc:  # ValueError: bad UTF-8, bad format, nested too deep
         raise MalformedDatagram(f"payload of {len(payload)} bytes is no msgpack: {exc!r}") from exc
-    return Packet(text(head[1], NODE_ID_BYTES_MAX), _message(head), tuple(records))
+    message = _message(head)
+    is_nameless = isinstance(message, Cookie | CookieEcho) and head[1] == ""
+    return Packet("" if is_nameless else text(head[1], NODE_ID_BYTES_MAX), message, tuple(records))
 
 
 def _message(head: Sequence[Any]) -> Message:
     kind = count(head[0])
     if kind not in _FIELD_COUNTS:
-        raise MalformedDatagram(f"unknown message type {kind}")
+        return Unknown()
     _array(head, _FIELD_COUNTS[kind])
     if kind == _PING:
         return Ping(count(head[2]), text(head[3], NODE_ID_BYTES_MAX))
     if kind == _ACK:
-        return Ack(count(head[2]), text(head[3], NODE_ID_BYTES_MAX))
+        return Ack(count(head[2]), text(head[3], NODE_ID_BYTES_MAX), count(head[4]) if len(head) > 4 else 0)
     if kind == _PING_REQUEST:
         return PingRequest(count(head[2]), text(head[3], NODE_ID_BYTES_MAX), unpack_address(head[4]))
     if kind == _NACK:
@@ -253,11 +323,17 @@ def _message(head: Sequence[Any]) -> Message:
         if type(head[5]) is not bool:
             raise MalformedDatagram("a digest without its reply flag")
         low, high = count(head[2], HASH_MAX), count(head[3], HASH_MAX)
-        return Digest(low, high, tuple(_digest_entry(_array(e, 5)) for e in entries), head[5])
+        return Digest(low, high, tuple(unpack_digest_entry(e) for e in entries), head[5])
     if kind == _DELTA:
         return Delta(count(head[2]))
     if kind == _JOIN:
         return Join(count(head[2]), count(head[3]), count(head[4]))
+    if kind == _COOKIE:
+        return Cookie(count(head[2]))
+    if kind == _COOKIE_ECHO:
+        return CookieEcho(count(head[2]), count(head[3]) if len(head) > 3 else 0)
+    if kind == _CONFLICT:
+        return Conflict(count(head[2]), unpack_address(head[3]), count(head[4]))
     return Leave() if kind == _LEAVE else Rumour()
 
 
@@ -271,14 +347,19 @@ _FIELD_COUNTS = {
     _DELTA: 3,
     _JOIN: 5,
     _LEAVE: 2,
+    _COOKIE: 3,
+    _COOKIE_ECHO: 3,
+    _CONFLICT: 5,
 }
 
 
-def _record(fields: Sequence[Any]) -> Record:
+def unpack_record(value: Any, bulk_bytes_max: int = SECTION_BYTES_MAX) -> Record:
+    """Raises MalformedDatagram."""
+    fields = _array(value, 8)
     status = _status(fields[3])
     accusers: tuple[int, ...] = ()
-    if len(fields) > 8:
-        hashes = _array(fields[8], 0)
+    if (accusing := _field(fields, 8)) is not None:
+        hashes = _array(accusing, 0)
         if len(hashes) > ACCUSERS_MAX or (hashes and status is not MemberStatus.SUSPECT):
             raise MalformedDatagram(f"{len(hashes)} accusers of a member that is {status.name}")
         accusers = tuple(sorted({count(h, HASH_MAX) for h in hashes}))
@@ -292,12 +373,22 @@ def _record(fields: Sequence[Any]) -> Record:
         hot=_section(fields[6]),
         warm=_section(fields[7]),
         accusers=accusers,
+        bulk_version=count(_field(fields, 9) or 0),
+        bulk=_section(_field(fields, 10), bulk_bytes_max),
+        boot_id=_boot_id(_field(fields, 11)),
     )
 
 
-def _digest_entry(fields: Sequence[Any]) -> DigestEntry:
+def unpack_digest_entry(value: Any) -> DigestEntry:
+    """Raises MalformedDatagram."""
+    fields = _array(value, 5)
     return DigestEntry(
-        count(fields[0], HASH_MAX), count(fields[1]), count(fields[2]), _status(fields[3]), count(fields[4])
+        id_hash=count(fields[0], HASH_MAX),
+        generation=count(fields[1]),
+        version=count(fields[2]),
+        status=_status(fields[3]),
+        profile_version=count(fields[4]),
+        bulk_version=count(fields[5]) if len(fields) > 5 else 0,
     )
 
 
@@ -307,10 +398,21 @@ def _array(value: Any, length_min: int) -> Sequence[Any]:
     return value
 
 
-def _section(value: Any) -> bytes | None:
-    if value is not None and (not isinstance(value, bytes) or len(value) > SECTION_BYTES_MAX):
-        raise MalformedDatagram(f"a section is at most {SECTION_BYTES_MAX} bytes, got a {type(value).__name__}")
+def _section(value: Any, bytes_max: int = SECTION_BYTES_MAX) -> bytes | None:
+    if value is not None and (not isinstance(value, bytes) or len(value) > bytes_max):
+        raise MalformedDatagram(f"a section is at most {bytes_max} bytes, got a {type(value).__name__}")
     return value
+
+
+def _field(fields: Sequence[Any], index: int) -> Any:
+    """None where the array ends before it."""
+    return fields[index] if len(fields) > index else None
+
+
+def _boot_id(value: Any) -> bytes:
+    if value is not None and (not isinstance(value, bytes) or len(value) != BOOT_ID_BYTES):
+        raise MalformedDatagram(f"a boot id has {BOOT_ID_BYTES} bytes, got a {type(value).__name__}")
+    return value or b""
 
 
 def _status(value: Any) -> MemberStatus:

@@ -10,6 +10,7 @@ import logging
 import random
 import secrets
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -17,11 +18,13 @@ from typing import Any
 
 import trio
 
-from mesh.errors import HandshakeRefused, PeerUnavailable
-from mesh.forwarder import Forwarder
+from mesh import state_exchange
+from mesh.errors import HandshakeRefused, MalformedDatagram, PeerUnavailable
+from mesh.forwarder import Forwarder, IncomingStream
 from mesh.gossip import Gossip, GossipConfig
 from mesh.router import Router
 from mesh.seal import BOOT_ID_BYTES, Keyring
+from mesh.state import decode_load, encode_load
 from mesh.udp import GossipSocket
 from mesh.view import Address, ClusterView, ModelInfo, ModelLoad, NodeLoad, NodeProfile, Readiness
 from nodes.api.app import build_app
@@ -87,6 +90,8 @@ class Node:
         self._version = version("ai-cluster")
         self._readiness = Readiness.LOADING
         self._loop_lag_s = 0.0
+        self._fenced = trio.Event()
+        self._fenced_by: Address | None = None
         self._engines: dict[str, Engine] = {}
         self._metrics = Metrics(self._node_id, self._version)
         self._local = LocalGenerator(self._engines, observer=ExecutorMetrics(self._metrics))
@@ -95,7 +100,9 @@ class Node:
             node_id=self._node_id,
             boot_id=boot_id,
             keyring=keyring,
-            serve=partial(serve_peer, local=self._local),
+            serve=self._serve_peer,
+            load=lambda: encode_load(self._load()),
+            on_load=self._observe_load,
             on_peer_lost=self._peer_failed,
         )
         bound = bound_address(config.mesh, sockets.mesh_tcp)
@@ -116,6 +123,8 @@ class Node:
             self._gossip,
             sockets.mesh_udp,
             ping_link=self._forwarder.ping,
+            ask_link=partial(state_exchange.ask, self._forwarder),
+            on_fenced=self._give_way,
             # A peer's models count under their names from its arrival on.
             on_change=lambda change: self._metrics.know_view(self._view()),
         )
@@ -158,6 +167,7 @@ class Node:
                 self._publish_profile()
                 nursery.start_soon(self._publish_load)
                 nursery.start_soon(self._check_seeds)
+                nursery.start_soon(self._watch_fence)
                 nursery.start_soon(self._load_models, engines)
                 await stop.asked.wait()
                 await self._drain(stop)
@@ -286,7 +296,29 @@ class Node:
                 await trio.sleep(DRAIN_POLL_S)
         logger.warning("the streams still running are cut: the drain time is over, or a second signal came")
 
+    async def _watch_fence(self) -> None:
+        """Raises ConfigInvalid when another process has this node's name: two would take each other's requests."""
+        await self._fenced.wait()
+        raise ConfigInvalid(
+            f"another process at {self._fenced_by} runs under the name {self._node_id!r} and answers: "
+            "give each node a --name and a --data-dir of its own, or stop the other"
+        )
+
     # What other parts ask.
+
+    async def _serve_peer(self, stream: IncomingStream) -> None:
+        if state_exchange.is_question(stream.request):
+            await state_exchange.answer(stream, self._gossip)
+        else:
+            await serve_peer(stream, self._local)
+
+    def _observe_load(self, node_id: str, report: bytes) -> None:
+        with suppress(MalformedDatagram):  # of a later version: gossip carries what this one can read
+            self._gossip.observe_load(node_id, decode_load(report), trio.current_time())
+
+    def _give_way(self, address: Address) -> None:
+        self._fenced_by = address
+        self._fenced.set()
 
     def _view(self) -> ClusterView:
         return self._gossip.view(trio.current_time())

@@ -81,20 +81,19 @@ class DatagramsFit(Silent):
 
 
 class PacketsStayWithinTheBudget(Silent):
-    """Over any time, at most the burst and the rate; a farewell apart."""
+    """Over any time, at most the burst and the rate; answers to strangers and joins, and farewells apart."""
 
     def __init__(self) -> None:
-        self._level: dict[tuple[str, int], tuple[float, float]] = {}  # by process: (packets over the rate, as of)
+        self._level: dict[tuple[str, int], tuple[float, float, int]] = {}  # by process: over the rate, as of, packets
 
     def on_send(self, world: World, node: SimNode, data: bytes) -> None:
-        if node.core.view(world.now).me.status is MemberStatus.LEFT:
-            return
-        config = world.config
+        config, statistics = world.config, node.core.statistics()
         process = (node.name, node.generation)
-        level, since = self._level.get(process, (0.0, world.now))
-        level = max(0.0, level - (world.now - since) * config.packet_rate) + 1
+        packets = sum(statistics.packets_sent.values()) - statistics.packets_unlimited
+        level, since, before = self._level.get(process, (0.0, world.now, 0))
+        level = max(0.0, level - (world.now - since) * config.packet_rate) + packets - before
         assert level <= config.packet_burst + 1e-6, f"{node.name} sent {level:.1f} packets over its rate"
-        self._level[process] = (level, world.now)
+        self._level[process] = (level, world.now, packets)
 
 
 class QueuesStayBounded(Silent):

@@ -15,6 +15,8 @@ from typing import Protocol
 from mesh.gossip import (
     DuplicateNode,
     Effect,
+    ExchangeState,
+    Fenced,
     Gossip,
     GossipConfig,
     MemberChanged,
@@ -108,6 +110,7 @@ class World:
         self.transitions: list[Transition] = []
         self.seeds_unanswered: list[SeedUnanswered] = []
         self.duplicates: list[DuplicateNode] = []
+        self.fenced: list[tuple[str, Fenced]] = []
         self.datagrams = 0
         self._checkers = checkers
         self._keyring = Keyring([DEVELOPMENT_KEY])
@@ -292,7 +295,31 @@ class World:
                 case DuplicateNode():
                     self.duplicates.append(effect)
                 case PingLink():
-                    pass  # no peer links in this world: gossip alone must do
+                    pass  # no such help in this world: gossip alone must do
+                case ExchangeState(node_id, _, question):
+                    self._ask(node, node_id, question)
+                case Fenced():
+                    self.fenced.append((node.name, effect))
+
+    def _ask(self, node: SimNode, name: str, question: bytes) -> None:
+        """Over a peer link: reliable, but for cuts and processes that are gone."""
+        asking = node.core
+        target = self.nodes[name]
+
+        def answer() -> None:
+            cuts = self.network.cuts
+            if target.gossip is None or (node.name, name) in cuts or (name, node.name) in cuts:
+                asking.exchange_failed(name)
+            else:
+                data = target.gossip.answer_exchange(question)
+                self.at(self.now + self.network.delay_max_s, lambda: take(data))
+
+        def take(data: bytes) -> None:
+            if node.gossip is asking:
+                self._perform(node, asking.take_exchange(name, data, self.now))
+                self._reschedule(node)
+
+        self.at(self.now + 2 * self.network.delay_max_s, answer)
 
     def _send(self, node: SimNode, address: Address, data: bytes) -> None:
         self.datagrams += 1

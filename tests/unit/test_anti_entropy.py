@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from mesh.anti_entropy import LACKING_MAX, DigestTurns, build_digest, compare, is_behind
+from mesh.anti_entropy import LACKING_MAX, DigestTurns, Lacking, build_digest, compare, is_behind
 from mesh.gossip_types import GossipConfig
 from mesh.membership import MemberTable, own_member
 from mesh.state import encode_profile
@@ -25,7 +25,7 @@ def record(
 
 
 def table(*records: Record, own: str = "own") -> MemberTable:
-    made = MemberTable(own_member(own, 1, Address("10.0.0.1", 7946), 0.0))
+    made = MemberTable(own_member(own, 1, Address("10.0.0.1", 7946), b"", 0.0))
     for item in records:
         plan = made.plan(item)
         assert plan is not None
@@ -83,7 +83,7 @@ def test_ranges_tell_of_members_the_sender_has_never_heard_of() -> None:
 def test_the_sender_is_not_told_of_itself() -> None:
     made = table(record("b"), record("c"))
     difference = compare(made, Digest(0, 2**32 - 1, ()), "b", 3)
-    assert {m.node_id for m, _ in difference.lacking} == {"own", "c"}
+    assert {found.member.node_id for found in difference.lacking} == {"own", "c"}
 
 
 def test_a_profile_goes_along_only_where_it_is_missing() -> None:
@@ -91,7 +91,7 @@ def test_a_profile_goes_along_only_where_it_is_missing() -> None:
     member = made.members["b"]
     for held, expected in ((2, False), (0, True)):
         theirs = DigestEntry(member.id_hash, 1, 5, ALIVE, held)
-        assert compare(made, Digest(1, 0, (theirs,)), "c", 3).lacking == [(member, expected)]
+        assert compare(made, Digest(1, 0, (theirs,)), "c", 3).lacking == [Lacking(member, expected, False)]
 
 
 def test_of_the_dead_only_who_asks_is_told() -> None:
@@ -99,7 +99,7 @@ def test_of_the_dead_only_who_asks_is_told() -> None:
     member = made.members["b"]
     assert compare(made, Digest(0, 2**32 - 1, ()), "own", 3).lacking == []
     asked = Digest(1, 0, (DigestEntry(member.id_hash, 1, 5, ALIVE, 0),))
-    assert compare(made, asked, "c", 3).lacking == [(member, False)]
+    assert compare(made, asked, "c", 3).lacking == [Lacking(member, False, False)]
 
 
 def test_two_tables_agree_after_one_exchange_each_way() -> None:
@@ -110,8 +110,8 @@ def test_two_tables_agree_after_one_exchange_each_way() -> None:
     difference = compare(two, digest, "x", 1)
     wanted = compare(one, Digest(1, 0, difference.wanted), "y", 1)
     for target, members in ((one, difference.lacking), (two, wanted.lacking)):
-        for member, with_warm in members:
-            plan = target.plan(member.record(with_warm=with_warm))
+        for found in members:
+            plan = target.plan(found.member.record(with_warm=found.with_warm, with_bulk=found.with_bulk))
             if plan is not None:
                 target.apply(plan, 2.0, told_by="")
     for name in [f"m{i}" for i in range(70)]:

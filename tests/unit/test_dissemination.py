@@ -15,7 +15,7 @@ PLENTY = 10_000
 
 
 def table(*names: str, told_by: str = "teller") -> MemberTable:
-    made = MemberTable(own_member("own", 1, Address("10.0.0.1", 7946), 0.0))
+    made = MemberTable(own_member("own", 1, Address("10.0.0.1", 7946), b"", 0.0))
     for name in names:
         plan = made.plan(Record(name, 1, 3, MemberStatus.ALIVE, THERE, 2, HOT, WARM))
         assert plan is not None

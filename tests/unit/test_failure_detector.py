@@ -17,7 +17,7 @@ THERE = Address("10.0.0.2", 7946)
 
 
 def detector(*node_ids: str, seed: int = 1) -> FailureDetector:
-    table = MemberTable(own_member("own", 1, Address("10.0.0.1", 7946), 0.0))
+    table = MemberTable(own_member("own", 1, Address("10.0.0.1", 7946), b"", 0.0))
     for node_id in node_ids:
         claim(table, node_id, 1, 0.0)
     return FailureDetector(CONFIG, table, random.Random(seed), 0.0)

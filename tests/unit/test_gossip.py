@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from dataclasses import replace
 
@@ -9,10 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh import wire
+from mesh import exchange, wire
+from mesh.admission import PEER_BURST
+from mesh.errors import MalformedDatagram
 from mesh.gossip import (
     DuplicateNode,
     Effect,
+    ExchangeState,
+    Fenced,
     Gossip,
     GossipConfig,
     MemberChanged,
@@ -20,13 +25,14 @@ from mesh.gossip import (
     SeedUnanswered,
     SendDatagram,
 )
-from mesh.seal import DEVELOPMENT_KEY, DatagramSealer, Keyring
+from mesh.seal import DEVELOPMENT_KEY, DatagramSealer, Keyring, Opened
 from mesh.state import encode_load
 from mesh.view import Address, MemberStatus, MemberView, ModelInfo, ModelLoad, NodeLoad, NodeProfile, Readiness
 
 KEYS = Keyring([DEVELOPMENT_KEY])
 READY = NodeLoad(Readiness.READY, 1, 8.0, 0.0, {"demo": ModelLoad(1, 0, 7)})
 PROFILE = NodeProfile("10.0.0.1:8080", "0.1.0", (ModelInfo("demo", "ab12", 2048, 8),))
+KNOWN_BOOTS = (b"b" * 16, b"c" * 16)  # processes whose datagrams every gossip() here takes
 NOBODY = Address("10.9.9.9", 7946)
 
 
@@ -45,6 +51,8 @@ def gossip(
     boot_id = f"{name} boot {generation} {at}".encode()[:16].ljust(16)
     rng = random.Random(f"{name}{generation}")
     made = Gossip(GossipConfig(), name, generation, at or address(name), seeds, KEYS, boot_id, rng, now)
+    for known in KNOWN_BOOTS:
+        made._sealer.admit(Opened(known, 0, b"", is_admitted=False))
     made.set_load(READY, now)
     made.set_profile(PROFILE, now)
     return made
@@ -64,10 +72,20 @@ class Wire:
     def perform(self, node: Gossip, effects: list[Effect]) -> None:
         for effect in effects:
             self.effects.append((node.node_id, effect))
+            if isinstance(effect, ExchangeState):
+                self.ask(node, effect)
             if isinstance(effect, SendDatagram):
                 target = self.nodes.get(effect.address)
                 if target is not None and effect.address not in self.cut and node._own.address not in self.cut:
                     self.perform(target, target.receive(effect.data, node._own.address, self.now))
+
+    def ask(self, node: Gossip, effect: ExchangeState) -> None:
+        target = self.nodes.get(effect.address)
+        if target is None or effect.address in self.cut or node._own.address in self.cut:
+            node.exchange_failed(effect.node_id)
+        else:
+            answer = target.answer_exchange(effect.question)
+            self.perform(node, node.take_exchange(effect.node_id, answer, self.now))
 
     def run(self, duration_s: float) -> None:
         end = self.now + duration_s
@@ -105,7 +123,7 @@ def record(
 def packets_of(effects: list[Effect], boot: bytes = b"reader".ljust(16)) -> list[tuple[Address, wire.Packet]]:
     """The datagrams among effects, opened."""
     opener = DatagramSealer(KEYS, boot)
-    return [(e.address, wire.decode(opener.open(e.data)[2])) for e in effects if isinstance(e, SendDatagram)]
+    return [(e.address, wire.decode(opener.open(e.data).payload)) for e in effects if isinstance(e, SendDatagram)]
 
 
 # --- joining, leaving, failing ---
@@ -267,6 +285,7 @@ def test_a_ping_request_is_passed_on_and_its_answer_returned() -> None:
     a, c = gossip("a"), gossip("c")
     asked = a.receive(sealed(wire.PingRequest(9, "c", address("c")), record("b")), address("b"), 1.0)
     [ping] = [e for e in asked if isinstance(e, SendDatagram)]
+    c._sealer.admit(Opened(a._sealer._boot_id, 0, b"", is_admitted=False))
     [ack] = [e for e in c.receive(ping.data, address("a"), 1.0) if isinstance(e, SendDatagram)]
     returned = packets_of(a.receive(ack.data, address("c"), 1.0))
     [(to, packet)] = [(to, p) for to, p in returned if isinstance(p.message, wire.Ack)]
@@ -378,6 +397,110 @@ def test_an_impossible_name_is_refused(node_id: str) -> None:
         Gossip(GossipConfig(), node_id, 1, NOBODY, (), KEYS, b"b" * 16, random.Random(1), 0.0)
 
 
+def test_a_younger_process_under_a_living_name_gives_up_and_the_older_stays() -> None:
+    a, b = gossip("a"), gossip("b", seeds=(address("a"),))
+    mesh = Wire(a, b)
+    mesh.run(2.0)
+    elsewhere = Address("10.0.0.99", 7946)
+    mesh.nodes[elsewhere] = gossip("b", seeds=(address("a"),), generation=9, at=elsewhere, now=mesh.now)
+    mesh.run(7.0)
+    assert not mesh.of_type(Fenced)
+    mesh.run(4.0)
+    assert mesh.of_type(Fenced) == [Fenced(address("b"))]
+    assert (mesh.member(a, "b").address, mesh.member(a, "b").generation) == (address("b"), 1)
+
+
+def test_a_restart_at_another_address_is_taken_once_the_former_process_is_silent() -> None:
+    a, b = gossip("a"), gossip("b", seeds=(address("a"),))
+    mesh = Wire(a, b)
+    mesh.run(2.0)
+    elsewhere = Address("10.0.0.99", 7946)
+    del mesh.nodes[address("b")]
+    mesh.nodes[elsewhere] = gossip("b", seeds=(address("a"),), generation=2, at=elsewhere, now=mesh.now)
+    mesh.run(8.0)
+    assert (mesh.member(a, "b").address, mesh.member(a, "b").status) == (elsewhere, MemberStatus.ALIVE)
+    assert not mesh.of_type(Fenced)
+
+
+def test_a_later_life_elsewhere_that_others_tell_of_waits_while_the_member_is_heard() -> None:
+    a, b = gossip("a"), gossip("b", seeds=(address("a"),))
+    mesh = Wire(a, b)
+    mesh.run(2.0)
+    claim = record("b", 1, generation=5, at=Address("10.0.0.99", 7946))
+    a.receive(sealed(wire.Rumour(), claim, sender="c", boot=b"c" * 16), address("c"), mesh.now)
+    assert mesh.member(a, "b").generation == 1
+    del mesh.nodes[address("b")]
+    mesh.run(5.5)
+    a.receive(sealed(wire.Rumour(), claim, sender="d"), address("d"), mesh.now)
+    assert mesh.member(a, "b").generation == 5
+
+
+# --- everything at once, and what fits no datagram ---
+
+
+def test_who_joins_learns_of_everybody_at_once() -> None:
+    names = "abcdefghijklmnopqrst"
+    nodes = [gossip(name, seeds=(address("a"),)) for name in names]
+    mesh = Wire(*nodes[:-1])
+    mesh.run(3.0)
+    last = nodes[-1]
+    mesh.nodes[last._own.address] = last
+    for _ in range(2):
+        mesh.perform(last, last.tick(mesh.now))
+    assert set(last.view(mesh.now).members) == set(names)
+    assert all(m.profile == PROFILE for m in last.view(mesh.now).members.values())
+
+
+@pytest.mark.parametrize("size", [300, 200_000], ids=["in a datagram", "over the link"])
+def test_a_bulk_section_reaches_every_peer_and_its_last_state_stays(size: int) -> None:
+    a, b, c = gossip("a"), gossip("b", seeds=(address("a"),)), gossip("c", seeds=(address("a"),))
+    mesh = Wire(a, b, c)
+    mesh.run(2.0)
+    for fill in (b"x", b"y"):
+        a.set_bulk(fill * size)
+        mesh.run(3.0)
+        assert {mesh.member(node, "a").bulk for node in (a, b, c)} == {fill * size}
+    late = gossip("d", seeds=(address("b"),), now=mesh.now)
+    mesh.nodes[address("d")] = late
+    mesh.run(4.0)
+    assert mesh.member(late, "a").bulk == b"y" * size
+
+
+def test_a_bulk_section_that_no_link_carries_is_refused_and_the_former_stays() -> None:
+    a = gossip("a")
+    a.set_bulk(b"small")
+    with pytest.raises(ValueError, match="262145 bytes exceeds 262144"):
+        a.set_bulk(bytes(wire.BULK_BYTES_MAX + 1))
+    a.tick(1.0)
+    assert a.view(1.0).me.bulk == b"small"
+
+
+def test_who_joins_learns_of_the_dead_too() -> None:
+    a, b = gossip("a"), gossip("b", seeds=(address("a"),))
+    mesh = Wire(a, b)
+    mesh.run(2.0)
+    del mesh.nodes[address("b")]
+    mesh.run(10.0)
+    late = gossip("c", seeds=(address("a"),), now=mesh.now)
+    mesh.nodes[address("c")] = late
+    mesh.run(2.0)
+    assert mesh.member(late, "b").status is MemberStatus.DEAD
+
+
+@given(st.binary(max_size=400))
+def test_arbitrary_questions_and_answers_of_an_exchange_change_nothing(data: bytes) -> None:
+    a = gossip("a")
+    a.tick(0.0)
+    before = everything(a, 1.0)
+    with contextlib.suppress(MalformedDatagram):
+        a.answer_exchange(data)
+    with contextlib.suppress(MalformedDatagram):
+        exchange.decode_answer(data)
+        return
+    assert a.take_exchange("b", data, 0.5) == []
+    assert everything(a, 1.0) == before
+
+
 # --- what is dropped ---
 
 
@@ -424,6 +547,91 @@ def test_a_dropped_datagram_is_counted_by_its_reason(datagram: bytes, reason: st
     assert a.receive(datagram, NOBODY, 1.0) == []
     assert dict(a.statistics().rejects) == {reason: 1}
     assert set(a.view(1.0).members) == {"a"}
+
+
+# --- who may speak ---
+
+
+def strange(message: wire.Message, *records: wire.Record, boot: bytes = b"s" * 16, sender: str = "s") -> bytes:
+    return sealed(message, *records, sender=sender, boot=boot)
+
+
+def test_a_stranger_is_taken_at_its_word_once_it_echoes_the_cookie() -> None:
+    a = gossip("a")
+    opener = DatagramSealer(KEYS, b"s" * 16)
+    rumour = wire.encode(wire.Packet("s", wire.Rumour(), (record("s"),)))
+    [(to, asked)] = packets_of(a.receive(opener.seal(rumour), address("s"), 1.0))
+    assert (to, set(a.view(1.0).members), a.statistics().strangers) == (address("s"), {"a"}, 1)
+    assert isinstance(asked.message, wire.Cookie)
+    echo = wire.CookieEcho(asked.message.cookie)
+    a.receive(opener.seal(wire.encode(wire.Packet("s", echo, (record("s"),)))), address("s"), 1.1)
+    assert set(a.view(1.1).members) == {"a", "s"}
+
+
+@pytest.mark.parametrize(
+    ("boot", "source"),
+    [
+        pytest.param(b"t" * 16, address("s"), id="another process"),
+        pytest.param(b"s" * 16, address("t"), id="from another address"),
+    ],
+)
+def test_a_cookie_is_of_use_to_nobody_else(boot: bytes, source: Address) -> None:
+    a = gossip("a")
+    [(_, asked)] = packets_of(a.receive(strange(wire.Rumour(), record("s")), address("s"), 1.0))
+    assert isinstance(asked.message, wire.Cookie)
+    echo = wire.CookieEcho(asked.message.cookie)
+    assert a.receive(strange(echo, record("s"), boot=boot), source, 1.1) == []
+    assert set(a.view(1.1).members) == {"a"}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        pytest.param(wire.Rumour(), id="gossip"),
+        pytest.param(wire.Ping(1, "a"), id="ping"),
+        pytest.param(wire.PingRequest(1, "c", address("c")), id="ping request"),
+        pytest.param(wire.Join(1), id="join"),
+        pytest.param(wire.Digest(1, 0, ()), id="digest"),
+        pytest.param(wire.Delta(5), id="delta"),
+        pytest.param(wire.Ack(5, "b"), id="ack"),
+        pytest.param(wire.Cookie(7), id="cookie"),
+        pytest.param(wire.CookieEcho(7), id="echo of no cookie"),
+        pytest.param(wire.Leave(), id="leave"),
+        pytest.param(wire.Conflict(9, NOBODY), id="conflict"),
+    ],
+)
+def test_a_recording_changes_nothing_and_its_answer_is_no_larger(message: wire.Message) -> None:
+    a = gossip("a")
+    a.tick(0.0)
+    before = a.view(0.5), a.next_wakeup()
+    nameless = isinstance(message, wire.Cookie | wire.CookieEcho)
+    datagram = strange(message, *([] if nameless else [record("s")]), sender="" if nameless else "s")
+    for _ in range(2):
+        answers = [e for e in a.receive(datagram, address("s"), 0.5) if isinstance(e, SendDatagram)]
+        assert sum(len(e.data) for e in answers) <= len(datagram)
+        assert all(e.address == address("s") for e in answers)
+    assert (a.view(0.5), a.next_wakeup()) == before
+
+
+def test_two_nodes_that_never_met_do_so_by_one_ping() -> None:
+    a, b = gossip("a"), gossip("b", at=address("b"))
+    mesh = Wire(a, b)
+    third = sealed(wire.Rumour(), record("b", at=address("b")), sender="c", boot=b"c" * 16)
+    mesh.perform(a, a.receive(third, address("c"), mesh.now))
+    mesh.run(1.5)
+    assert mesh.member(b, "a").status is mesh.member(a, "b").status is MemberStatus.ALIVE
+
+
+def test_a_peer_that_floods_is_held_to_its_pace_and_counted() -> None:
+    a = gossip("a")
+    opener = DatagramSealer(KEYS, b"b" * 16)
+    rumours = [opener.seal(wire.encode(wire.Packet("b", wire.Rumour(), (record("b", i),)))) for i in range(600)]
+    for rumour in rumours:
+        a.receive(rumour, address("b"), 1.0)
+    assert a.statistics().rejects == {"flood": 600 - PEER_BURST}
+    assert a.view(1.0).members["b"].version == PEER_BURST - 1
+    a.receive(sealed(wire.Rumour(), record("c"), sender="c", boot=b"c" * 16), address("c"), 1.0)
+    assert "c" in a.view(1.0).members
 
 
 def test_replayed_and_reflected_datagrams_change_nothing() -> None:
@@ -473,7 +681,7 @@ def test_no_more_packets_leave_than_the_budget_has() -> None:
     config = GossipConfig()
     a = gossip("a")
     opener = DatagramSealer(KEYS, b"b" * 16)
-    asked = 300
+    asked = 200
     pings = [opener.seal(wire.encode(wire.Packet("b", wire.Ping(i, "a")))) for i in range(asked)]
     sent = sum(len(a.receive(ping, address("b"), 1.0)) for ping in pings)
     assert sent == config.packet_burst

@@ -31,7 +31,7 @@ HERE = Address("10.0.0.1", 7946)
 
 
 def table() -> MemberTable:
-    return MemberTable(own_member("own", 1, HERE, 0.0))
+    return MemberTable(own_member("own", 1, HERE, b"", 0.0))
 
 
 def record(
@@ -131,7 +131,7 @@ def test_a_table_told_by_another_ends_up_the_same(records: list[Record]) -> None
     learner = table()
     for member in teller.members.values():
         if member is not teller.own:
-            merge(learner, member.record(with_warm=True))
+            merge(learner, member.record(with_warm=True, with_bulk=True))
     claims = [(m.node_id, m.generation, m.version, m.status, m.accusers) for m in learner.members.values()]
     assert sorted(claims) == sorted(
         (m.node_id, m.generation, m.version, m.status, m.accusers) for m in teller.members.values()
@@ -196,22 +196,22 @@ def test_another_life_forgets_what_the_former_published() -> None:
     member = made.members["b"]
     assert member.profile == NodeProfile()
     assert member.load == NodeLoad()
-    assert member.record(with_warm=True).hot is None
-    assert member.record(with_warm=True).warm is None
+    assert member.record(with_warm=True, with_bulk=False).hot is None
+    assert member.record(with_warm=True, with_bulk=False).warm is None
 
 
 def test_a_load_rides_only_with_the_version_it_was_published_at() -> None:
     member = merged(record(4, with_hot=True), record(5)).members["b"]
     assert member.load.active_requests == 4
     assert member.load_version == 4
-    assert member.record(with_warm=False).hot is None
+    assert member.record(with_warm=False, with_bulk=False).hot is None
 
 
 def test_sections_too_large_together_go_one_by_one() -> None:
-    member = own_member("own", 1, HERE, 0.0)
+    member = own_member("own", 1, HERE, b"", 0.0)
     member.hot = member.warm = bytes(600)
-    assert member.record(with_warm=True).hot is None
-    assert member.record(with_warm=False).hot == member.hot
+    assert member.record(with_warm=True, with_bulk=False).hot is None
+    assert member.record(with_warm=False, with_bulk=False).hot == member.hot
 
 
 @given(*[st.sets(st.integers(0, 9), max_size=3).map(lambda s: tuple(sorted(s))) for _ in range(3)])

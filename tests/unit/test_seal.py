@@ -14,6 +14,8 @@ from mesh.seal import (
     REPLAY_WINDOW,
     DatagramSealer,
     Keyring,
+    Opened,
+    key_id,
     new_key,
     parse_key,
 )
@@ -28,13 +30,16 @@ def sealer(boot_id: bytes = BOOT, *, keys: tuple[bytes, ...] = (KEY,), cluster: 
 
 
 def receiver(*, keys: tuple[bytes, ...] = (KEY,), cluster: str = "c") -> DatagramSealer:
-    return sealer(b"receiver boot id", keys=keys, cluster=cluster)
+    """One that has admitted the sender, as of before its first datagram."""
+    made = sealer(b"receiver boot id", keys=keys, cluster=cluster)
+    made.admit(Opened(BOOT, 0, b"", is_admitted=False))
+    return made
 
 
 @given(st.binary(max_size=1_200))
 def test_what_one_process_seals_another_opens(payload: bytes) -> None:
     datagram = sealer().seal(payload)
-    assert receiver().open(datagram) == (BOOT, 1, payload)
+    assert receiver().open(datagram) == Opened(BOOT, 1, payload, is_admitted=True)
     assert len(datagram) == len(payload) + OVERHEAD_BYTES
 
 
@@ -81,7 +86,7 @@ def test_a_replayed_datagram_is_rejected() -> None:
 def test_datagrams_that_overtake_each_other_open_once_each(order: list[int]) -> None:
     sender, opener = sealer(), receiver()
     datagrams = [sender.seal(b"%d" % i) for i in range(40)]
-    assert {opener.open(datagrams[i])[2] for i in order} == {b"%d" % i for i in range(40)}
+    assert {opener.open(datagrams[i]).payload for i in order} == {b"%d" % i for i in range(40)}
     for datagram in datagrams:
         with pytest.raises(SealRejected, match="replayed"):
             opener.open(datagram)
@@ -103,20 +108,43 @@ def test_a_rejected_datagram_leaves_its_counter_free_for_the_true_one() -> None:
     for _ in range(2):
         with pytest.raises(SealRejected, match="tampered"):
             opener.open(forged)
-    assert opener.open(datagram)[2] == b"p"
+    assert opener.open(datagram).payload == b"p"
 
 
-def test_boots_remembered_are_bounded() -> None:
+def test_a_stranger_takes_no_room_and_its_datagram_opens_again_until_it_is_admitted() -> None:
+    opener, sender = receiver(), sealer(b"a stranger's id ")
+    datagram = sender.seal(b"p")
+    opened = [opener.open(datagram) for _ in range(2)]
+    assert [o.is_admitted for o in opened] == [False, False]
+    opener.admit(opened[0])
+    with pytest.raises(SealRejected, match="replayed"):
+        opener.open(datagram)
+    assert opener.open(sender.seal(b"next")).is_admitted
+
+
+def test_processes_admitted_are_bounded_and_the_longest_silent_is_forgotten() -> None:
     opener = receiver()
-    for index in range(BOOTS_MAX + 5):
-        opener.open(sealer(index.to_bytes(16, "big")).seal(b""))
+    for index in range(BOOTS_MAX):
+        opener.admit(Opened(index.to_bytes(16, "big"), 1, b"", is_admitted=False))
     assert len(opener._boots) == BOOTS_MAX
+    assert not opener.open(sealer().seal(b"")).is_admitted
+
+
+def test_a_replay_is_rejected_whatever_key_came_between() -> None:
+    ring = Keyring([KEY, OTHER_KEY], "c")
+    sender, opener = DatagramSealer(ring, BOOT), receiver(keys=(KEY, OTHER_KEY))
+    datagram = sender.seal(b"p")
+    opener.open(datagram)
+    ring.primary_id = key_id(OTHER_KEY)
+    assert opener.open(sender.seal(b"q")).is_admitted
+    with pytest.raises(SealRejected, match="replayed"):
+        opener.open(datagram)
 
 
 def test_a_ring_of_two_keys_opens_both_and_seals_with_the_first() -> None:
     both = (OTHER_KEY, KEY)
-    assert receiver(keys=both).open(sealer(keys=(KEY,)).seal(b"old"))[2] == b"old"
-    assert receiver(keys=(OTHER_KEY,)).open(sealer(keys=both).seal(b"new"))[2] == b"new"
+    assert receiver(keys=both).open(sealer(keys=(KEY,)).seal(b"old")).payload == b"old"
+    assert receiver(keys=(OTHER_KEY,)).open(sealer(keys=both).seal(b"new")).payload == b"new"
 
 
 def test_a_boot_id_of_another_length_is_refused() -> None:

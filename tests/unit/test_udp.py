@@ -40,6 +40,7 @@ class Node:
             self.gossip,
             bound,
             ping_link=self.ping_link,
+            ask_link=self.ask_link,
             on_change=self._send.send_nowait,
             clock=self.clock,
         )
@@ -48,6 +49,9 @@ class Node:
         self.pinged.append(node_id)
         if self.link_error is not None:
             raise self.link_error
+
+    async def ask_link(self, node_id: str, address: Address, question: bytes) -> bytes:
+        raise PeerUnavailable("these nodes have no links")
 
     def clock(self) -> float:
         return trio.current_time() + self.skipped_s
