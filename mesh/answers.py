@@ -87,19 +87,15 @@ class Answers:
                 assert_never(message)
         return False
 
-    def answer_second_process(self, packet: wire.Packet, source: Address, now: float) -> None:
-        """Tell it that its name is taken, by whom and since when."""
-        member = self._table.members[packet.sender]
-        known_ms = int(1000 * (now - member.known_since))
-        message = packet.message
-        sequence = (
-            message.sequence
-            if isinstance(message, wire.Join)
-            else message.join_sequence
-            if isinstance(message, wire.CookieEcho)
-            else 0
-        )
-        self._outbox.send_bare(source, wire.Conflict(known_ms, member.address, sequence), now)
+    def answer_second_process(self, packet: wire.Packet, known: Member, source: Address, now: float) -> None:
+        """Tell the sender of a packet that its name is taken, by whom and since when. known: whom this node knows."""
+        match packet.message:
+            case wire.Join(sequence) | wire.CookieEcho(join_sequence=sequence):
+                pass
+            case _:
+                sequence = 0
+        known_ms = int(1000 * (now - known.known_since))
+        self._outbox.send_bare(source, wire.Conflict(known_ms, known.address, sequence), now)
 
     def answer_stranger(self, packet: wire.Packet, cookie: int, source: Address, now: float) -> None:
         """A cookie for a process that is not admitted. Its ping is answered as well: that tells nothing and takes

@@ -275,20 +275,21 @@ class Gossip:
         self._forgive_stall(now)
         self._received[wire.MESSAGE_LABELS[type(packet.message)]] += 1
         self._bytes_received += len(datagram)
-        if packet.sender == self.node_id:
+        if isinstance(packet.message, wire.Conflict):
+            self._be_refused(packet.message, now)
+        elif packet.sender == self.node_id:
             # A former process of this very node speaks from the same address; anything else is a second one.
             if source != self._own.address:
                 self._report_duplicate(self.node_id, source, now)
+                self._answers.answer_second_process(packet, self._own, source, now)
         elif self._identity.is_second_process(packet, opened.boot_id, source, now):
             self._report_duplicate(packet.sender, source, now)
-            self._answers.answer_second_process(packet, source, now)
+            self._answers.answer_second_process(packet, self._table.members[packet.sender], source, now)
         else:
             self._take(plans, packet.sender, now)
             for record in packet.records:
                 if record.node_id == self.node_id:
                     self._hear_about_self(record, source, now)
-            if isinstance(packet.message, wire.Conflict):
-                self._be_refused(packet.message, now)
             if self._answers.answer(packet, source, now):
                 self._exchanges.want(packet.sender, now)
         return self._outbox.drain()

@@ -393,6 +393,8 @@ def _refused(refusals: Mapping[Address, str], cluster_name: str) -> str:
     fix = "give this node the mesh's own cluster key with --cluster-key-file"
     if set(refusals.values()) == {"other cluster"}:
         fix = f"this node's --cluster-name is {cluster_name!r}; give it the mesh's"
+    elif set(refusals.values()) == {"fenced"}:
+        return f"every seed that answers runs under this node's own name: {seeds}; give each node a --name of its own"
     elif set(refusals.values()) == {"protocol version"}:
         fix = "run versions of AI Cluster that share a protocol version"
     return f"every seed that answers refuses this node's cluster key handshake: {seeds}; {fix}"

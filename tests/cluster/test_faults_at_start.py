@@ -117,3 +117,14 @@ def test_an_entry_without_models_forwards(mesh: Mesh) -> None:
     status, body = entry.request("/v1/models")
     assert status == 200
     assert [model["id"] for model in json.loads(body)["data"]] == ["demo"]
+
+
+@pytest.mark.parametrize("seed", [0, 1], ids=["through itself", "through another"])
+def test_a_second_node_under_a_living_name_is_refused_and_the_first_one_stays(
+    mesh: Mesh, tmp_path: Path, seed: int
+) -> None:
+    nodes = [mesh.add("--no-model"), mesh.add("--no-model")]
+    mesh.wait_until_agreed()
+    result = serve(tmp_path, "--no-model", "--name", nodes[0].name, "--join", nodes[seed].mesh)
+    assert_refused(result, nodes[0].name, "--name")
+    mesh.wait_until_agreed()

@@ -410,6 +410,18 @@ def test_a_younger_process_under_a_living_name_gives_up_and_the_older_stays() ->
     assert (mesh.member(a, "b").address, mesh.member(a, "b").generation) == (address("b"), 1)
 
 
+def test_a_process_that_joins_through_its_own_namesake_gives_up() -> None:
+    a = gossip("a")
+    mesh = Wire(a)
+    mesh.run(2.0)
+    elsewhere = Address("10.0.0.99", 7946)
+    second = gossip("a", seeds=(address("a"),), generation=9, at=elsewhere, now=mesh.now)
+    mesh.nodes[elsewhere] = second
+    mesh.run(11.0)
+    assert mesh.of_type(Fenced) == [Fenced(address("a"))]
+    assert set(a.view(mesh.now).members) == {"a"}
+
+
 def test_a_restart_at_another_address_is_taken_once_the_former_process_is_silent() -> None:
     a, b = gossip("a"), gossip("b", seeds=(address("a"),))
     mesh = Wire(a, b)
