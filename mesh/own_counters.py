@@ -27,6 +27,7 @@ class _OwnRow:
     window: Window
     running: int = 0
     reserved_tokens: int = 0
+    is_forgotten: bool = False
 
 
 class OwnCounters:
@@ -61,6 +62,8 @@ class OwnCounters:
         row.running -= 1
         row.reserved_tokens -= reserved_tokens
         self._change(key)
+        if row.is_forgotten:
+            self.forget(key)
 
     def used(self, key: str, now: float) -> Used:
         row = self._rows.get(key)
@@ -74,8 +77,15 @@ class OwnCounters:
         return ((key, row.totals) for key, row in self._rows.items())
 
     def forget(self, key: str) -> None:
-        """A key that never works again. One that comes back would count from 0, which receivers take for old news."""
-        self._rows.pop(key, None)
+        """A key that never works again: dropped as soon as nothing runs. Never one that may come back: it would count
+        from 0, which receivers take for old news."""
+        row = self._rows.get(key)
+        if row is None:
+            return
+        if row.running:
+            row.is_forgotten = True
+            return
+        del self._rows[key]
         self._changed.pop(key, None)
         self._told.pop(key, None)
 

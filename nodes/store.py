@@ -39,6 +39,7 @@ CREATE TABLE usage (
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 """
+_DISK_FIX = "free space on its disk, check the disk, end other programs that use the file"
 # Text compares by its UTF-8 bytes, which is the order of Python's strings: this is Record.rank.
 _PUT_RECORD = """
 INSERT INTO records (id, deleted, clock, writer, generation, value) VALUES (?, ?, ?, ?, ?, ?)
@@ -124,9 +125,7 @@ class Store:
                     puts, self._waiting = self._waiting, []
                     await trio.to_thread.run_sync(self._write_all, puts, limiter=self._limiter)
         if put.error is not None:
-            raise StoreFailed(
-                f"{self._file}: not kept, {put.error}; free space on its disk or check it, and try again"
-            ) from put.error
+            raise StoreFailed(f"{self._file}: not kept, {put.error}; {_DISK_FIX}, and try again") from put.error
 
     # In the worker thread.
 
@@ -239,7 +238,9 @@ def _naming(file: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as exc:
-        raise ConfigInvalid(_damaged(file, str(exc))) from exc
+        if getattr(exc, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            raise ConfigInvalid(_damaged(file, str(exc))) from exc
+        raise ConfigInvalid(f"{file}: {exc}; {_DISK_FIX}, or give another --data-dir") from exc
 
 
 def _damaged(file: Path, reason: str) -> str:

@@ -358,6 +358,18 @@ def test_keys_beyond_the_bound_are_refused_until_some_are_forgotten() -> None:
     assert owner.used("7", 0.0) == Used()
 
 
+def test_a_key_that_is_revoked_while_it_runs_is_counted_to_its_end() -> None:
+    owner = OwnCounters(1)
+    owner.begin("k", 10, 0.0)
+    owner.forget("k")
+    owner.count("k", 5, 5, 1.0)
+    assert dict(owner.totals()) == {"k": Totals(1, 5, 5)}
+    owner.end("k", 10)
+    owner.forget("k")
+    assert dict(owner.totals()) == {}
+    assert owner.section(2.0) == b""
+
+
 @pytest.mark.parametrize("key", ["", "x" * (KEY_BYTES_MAX + 1)])
 def test_a_key_that_peers_would_refuse_is_refused_at_home(key: str) -> None:
     owner = OwnCounters(1)

@@ -250,6 +250,24 @@ async def test_a_file_that_is_no_database_of_ours_is_named_with_a_fix_and_left_a
     assert file.is_dir() or file.read_bytes() == before
 
 
+async def test_a_file_that_another_program_holds_is_named_and_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "BUSY_TIMEOUT_S", 0.01)
+    other = sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(ConfigInvalid, match=rf"{FILE_NAME}: database is locked; .*end other programs that use"):
+        await open_and_close(tmp_path)
+    other.execute("ROLLBACK")
+    async with open_store(tmp_path) as store:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreFailed, match=r"not kept, database is locked; .*end other programs"):
+            await store.put([live("k", 1)])
+        other.execute("ROLLBACK")
+        await store.put([live("k", 1)])
+    other.close()
+
+
 async def test_an_empty_file_becomes_a_database(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).touch()
     await open_and_close(tmp_path)
