@@ -1,0 +1,250 @@
+"""What a node must not lose, in one SQLite database in its data directory: the replica's records, and usage.
+
+What put() returned from is on disk (write-ahead log, synchronous FULL), and a put is there whole or not at all. Both
+tables merge by the rules of mesh/replica.py and mesh/counters.py, so the order of puts does not matter, and writing
+again what is there changes nothing. SQLite runs in a worker thread, one call at a time; trio never waits for the disk.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from mesh.counters_wire import Totals
+from mesh.replica import Record
+from nodes.config import ConfigInvalid
+
+FILE_NAME = "cluster.sqlite3"
+APPLICATION_ID = 0x41_49_43_4C  # "AICL" in the file's header: tells our database from others
+SCHEMA_VERSION = 1
+BUSY_TIMEOUT_S = 5.0  # the data directory's lock keeps other nodes out; a backup or a look with sqlite3 is short
+PAGES_MAX = 262_144  # 1 GiB of 4 KiB pages: all ids a replica merges, and 5 million rows of usage
+SUBJECT_BYTES_MAX = 512  # what usage is of: a key, a model and a day, as their owner joins them
+
+_SCHEMA = f"""
+CREATE TABLE records (
+  id TEXT PRIMARY KEY, deleted INTEGER NOT NULL, clock INTEGER NOT NULL, writer TEXT NOT NULL,
+  generation INTEGER NOT NULL, value BLOB NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE usage (
+  node_id TEXT NOT NULL, generation INTEGER NOT NULL, subject TEXT NOT NULL, requests INTEGER NOT NULL,
+  prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, PRIMARY KEY (node_id, generation, subject)
+) WITHOUT ROWID;
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
+_DISK_FIX = "free space on its disk, check the disk, end other programs that use the file"
+# Text compares by its UTF-8 bytes, which is the order of Python's strings: this is Record.rank.
+_PUT_RECORD = """
+INSERT INTO records (id, deleted, clock, writer, generation, value) VALUES (?, ?, ?, ?, ?, ?)
+ON CONFLICT (id) DO UPDATE SET deleted = excluded.deleted, clock = excluded.clock, writer = excluded.writer,
+  generation = excluded.generation, value = excluded.value
+WHERE (excluded.deleted, excluded.clock, excluded.writer, excluded.generation, excluded.value)
+  > (records.deleted, records.clock, records.writer, records.generation, records.value)
+"""
+_PUT_USAGE = """
+INSERT INTO usage (node_id, generation, subject, requests, prompt_tokens, completion_tokens) VALUES (?, ?, ?, ?, ?, ?)
+ON CONFLICT (node_id, generation, subject) DO UPDATE SET requests = max(requests, excluded.requests),
+  prompt_tokens = max(prompt_tokens, excluded.prompt_tokens),
+  completion_tokens = max(completion_tokens, excluded.completion_tokens)
+"""
+
+
+class StoreFailed(Exception):
+    """The disk did not take a put. Nothing of it is kept; earlier ones are."""
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRow:
+    """What one life of one node counted of one subject."""
+
+    node_id: str
+    generation: int
+    subject: str
+    totals: Totals
+
+
+@dataclass(slots=True)
+class _Put:
+    record_rows: list[tuple[str, bool, int, str, int, bytes]]
+    usage_rows: list[tuple[str, int, str, int, int, int]]
+    is_done: bool = False
+    error: Exception | None = None
+
+
+@asynccontextmanager
+async def open_store(folder: Path, *, pages_max: int = PAGES_MAX) -> AsyncIterator[Store]:
+    """The database in that folder, created if it is not there; closed at the end.
+
+    Raises ConfigInvalid for a file that is damaged, of another program, or of a later version."""
+    file = folder / FILE_NAME
+    limiter = trio.CapacityLimiter(1)
+    connection = await trio.to_thread.run_sync(_open, file, pages_max, limiter=limiter)
+    try:
+        yield Store(file, connection, limiter)
+    finally:
+        with trio.CancelScope(shield=True):  # bounded by BUSY_TIMEOUT_S
+            await trio.to_thread.run_sync(connection.close, limiter=limiter)
+
+
+class Store:
+    """Made by open_store()."""
+
+    def __init__(self, file: Path, connection: sqlite3.Connection, limiter: trio.CapacityLimiter) -> None:
+        self._file = file
+        self._connection = connection
+        self._limiter = limiter
+        self._writing = trio.Lock()
+        self._waiting: list[_Put] = []
+
+    async def records(self) -> list[Record]:
+        """All that are kept. Raises ConfigInvalid for a damaged file."""
+        return await trio.to_thread.run_sync(self._read_records, limiter=self._limiter)
+
+    async def usage(self) -> list[UsageRow]:
+        """All that is kept. Raises ConfigInvalid for a damaged file."""
+        return await trio.to_thread.run_sync(self._read_usage, limiter=self._limiter)
+
+    async def put(self, records: Sequence[Record] = (), usage: Sequence[UsageRow] = ()) -> None:
+        """On disk, all of it, when this returns. Puts that come while another is written share the next transaction.
+
+        Raises StoreFailed, and nothing of this put is kept. Once begun it is not cancelled: the caller must know.
+        Raises ValueError for a subject that is too long."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        put = _Put([_record_row(record) for record in records], [_usage_row(row) for row in usage])
+        self._waiting.append(put)
+        with trio.CancelScope(shield=True):  # bounded: at most the put under way, then this one
+            async with self._writing:
+                if not put.is_done:
+                    puts, self._waiting = self._waiting, []
+                    await trio.to_thread.run_sync(self._write_all, puts, limiter=self._limiter)
+        if put.error is not None:
+            raise StoreFailed(f"{self._file}: not kept, {put.error}; {_DISK_FIX}, and try again") from put.error
+
+    # In the worker thread.
+
+    def _write_all(self, puts: list[_Put]) -> None:
+        """Together, or, where that fails, each for itself: one that is too large is no reason to refuse the others."""
+        try:
+            self._write(puts)
+        except Exception as exc:  # whatever it is, each put must hear of it
+            if len(puts) == 1:
+                puts[0].error = exc
+            else:
+                for put in puts:
+                    self._write_all([put])
+        for put in puts:
+            put.is_done = True
+
+    def _write(self, puts: list[_Put]) -> None:
+        connection = self._connection
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            for put in puts:
+                connection.executemany(_PUT_RECORD, put.record_rows)
+                connection.executemany(_PUT_USAGE, put.usage_rows)
+            connection.execute("COMMIT")
+        finally:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+
+    def _read_records(self) -> list[Record]:
+        with _naming(self._file):
+            rows = self._connection.execute("SELECT id, deleted, clock, writer, generation, value FROM records")
+            return [
+                Record(record_id) if deleted else Record(record_id, clock, writer, generation, value)
+                for record_id, deleted, clock, writer, generation, value in rows
+            ]
+
+    def _read_usage(self) -> list[UsageRow]:
+        with _naming(self._file):
+            rows = self._connection.execute(
+                "SELECT node_id, generation, subject, requests, prompt_tokens, completion_tokens FROM usage"
+            )
+            return [
+                UsageRow(node_id, generation, subject, Totals(*totals))
+                for node_id, generation, subject, *totals in rows
+            ]
+
+
+def _record_row(record: Record) -> tuple[str, bool, int, str, int, bytes]:
+    return (record.record_id, *record.rank)
+
+
+def _usage_row(row: UsageRow) -> tuple[str, int, str, int, int, int]:
+    if len(row.subject.encode()) > SUBJECT_BYTES_MAX:
+        raise ValueError(f"a subject of {len(row.subject.encode())} bytes exceeds {SUBJECT_BYTES_MAX}")
+    totals = row.totals
+    return (
+        row.node_id,
+        row.generation,
+        row.subject,
+        totals.requests,
+        totals.prompt_tokens,
+        totals.completion_tokens,
+    )
+
+
+def _open(file: Path, pages_max: int) -> sqlite3.Connection:
+    try:
+        os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))  # hashes of keys are nobody else's business
+    except OSError as exc:
+        raise ConfigInvalid(f"{file}: {exc.strerror}; give a writable folder with --data-dir") from exc
+    # Calls come from several worker threads, but never two at a time.
+    connection = sqlite3.connect(file, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+    try:
+        with _naming(file):
+            _prepare(connection, file, pages_max)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection, file: Path, pages_max: int) -> None:
+    """Raises ConfigInvalid; a file that is not ours is as it was."""
+    application_id = _pragma(connection, "application_id")
+    has_tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] > 0
+    if application_id != APPLICATION_ID and (has_tables or application_id):
+        raise ConfigInvalid(f"{file} is a database of another program; move it away, or give another --data-dir")
+    schema_version = _pragma(connection, "user_version")
+    if schema_version not in (0, SCHEMA_VERSION):
+        raise ConfigInvalid(
+            f"{file} has schema version {schema_version}, this AI Cluster knows {SCHEMA_VERSION}; run the later one"
+        )
+    _pragma(connection, "journal_mode = WAL")  # where the file system has none, a rollback journal is as durable
+    _pragma(connection, "synchronous = FULL")
+    _pragma(connection, f"max_page_count = {pages_max}")
+    if schema_version == 0:
+        connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+    if (damage := _pragma(connection, "quick_check(1)")) != "ok":
+        raise ConfigInvalid(_damaged(file, " ".join(str(damage).split())))
+
+
+def _pragma(connection: sqlite3.Connection, pragma: str) -> object:
+    row = connection.execute(f"PRAGMA {pragma}").fetchone()
+    return row[0] if row else None
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Any complaint of SQLite as one line that names the file."""
+    try:
+        yield
+    except sqlite3.Error as exc:
+        if getattr(exc, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            raise ConfigInvalid(_damaged(file, str(exc))) from exc
+        raise ConfigInvalid(f"{file}: {exc}; {_DISK_FIX}, or give another --data-dir") from exc
+
+
+def _damaged(file: Path, reason: str) -> str:
+    return (
+        f"{file} cannot be read: {reason}; restore it from a backup, or move it and its -wal and -shm files away: "
+        f"the other nodes send their records again"
+    )
