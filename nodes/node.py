@@ -18,12 +18,13 @@ from typing import Any
 import trio
 
 from mesh.errors import HandshakeRefused, PeerUnavailable
-from mesh.forwarder import Forwarder
+from mesh.forwarder import Forwarder, IncomingStream
 from mesh.gossip import Gossip, GossipConfig
 from mesh.router import Router
-from mesh.seal import BOOT_ID_BYTES, Keyring
+from mesh.seal import BOOT_ID_BYTES
 from mesh.udp import GossipSocket
 from mesh.view import Address, ClusterView, ModelInfo, ModelLoad, NodeLoad, NodeProfile, Readiness
+from nodes.api.admin_access import AdminAccess
 from nodes.api.app import build_app
 from nodes.api.auth import Access
 from nodes.api.services import Services
@@ -34,8 +35,12 @@ from nodes.engine.engine_statistics import FAILED, STUCK
 from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid
 from nodes.figures import mesh_figures
 from nodes.http_server import serve_http
+from nodes.keyring_file import KeyringFile
 from nodes.local import LocalGenerator
+from nodes.mesh_operations import MeshOperations
 from nodes.messages import NODE_READY
+from nodes.node_operations import NodeOperations
+from nodes.peer_operations import ask_peer
 from nodes.remote import RemoteGenerator, serve_peer
 from nodes.sockets import NodeSockets, advertised_address, bound_address
 from observability.collectors import Snapshot
@@ -70,12 +75,13 @@ class Node:
     def __init__(
         self,
         config: NodeConfig,
-        keyring: Keyring,
+        keyring: KeyringFile,
         folders: list[tuple[str, ModelFolder]],
         sockets: NodeSockets,
         generation: int,
         keep_generation: Callable[[int], None],
         log_writer: WriterThread[logging.LogRecord],
+        admin_token: str,
     ) -> None:
         self._config = config
         self._generation = generation
@@ -90,12 +96,14 @@ class Node:
         self._engines: dict[str, Engine] = {}
         self._metrics = Metrics(self._node_id, self._version)
         self._local = LocalGenerator(self._engines, observer=ExecutorMetrics(self._metrics))
+        self._admin_access = AdminAccess(admin_token)
+        self._leave_asked = trio.Event()
         boot_id = secrets.token_bytes(BOOT_ID_BYTES)
         self._forwarder = Forwarder(
             node_id=self._node_id,
             boot_id=boot_id,
-            keyring=keyring,
-            serve=partial(serve_peer, local=self._local),
+            keyring=keyring.ring,
+            serve=self._serve_peer,
             on_peer_lost=self._peer_failed,
         )
         bound = bound_address(config.mesh, sockets.mesh_tcp)
@@ -107,7 +115,7 @@ class Node:
             generation,
             advertised,
             self._seeds,
-            keyring,
+            keyring.ring,
             boot_id,
             random.Random(),
             trio.current_time(),
@@ -118,6 +126,20 @@ class Node:
             ping_link=self._forwarder.ping,
             # A peer's models count under their names from its arrival on.
             on_change=lambda change: self._metrics.know_view(self._view()),
+        )
+        self._own_operations = NodeOperations(
+            keyring=keyring,
+            view=self._view,
+            keyring_changed=self._forwarder.keyring_changed,
+            forget=self._gossip_socket.forget,
+            stop=self._leave_asked.set,
+        )
+        self._mesh_operations = MeshOperations(
+            view=self._view,
+            local=self._own_operations.handlers,
+            ask=partial(ask_peer, self._forwarder),
+            check_seed=self._forwarder.check_seed,
+            add_seed=self._gossip_socket.add_seed,
         )
         self._dispatch = Dispatch(
             view=self._view_with_own_load,
@@ -136,6 +158,8 @@ class Node:
         async with trio.open_nursery() as mesh:
             await mesh.start(self._forwarder.run, [listener])
             await mesh.start(self._gossip_socket.run)
+            await mesh.start(self._mesh_operations.run)
+            mesh.start_soon(self._stop_when_asked_to_leave, stop)
             try:
                 async with trio.open_nursery() as engines:
                     await self._serve(stop, engines)
@@ -144,6 +168,13 @@ class Node:
                 self._gossip_socket.leave()  # also after a fault: peers need not wait for a death to be found
                 mesh.cancel_scope.cancel()
         logger.info("node stopped")
+
+    async def _stop_when_asked_to_leave(self, stop: StopRequest) -> None:
+        await self._leave_asked.wait()
+        stop.asked.set()
+
+    async def _serve_peer(self, stream: IncomingStream) -> None:
+        await serve_peer(stream, self._local, self._own_operations.handlers)
 
     async def _serve(self, stop: StopRequest, engines: trio.Nursery) -> None:
         """Answer HTTP and load models, until the stop and the drain after it."""
@@ -178,6 +209,8 @@ class Node:
             deadline_s=config.deadline_s,
             body_bytes_max=config.body_bytes_max,
             nodes_expected=config.nodes_expected,
+            admin_access=self._admin_access,
+            operations=self._mesh_operations,
         )
 
     # What lives while the node does.
