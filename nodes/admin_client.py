@@ -25,12 +25,12 @@ def find_token(url: str, data_dir: Path, environment: Mapping[str, str]) -> str:
     has that HTTP port, else of data_dir. Raises ConfigInvalid."""
     if token := environment.get(TOKEN_VARIABLE):
         return token
-    port = urlsplit(url).port
     try:
+        port = urlsplit(url).port
         below = sorted(path for path in data_dir.iterdir() if path.is_dir())[:FOLDERS_MAX] if data_dir.is_dir() else []
         fits = [folder for folder in (data_dir, *below) if port is not None and _http_port(folder) == port]
         return ((fits or [data_dir])[0] / ADMIN_TOKEN_FILE).read_text().strip()
-    except (OSError, UnicodeDecodeError) as exc:
+    except (OSError, ValueError) as exc:  # a port that is none, a file that is no text
         raise ConfigInvalid(
             f"no admin token for {url} below {data_dir} ({exc}); give the data directory of that node with --data-dir, "
             f"as the user it runs as, or its token in {TOKEN_VARIABLE}"

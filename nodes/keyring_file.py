@@ -42,10 +42,15 @@ class KeyringFile:
     """One node's ring, its file, and the changes that an operator makes. Made by load_keyring()."""
 
     def __init__(self, ring: Keyring, removed: tuple[bytes, ...], file: Path) -> None:
-        self.ring = ring
+        self._ring = ring
         self._removed = removed
         self._file = file
         self._lock = trio.Lock()
+
+    @property
+    def ring(self) -> Keyring:
+        """The one that seals; it changes in place."""
+        return self._ring
 
     async def install(self, key: bytes) -> None:
         """Accept a key. Raises KeyRefused, or OSError where the file cannot be written; nothing is changed then."""

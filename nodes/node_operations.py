@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from typing import Protocol
 
 import trio
 
 from mesh.errors import KeyRefused
-from mesh.seal import DEVELOPMENT_KEY, KEY_BYTES, KEY_ID_BYTES
+from mesh.seal import DEVELOPMENT_KEY, KEY_BYTES, KEY_ID_BYTES, Keyring
 from mesh.view import ClusterView, MemberStatus, MemberView
-from nodes.keyring_file import KeyringFile
 from nodes.peer_operations import Answer, Arguments, Handler, OperationFailed
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,16 @@ FORGET_WAIT_S = 3.0
 FORGET_POLL_S = 0.05
 
 
+class KeyringKeeper(Protocol):
+    """nodes.keyring_file.KeyringFile is the real one. Each change raises KeyRefused or OSError with nothing changed."""
+
+    @property
+    def ring(self) -> Keyring: ...
+    async def install(self, key: bytes) -> None: ...
+    async def use(self, identity: bytes) -> None: ...
+    async def remove(self, identity: bytes) -> None: ...
+
+
 class NodeOperations:
     """view is instant. keyring_changed: called after each change of the ring. forget: Gossip.forget. stop: begins the
     drain, after which the node ends."""
@@ -37,7 +47,7 @@ class NodeOperations:
     def __init__(
         self,
         *,
-        keyring: KeyringFile,
+        keyring: KeyringKeeper,
         view: Callable[[], ClusterView],
         keyring_changed: Callable[[], None],
         forget: Callable[[str], bool],

@@ -26,8 +26,15 @@ from nodes.peer_operations import OperationFailed
 HEADERS = {"content-type": "application/x-ndjson", "cache-control": "no-store", "x-accel-buffering": "no"}
 
 
+def _parse_key(value: object) -> bytes:
+    """Raises ValueError, which does not show the key."""
+    if not isinstance(value, str):
+        raise ValueError("a cluster key is text, as `ai-cluster keyring new` prints it")
+    return parse_key(value)
+
+
 KeyId = Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
-Key = Annotated[bytes, BeforeValidator(lambda value: parse_key(value) if isinstance(value, str) else b"")]
+Key = Annotated[bytes, BeforeValidator(_parse_key)]
 NodeId = Annotated[str, Field(min_length=1, max_length=64)]
 
 
