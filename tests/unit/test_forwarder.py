@@ -862,3 +862,32 @@ async def test_a_link_whose_peer_keeps_to_a_removed_key_is_closed_and_no_new_one
         assert pair.b.statistics().links == 0
         with pytest.raises(PeerUnavailable, match="unknown key"):
             await pair.open()
+
+
+async def test_a_link_that_was_being_dialled_when_the_key_changed_follows(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, rings = Server(), two_rings()
+    async with running(server, keyring=rings[0], keyring_b=rings[1]) as pair:
+
+        async def connect(address: Address) -> FakeStream:
+            stream = await pair.network.connect(address)
+            receive_some = stream.receive_some
+
+            async def change_key_and_receive(max_bytes: int | None = None) -> bytes:
+                rings[0].use(key_id(b"n" * KEY_BYTES))  # the hello has been sent under the former one
+                return await receive_some(max_bytes)
+
+            monkeypatch.setattr(stream, "receive_some", change_key_and_receive)
+            return stream
+
+        monkeypatch.setattr(pair.a, "_connect", connect)
+        stream = await pair.open()
+        assert await stream.receive() == "started"
+        rings[1].use(key_id(b"n" * KEY_BYTES))
+        for ring in rings:
+            ring.remove(KEYRING.primary_id)
+        pair.b.keyring_changed()
+        await trio.sleep(2 * REKEY_GRACE_S)
+        await server.streams[0].send("after")
+        assert await stream.receive() == "after"
