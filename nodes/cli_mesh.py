@@ -37,7 +37,7 @@ Force = Annotated[bool, typer.Option("--force", help="also where it cuts members
 Here = Annotated[bool, typer.Option("--here", help="change the node at URL alone, not the mesh")]
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="8 hex digits, as keyring list shows them")]
 _EPILOG = (
-    "Needs the admin token of the node at URL, which is in its data directory (--data-dir) or AI_CLUSTER_ADMIN_EPILOG. "
+    "Needs the admin token of the node at URL, which is in its data directory (--data-dir) or AI_CLUSTER_ADMIN_TOKEN. "
     "Exit code 0: done; 1: some node did not do it, and its line says why; 2: nothing was asked."
 )  # fmt: skip
 
@@ -59,7 +59,7 @@ def register(app: typer.Typer) -> None:
 
 def members(
     of: Annotated[
-        str | None, typer.Option("--of", metavar="NODE", help="as this node sees them [the one asked]")
+        str | None, typer.Option("--of", metavar="NODE", help="as this node sees them (default: the one asked)")
     ] = None,
     everyone: Annotated[
         bool, typer.Option("--everyone", help="what each node believes of each; ! marks what they disagree on")
@@ -98,7 +98,7 @@ def join(
 
 
 def leave(
-    node: Annotated[str | None, typer.Argument(metavar="[NODE]", help="which node [the one at URL]")] = None,
+    node: Annotated[str | None, typer.Argument(metavar="[NODE]", help="which node (default: the one at URL)")] = None,
     url: Url = DEFAULT_URL,
     data_dir: DataDir = DEFAULT_DATA_DIR,
 ) -> None:

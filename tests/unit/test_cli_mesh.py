@@ -240,3 +240,11 @@ def test_a_token_that_is_not_there_is_named_with_the_fix(tmp_path: Path) -> None
     for url, folder in (("http://a:8080", tmp_path), ("http://a", tmp_path / "absent"), ("http://a:port", tmp_path)):
         with pytest.raises(ConfigInvalid, match=r"--data-dir.*AI_CLUSTER_ADMIN_TOKEN"):
             find_token(url, folder, {})
+
+
+@pytest.mark.parametrize("command", [["members"], ["join"], ["leave"], ["forget"], ["keyring", "use"]], ids=" ".join)
+def test_help_says_where_the_token_is_and_what_exit_codes_mean(command: list[str]) -> None:
+    words = " ".join(CliRunner().invoke(cli.app, [*command, "--help"]).output.split())
+    assert "AI_CLUSTER_ADMIN_TOKEN" in words
+    assert "Exit code 0" in words
+    assert command not in (["members"], ["leave"]) or "default: the one" in words
