@@ -15,6 +15,7 @@ from mesh.outbox import Outbox
 from mesh.view import Address, MemberStatus
 
 CALLS_MAX = 128  # unanswered calls remembered; an answer to an older one is taken for a stranger's
+SEEDS_ADDED_MAX = 32  # while running, each called every few seconds for as long as nobody answers there
 
 
 @dataclass(slots=True)
@@ -36,11 +37,20 @@ class Contacts:
         self._table = table
         # A node may be given its own address among the seeds: every node the same list.
         self._seeds = [Seed(a) for a in dict.fromkeys(seeds) if a != table.own.address]
+        self._configured_count = len(self._seeds)
         self._sequence = rng.randrange(2**32)  # so that an answer to a former process fits no call of this one
         self._calls: OrderedDict[int, Address] = OrderedDict()  # unanswered ones by sequence, oldest first
         self._dead_at = float("inf")
         self._dead_order: list[str] = []
         self._died_at = float("-inf")
+
+    def add(self, address: Address) -> None:
+        """One more seed, first called with the next tick. Beyond SEEDS_ADDED_MAX the oldest added is called no more."""
+        if address == self._table.own.address or any(seed.address == address for seed in self._seeds):
+            return
+        self._seeds.append(Seed(address))
+        if len(self._seeds) > self._configured_count + SEEDS_ADDED_MAX:
+            del self._seeds[self._configured_count]
 
     def next_wakeup(self) -> float:
         return min(self._dead_at, min((self._due(seed) for seed in self._seeds), default=float("inf")))

@@ -21,6 +21,10 @@ class SealRejected(MeshError):
         self.reason = reason
 
 
+class KeyRefused(MeshError):
+    """A change of the keyring that would leave this node without a key it needs. The keyring is as before."""
+
+
 class MalformedFrame(MeshError):
     """Bytes on a peer link that are no frame of this protocol; the link is closed."""
 

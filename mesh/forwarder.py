@@ -49,6 +49,8 @@ HANDSHAKES_MAX = 64
 ACCEPTED_LINKS_MAX = 1024
 # Addresses whose failed dials are remembered. Forgetting one costs a dial that fails again.
 BACKOFFS_MAX = 1024
+# After a key was removed, what is under way under it may still arrive for this long; then the links under it close.
+REKEY_GRACE_S = 2.0
 # Every label of ForwarderStatistics.rejected, so that a scrape shows each from the start.
 REJECTIONS = (
     "malformed", "tampered", "unknown key", "wrong key", "other cluster", "protocol version", "fenced",
@@ -190,8 +192,26 @@ class Forwarder:
         self._forget(connection)
         return connection.peer_node_id
 
+    def keyring_changed(self) -> None:
+        """Seal every link under the primary key from now on; its streams go on. Links whose peers still seal under a
+        removed key after REKEY_GRACE_S are closed, and dialled again by whoever needs them."""
+        for link in self._links():
+            link.connection.rekey()
+        if self._nursery is not None:
+            self._nursery.start_soon(self._close_removed)
+
+    async def _close_removed(self) -> None:
+        await trio.sleep(REKEY_GRACE_S)
+        for link in self._links():
+            key_id = link.connection.link.opening_key_id
+            if key_id not in self._keyring:
+                link.connection.break_off(f"the peer seals under key {key_id.hex()}, which was removed here")
+
+    def _links(self) -> list[OpenerLink | ServingLink]:
+        return [*self._opened.values(), *self._serving]
+
     def statistics(self) -> ForwarderStatistics:
-        links: list[OpenerLink | ServingLink] = [*self._opened.values(), *self._serving]
+        links = self._links()
         connections = [link.connection for link in links]
         totals = {name: past + sum(getattr(c.link, name) for c in connections) for name, past in self._past.items()}
         return ForwarderStatistics(

@@ -238,6 +238,19 @@ class Gossip:
         Raises ValueError for more than BULK_BYTES_MAX; the former ones stay."""
         self._state.set_bulk(bulk)
 
+    def add_seed(self, address: Address, now: float) -> None:
+        """Call this address as a configured seed is called, first with the next tick, which is due at once then."""
+        self._contacts.add(address)
+
+    def forget(self, node_id: str, now: float) -> bool:
+        """Make a DEAD member one that LEFT, here and by rumour everywhere: it no longer counts and is not called again.
+        A newer life of it is believed as before. False, with nothing changed, for one that is not DEAD or not known."""
+        member = self._table.members.get(node_id)
+        if member is None or member.status is not MemberStatus.DEAD:
+            return False
+        self._accuse(member, MemberStatus.LEFT, now)
+        return True
+
     def leave(self, now: float) -> list[Effect]:
         """Say farewell. After it nothing is received, sent or due."""
         if self._has_left:

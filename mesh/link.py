@@ -15,17 +15,21 @@ the responder serves nothing and takes no frame above 1 KiB; the initiator sends
 Sealed frames are AES-256-GCM under a counter nonce, so their order is authenticated; the body is a msgpack array, its
 first element the type. Unknown types and trailing elements are ignored: they belong to later versions. Events wait for
 data_to_send() and leave together, those of all streams in one frame.
+
+Either end may change the key of what it sends at any time: REKEY is its last frame under the former one. So a cluster
+key is rotated, and the old one removed, while streams run.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from enum import Enum, auto
 
 import msgpack
 
-from mesh.errors import HandshakeRefused, MalformedFrame, MeshError, NoCapacity
+from mesh.errors import HandshakeRefused, MalformedFrame, MeshError, NoCapacity, SealRejected
 from mesh.link_events import (
     Established,
     EventsReceived,
@@ -50,7 +54,7 @@ CODE_CHARS_MAX = 64
 MESSAGE_CHARS_MAX = 4096  # of an error's message; what is beyond is cut
 CODE_NO_CAPACITY = "no_capacity"
 
-_OPEN, _EVENTS, _END, _CANCEL, _PING, _PONG, _CLOSE = range(1, 8)
+_OPEN, _EVENTS, _END, _CANCEL, _PING, _PONG, _CLOSE, _REKEY = range(1, 9)
 
 
 class LinkState(Enum):
@@ -81,8 +85,13 @@ class Link:
         self.role = role
         self.state = LinkState.AWAIT_HELLO
         self.frames_in = self.frames_out = self.bytes_in = self.bytes_out = 0
+        # The keys that what is sent and what is received are sealed under; empty before the handshake.
+        self.sealing_key_id = self.opening_key_id = b""
+        self._keyring = keyring
         self._handshake = Handshake(role, keyring, node_id, boot_id, nonce, expected_node_id)
         self._session: Session | None = None
+        self._rekeys_sent = self._rekeys_received = 0
+        self._must_rekey = False
         self._buffer = bytearray()
         self._handshake_out = b""
         self._packer = msgpack.Packer()
@@ -111,7 +120,7 @@ class Link:
 
     @property
     def has_data_to_send(self) -> bool:
-        return bool(self._handshake_out or self._events or self._controls or self._pong_due)
+        return bool(self._handshake_out or self._events or self._controls or self._pong_due or self._must_rekey)
 
     @property
     def can_carry_load(self) -> bool:
@@ -173,6 +182,11 @@ class Link:
         """Say goodbye, so that the peer does not take the end for a failure."""
         self._queue([_CLOSE])
 
+    def queue_rekey(self) -> None:
+        """Seal under the keyring's primary key from the next frame on. Nothing where that is so already, or the link is
+        not OPEN."""
+        self._must_rekey = self.is_open and self.sealing_key_id != self._keyring.primary_id
+
     def data_to_send(self, load: bytes = b"") -> bytes:
         """Everything queued, sealed, in order; empty when there is nothing. load: this node's report; it is lost unless
         can_carry_load."""
@@ -180,6 +194,8 @@ class Link:
             raise ValueError(f"a load report of {len(load)} bytes exceeds {LOAD_BYTES_MAX}")
         frames = [self._handshake_out] if self._handshake_out else []
         self._handshake_out = b""
+        if self._must_rekey:
+            frames.append(self._rekey())
         bodies = list(self._event_bodies(load))
         if self._pong_due:
             bodies.append(self._packer.pack([_PONG, self._pong_due, *([load] if load else [])]))
@@ -194,6 +210,17 @@ class Link:
         data = b"".join(frames)
         self.bytes_out += len(data)
         return data
+
+    def _rekey(self) -> bytes:
+        """The last frame under the former key."""
+        assert self._session is not None
+        self._must_rekey = False
+        self._rekeys_sent += 1
+        key_id = self._keyring.primary_id
+        frame = self._session.sealer.seal(self._packer.pack([_REKEY, key_id]))
+        self._session = replace(self._session, sealer=self._handshake.rekeyed(key_id, self.role, self._rekeys_sent))
+        self.sealing_key_id = key_id
+        return frame
 
     def receive(self, data: bytes | bytearray) -> list[LinkEvent]:
         """What `data`, cut anywhere, completes. Bytes behind the end of a link are ignored.
@@ -239,6 +266,8 @@ class Link:
             return
         fields = unpack(self._session.opener.open(header, body))
         if self.state is LinkState.AWAIT_PROOF:
+            if self.opening_key_id not in self._keyring:  # removed since the hello
+                raise SealRejected("unknown key")
             self._open(self._session, events)
         if not isinstance(fields, list) or not fields or type(fields[0]) is not int:
             raise MalformedFrame("a frame is no array that starts with its type")
@@ -271,6 +300,9 @@ class Link:
         if kind == _CLOSE:
             self.state = LinkState.CLOSED
             return LinkClosed()
+        if kind == _REKEY:
+            self._receive_rekey(_bytes(fields[1]))
+            return None
         if kind in (_OPEN, _EVENTS, _END, _CANCEL):
             raise MalformedFrame(f"a frame of type {kind} does not come from the {self.role.other.name.lower()}")
         return None
@@ -299,6 +331,16 @@ class Link:
         self._streams.discard(stream_id)
         return StreamEnded(stream_id, code, message, float(retry_after_s))
 
+    def _receive_rekey(self, key_id: bytes) -> None:
+        assert self._session is not None
+        self._rekeys_received += 1
+        opener = self._handshake.rekeyed(key_id, self.role.other, self._rekeys_received)
+        self._session = replace(self._session, opener=opener)
+        self.opening_key_id = key_id
+        # Answered under the peer's key so far, because it might have held no other; now it has shown one.
+        if key_id == self._keyring.primary_id:
+            self.queue_rekey()
+
     def _receive_hello(self, body: bytes, events: list[LinkEvent]) -> None:
         try:
             self._session, reply = self._handshake.receive(body)
@@ -306,6 +348,7 @@ class Link:
             if self.role is Role.RESPONDER:
                 self._queue_handshake(encode_refusal(exc.reason))
             raise
+        self.sealing_key_id = self.opening_key_id = self._session.key_id
         if self.role is Role.RESPONDER:
             self._queue_handshake(reply)
             self.state = LinkState.AWAIT_PROOF

@@ -162,6 +162,16 @@ class LinkConnection:
             raise PeerUnavailable(f"the link to node {self.peer_node_id} ended before it answered a ping")
         return trio.current_time() - started_at
 
+    def rekey(self) -> None:
+        """Seal under the keyring's primary key from now on."""
+        self.link.queue_rekey()
+        if self.link.has_data_to_send:
+            self.wake()
+
+    def break_off(self, fault: str) -> None:
+        """End run(), as if the link had broken by itself."""
+        self._end(fault)
+
     async def part(self) -> None:
         """Say goodbye and close, instead of run()."""
         self.link.queue_close()

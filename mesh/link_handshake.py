@@ -57,11 +57,13 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What a finished handshake leaves: who the peer is, and the keys of both directions."""
+    """What a finished handshake leaves: who the peer is, and the keys of both directions. key_id: the key they are
+    derived from until one end rekeys."""
 
     node_id: str
     boot_id: bytes
     version: int
+    key_id: bytes
     sealer: FrameSealer
     opener: FrameSealer
 
@@ -112,6 +114,14 @@ class Handshake:
         reply = self._prove(answer)
         return self._session(peer, peer.nonce + own.nonce), reply
 
+    def rekeyed(self, key_id: bytes, sender: Role, count: int) -> FrameSealer:
+        """What seals the sender's frames after its REKEY number `count`, the first being 1.
+
+        Raises SealRejected for a key not held. The transcript holds both nonces, so no link shares a subkey."""
+        if key_id not in self._keyring:
+            raise SealRejected("unknown key")
+        return FrameSealer(self._keyring, key_id, sender.value, self._transcript, b"rekey" + count.to_bytes(8, "big"))
+
     def _prove(self, hello: Hello) -> bytes:
         said = bytes([_HELLO]) + encode_hello(hello)
         body = said + prove(self._keyring, hello.key_id, self._role.value, self._transcript + said)
@@ -136,7 +146,7 @@ class Handshake:
             FrameSealer(self._keyring, peer.key_id, role.value, self._transcript, nonces)
             for role in (self._role, self._role.other)
         )
-        return Session(peer.node_id, peer.boot_id, min(VERSION_MAX, peer.version_max), sealer, opener)
+        return Session(peer.node_id, peer.boot_id, min(VERSION_MAX, peer.version_max), peer.key_id, sealer, opener)
 
 
 def cluster_hash(cluster_name: str) -> bytes:

@@ -8,6 +8,7 @@ import hashlib
 import secrets
 import struct
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cryptography.exceptions import InvalidTag
@@ -15,10 +16,12 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from mesh.errors import SealRejected
+from mesh.errors import KeyRefused, SealRejected
 
 KEY_BYTES = 32
 KEY_ID_BYTES = 4  # names a key in clear text, so that a receiver with several knows which to try
+# A rotation needs two; more are leftovers of rotations that were given up.
+KEYS_MAX = 8
 # Guards nothing: it keeps datagrams whole on loopback, where a mesh without a key of its own may run.
 DEVELOPMENT_KEY = hashlib.sha256(b"ai-cluster public development key").digest()
 
@@ -53,23 +56,65 @@ def parse_key(text: str) -> bytes:
 
 
 def key_id(key: bytes) -> bytes:
+    """KEY_ID_BYTES that name a key and tell nothing of it. People see them as 8 hex digits."""
     return hashlib.sha256(b"ai-cluster key id" + key).digest()[:KEY_ID_BYTES]
 
 
 class Keyring:
-    """The keys a node accepts, the first of which it seals with.
+    """The keys a node accepts, and the one it seals with, the primary. Whoever reads it sees a change at once.
 
-    cluster_name keeps meshes apart that share a key by accident."""
+    cluster_name keeps meshes apart that share a key by accident. keys: the primary first.
+    Raises ValueError for no key, one of another size, or more than KEYS_MAX."""
 
-    def __init__(self, keys: list[bytes], cluster_name: str = "ai-cluster") -> None:
+    def __init__(self, keys: Sequence[bytes], cluster_name: str = "ai-cluster") -> None:
         if not keys or any(len(key) != KEY_BYTES for key in keys):
             raise ValueError(f"a keyring needs at least one key of {KEY_BYTES} bytes")
         self.cluster_name = cluster_name
         self._keys = {key_id(key): key for key in keys}
+        if len(self._keys) > KEYS_MAX:
+            raise ValueError(f"a keyring of {len(self._keys)} keys exceeds {KEYS_MAX}")
         self.primary_id = key_id(keys[0])
 
     def __contains__(self, identity: bytes) -> bool:
         return identity in self._keys
+
+    @property
+    def key_ids(self) -> tuple[bytes, ...]:
+        """The primary first, then the others as they were installed."""
+        return (self.primary_id, *(identity for identity in self._keys if identity != self.primary_id))
+
+    @property
+    def keys(self) -> tuple[bytes, ...]:
+        """The secrets themselves in the order of key_ids, for whoever keeps them on disk."""
+        return tuple(self._keys[identity] for identity in self.key_ids)
+
+    def install(self, key: bytes) -> bytes:
+        """Accept what is sealed under `key` from now on; returns its id. Nothing changes where it is held already.
+
+        Raises KeyRefused at KEYS_MAX, or for a key whose id is that of another one; ValueError for another size."""
+        if len(key) != KEY_BYTES:
+            raise ValueError(f"a key holds {KEY_BYTES} bytes, this one {len(key)}")
+        identity = key_id(key)
+        if self._keys.get(identity, key) != key:
+            raise KeyRefused(f"another key has the id {identity.hex()}; make a new one with `ai-cluster keyring new`")
+        if identity not in self._keys and len(self._keys) >= KEYS_MAX:
+            raise KeyRefused(f"the keyring holds {KEYS_MAX} keys, which is the limit; remove one that is not in use")
+        self._keys[identity] = key
+        return identity
+
+    def use(self, identity: bytes) -> None:
+        """Seal under this key from now on. Raises KeyRefused for a key not held."""
+        if identity not in self._keys:
+            raise KeyRefused(f"key {identity.hex()} is not installed here; install it first")
+        self.primary_id = identity
+
+    def remove(self, identity: bytes) -> None:
+        """Accept nothing under this key any more. Nothing changes where it is not held.
+
+        Raises KeyRefused for the primary, which the last key always is."""
+        if identity == self.primary_id:
+            raise KeyRefused(f"key {identity.hex()} is the primary here, which this node seals with; use another first")
+        self._keys.pop(identity, None)
 
     def derive(self, identity: bytes, purpose: bytes, salt: bytes = b"") -> bytes:
         """A 32-byte subkey of the key named `identity` for one purpose (RFC 5869 HKDF-SHA256).

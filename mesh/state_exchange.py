@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import trio
+
 from mesh.errors import MalformedDatagram, PeerUnavailable
 from mesh.forwarder import Forwarder, IncomingStream, StreamRefused
 from mesh.gossip import Gossip
@@ -14,8 +16,11 @@ CODE_MALFORMED = "malformed"
 
 async def ask(forwarder: Forwarder, node_id: str, address: Address, question: bytes) -> bytes:
     """A member's answer. Raises MeshError when there is none."""
-    async with await forwarder.open(node_id, address, _PREFIX + question) as stream:
-        answer = await stream.receive()
+    try:
+        async with await forwarder.open(node_id, address, _PREFIX + question) as stream:
+            answer = await stream.receive()
+    except trio.EndOfChannel as exc:
+        raise PeerUnavailable(f"node {node_id} ended without an answer") from exc
     if not isinstance(answer, bytes):
         raise PeerUnavailable(f"node {node_id} answered with a {type(answer).__name__}, which this version cannot read")
     return answer

@@ -146,6 +146,17 @@ class GossipSocket:
         self._gossip.link_failed(node_id, self._clock())
         self.wake()
 
+    def add_seed(self, address: Address) -> None:
+        """Gossip.add_seed, now."""
+        self._gossip.add_seed(address, self._clock())
+        self.wake()
+
+    def forget(self, node_id: str) -> bool:
+        """Gossip.forget, now."""
+        is_forgotten = self._gossip.forget(node_id, self._clock())
+        self.wake()
+        return is_forgotten
+
     def leave(self) -> None:
         """Say farewell, at once and without waiting. run() stays idle from then on; cancel it."""
         self._perform(self._gossip.leave(self._clock()))

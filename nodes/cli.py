@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from mesh.seal import new_key
+from nodes import cli_mesh
 from nodes.cli_models import models_app
-from nodes.config import ConfigInvalid, load_config
+from nodes.config import SECRET_KEYS, ConfigInvalid, load_config
 
 EXIT_USAGE = 2  # a fault of configuration or environment that starting again does not mend
 
@@ -24,11 +24,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-keyring_app = typer.Typer(help="Cluster keys, which authenticate nodes to each other.", no_args_is_help=True)
 config_app = typer.Typer(help="The configuration of a node.", no_args_is_help=True)
-app.add_typer(keyring_app, name="keyring")
+app.add_typer(cli_mesh.keyring_app, name="keyring")
 app.add_typer(config_app, name="config")
 app.add_typer(models_app, name="models")
+cli_mesh.register(app)
 
 Url = Annotated[
     str, typer.Option("--url", envvar="AI_CLUSTER_URL", help="HTTP address of any node of the mesh", metavar="URL")
@@ -189,12 +189,6 @@ def chat(
     )
 
 
-@keyring_app.command("new")
-def keyring_new() -> None:
-    """Print a new cluster key. Put it into a file of mode 0600 and give that to every node."""
-    print(new_key())
-
-
 @config_app.command("check")
 def config_check(config: Annotated[Path | None, typer.Argument(help="TOML file", metavar="[FILE]")] = None) -> None:
     """Check a configuration file together with the environment, and print what a node would use."""
@@ -207,7 +201,7 @@ def config_check(config: Annotated[Path | None, typer.Argument(help="TOML file",
         raise typer.Exit(EXIT_USAGE) from exc
     for key in sorted(type(checked).model_fields):
         value = getattr(checked, key)
-        if value is not None and key != "key":
+        if value is not None and key not in SECRET_KEYS:
             print(f"{key} = {_toml(value)}")
 
 

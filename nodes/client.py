@@ -29,8 +29,7 @@ class NodeAnswered(Exception):
 
 def show_status(url: str, *, watch: bool, as_json: bool) -> int:
     """Print the member table; 0 when all members are healthy, 1 when some are not or the node is out of reach."""
-    # A pipe has no width; there nothing may be cut off.
-    console = Console() if sys.stdout.isatty() else Console(width=PIPE_COLUMNS)
+    console = make_console()
     try:
         status = _get(url, "/cluster/status")
         if as_json:
@@ -45,6 +44,11 @@ def show_status(url: str, *, watch: bool, as_json: bool) -> int:
     except KeyboardInterrupt:
         return 0
     return 0 if status["nodes"]["degraded"] == status["nodes"]["offline"] == 0 else 1
+
+
+def make_console() -> Console:
+    """For tables. A pipe has no width; there nothing may be cut off."""
+    return Console() if sys.stdout.isatty() else Console(width=PIPE_COLUMNS)
 
 
 def _watch(console: Console, url: str, status: dict[str, Any]) -> None:
@@ -142,8 +146,8 @@ def stream_chat(
 
 
 def _stream(url: str, body: dict[str, Any], api_key: str | None) -> Iterator[str]:
-    request = _request(url, "/v1/chat/completions", api_key, json.dumps(body).encode())
-    with _open(request, STREAM_TIMEOUT_S) as response:
+    request = request_for(url, "/v1/chat/completions", api_key, json.dumps(body).encode())
+    with open_answer(request, STREAM_TIMEOUT_S) as response:
         try:
             for line in response:
                 if not line.startswith(b"data: "):
@@ -161,7 +165,7 @@ def _stream(url: str, body: dict[str, Any], api_key: str | None) -> Iterator[str
 
 
 def _get(url: str, path: str, api_key: str | None = None) -> dict[str, Any]:
-    with _open(_request(url, path, api_key), TIMEOUT_S) as response:
+    with open_answer(request_for(url, path, api_key), TIMEOUT_S) as response:
         try:
             answer: dict[str, Any] = json.load(response)
         except (OSError, ValueError) as exc:
@@ -169,16 +173,18 @@ def _get(url: str, path: str, api_key: str | None = None) -> dict[str, Any]:
     return answer
 
 
-def _request(url: str, path: str, api_key: str | None, body: bytes | None = None) -> urllib.request.Request:
+def request_for(url: str, path: str, bearer: str | None, body: bytes | None = None) -> urllib.request.Request:
+    """A POST where there is a body, else a GET. Raises NodeAnswered for what is no URL."""
     if not url.startswith(("http://", "https://")):
         raise NodeAnswered(f"{url!r} is no URL; try --url http://127.0.0.1:8080")
     headers = {"content-type": "application/json"} if body is not None else {}
-    if api_key:
-        headers["authorization"] = f"Bearer {api_key}"
+    if bearer:
+        headers["authorization"] = f"Bearer {bearer}"
     return urllib.request.Request(url.rstrip("/") + path, data=body, headers=headers)  # noqa: S310 (checked above)
 
 
-def _open(request: urllib.request.Request, timeout_s: float) -> http.client.HTTPResponse:
+def open_answer(request: urllib.request.Request, timeout_s: float) -> http.client.HTTPResponse:
+    """Raises NodeAnswered when nobody answers, or with what the node gives as its reason to refuse."""
     try:
         response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=timeout_s)  # noqa: S310
     except urllib.error.HTTPError as exc:

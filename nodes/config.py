@@ -22,6 +22,8 @@ from mesh.view import Address
 ENV_PREFIX = "AI_CLUSTER_"
 # Variables of this prefix that other commands read; a node does not refuse them.
 ENV_OF_OTHERS = {"URL"}
+SECRET_KEYS = {"key", "admin_token"}  # never shown, and no flags: other users see command lines
+ADMIN_TOKEN_CHARS_MIN = 16  # fewer could be guessed over HTTP
 # What gossip tells of a node's models fits one section of a datagram.
 MODELS_MAX = 6
 MODEL_NAME_BYTES_MAX = 64
@@ -114,6 +116,13 @@ class NodeConfig(BaseModel):
         None, description="file with the cluster key, the same on every node; `ai-cluster keyring new` makes one"
     )
     key: str | None = Field(None, repr=False, description="the cluster key itself; prefer cluster_key_file")
+    admin_token: str | None = Field(
+        None,
+        repr=False,
+        min_length=ADMIN_TOKEN_CHARS_MIN,
+        max_length=512,
+        description="what opens /admin; default: <data_dir>/admin-token, made at the first start",
+    )
     open: bool = Field(False, description="answer /v1/* to everyone, also on an HTTP address off loopback")
     deadline_s: float = Field(600.0, gt=0, le=86_400, description="longest time a request may take, seconds")
     drain_s: float = Field(30.0, ge=0, le=3_600, description="how long running streams may finish at shutdown, seconds")
@@ -129,6 +138,18 @@ class NodeConfig(BaseModel):
 
     def cluster_key(self) -> bytes:
         """The 32-byte cluster key; the public development key where none is configured and the mesh is on loopback."""
+        configured = self.configured_key()
+        if configured is not None:
+            return configured
+        if is_loopback(self.mesh.host):
+            return DEVELOPMENT_KEY
+        raise ConfigInvalid(
+            f"mesh address {self.mesh} is off loopback and needs a cluster key; make one with "
+            "`ai-cluster keyring new > cluster.key` and pass --cluster-key-file cluster.key on every node"
+        )
+
+    def configured_key(self) -> bytes | None:
+        """The 32-byte key that a file or variable gives, or None."""
         if self.cluster_key_file is not None:
             try:
                 text = self.cluster_key_file.read_text()
@@ -141,13 +162,8 @@ class NodeConfig(BaseModel):
             source = f"cluster_key_file {self.cluster_key_file}"
         elif self.key is not None:
             text, source = self.key, "AI_CLUSTER_KEY"
-        elif is_loopback(self.mesh.host):
-            return DEVELOPMENT_KEY
         else:
-            raise ConfigInvalid(
-                f"mesh address {self.mesh} is off loopback and needs a cluster key; make one with "
-                "`ai-cluster keyring new > cluster.key` and pass --cluster-key-file cluster.key on every node"
-            )
+            return None
         try:
             return parse_key(text)
         except ValueError as exc:
@@ -205,7 +221,7 @@ def load_config(file: Path | None, environment: Mapping[str, str], flags: Mappin
         fault = exc.errors()[0]
         key = str(fault["loc"][0])
         reason = str(fault.get("ctx", {}).get("error", "")) or _lower_first(fault["msg"])
-        shown = "" if key == "key" else f" = {repr(values.get(key))[:VALUE_CHARS_SHOWN]}"
+        shown = "" if key in SECRET_KEYS else f" = {repr(values.get(key))[:VALUE_CHARS_SHOWN]}"
         raise ConfigInvalid(f"{key}{shown} {origin.get(key, '')}: {reason}") from exc
 
 

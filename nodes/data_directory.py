@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
-from nodes.config import ConfigInvalid
+from nodes.config import ADMIN_TOKEN_CHARS_MIN, ConfigInvalid
 
 try:
     import fcntl
@@ -17,6 +18,9 @@ except ImportError:  # no flock outside POSIX; there two nodes in one folder go 
 
 # More starts than a node sees; gossip carries it in 64 bits, with room to go past what a peer remembers.
 GENERATION_MAX = 2**48
+ADMIN_TOKEN_FILE = "admin-token"  # noqa: S105 (a file name)
+ADMIN_TOKEN_BYTES = 32  # random: nobody guesses 256 bits
+SECRET_MODE = 0o600
 
 
 class DataDirectory:
@@ -74,12 +78,33 @@ class DataDirectory:
 
     def keep_generation(self, generation: int) -> None:
         """Remember a generation: the next start's is higher. On disk before it returns."""
-        _write_durably(self.path / "generation", f"{generation}\n")
+        write_durably(self.path / "generation", f"{generation}\n")
+
+    def admin_token(self) -> str:
+        """What opens this node's /admin: made at the first start, readable by this user alone."""
+        file = self.path / ADMIN_TOKEN_FILE
+        try:
+            token = file.read_text().strip()
+        except FileNotFoundError:
+            token = secrets.token_urlsafe(ADMIN_TOKEN_BYTES)
+            write_durably(file, f"{token}\n", mode=SECRET_MODE)
+        except (OSError, UnicodeDecodeError) as exc:
+            raise ConfigInvalid(f"{file} cannot be read: {exc}; delete it, and the next start makes a new one") from exc
+        if len(token) < ADMIN_TOKEN_CHARS_MIN:
+            raise ConfigInvalid(
+                f"{file} holds {len(token)} characters, a token has at least {ADMIN_TOKEN_CHARS_MIN}; "
+                "delete it, and the next start makes a new one"
+            )
+        return token
 
 
-def _write_durably(file: Path, text: str) -> None:
+def write_durably(file: Path, text: str, *, mode: int = 0o644) -> None:
+    """Replace the file's content whole; on disk before it returns. mode: who may read it, from its first byte on.
+
+    Raises OSError; the file is as before then."""
     temporary = file.with_suffix(".new")
-    with open(temporary, "w") as handle:
+    temporary.unlink(missing_ok=True)  # of a process that was killed; its mode may be another
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as handle:
         handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())

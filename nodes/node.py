@@ -23,10 +23,11 @@ from mesh.errors import HandshakeRefused, MalformedDatagram, PeerUnavailable
 from mesh.forwarder import Forwarder, IncomingStream
 from mesh.gossip import Gossip, GossipConfig
 from mesh.router import Router
-from mesh.seal import BOOT_ID_BYTES, Keyring
+from mesh.seal import BOOT_ID_BYTES
 from mesh.state import decode_load, encode_load
 from mesh.udp import GossipSocket
 from mesh.view import Address, ClusterView, ModelInfo, ModelLoad, NodeLoad, NodeProfile, Readiness
+from nodes.api.admin_access import AdminAccess
 from nodes.api.app import build_app
 from nodes.api.auth import Access
 from nodes.api.services import Services
@@ -37,8 +38,12 @@ from nodes.engine.engine_statistics import FAILED, STUCK
 from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid
 from nodes.figures import mesh_figures
 from nodes.http_server import serve_http
+from nodes.keyring_file import KeyringFile
 from nodes.local import LocalGenerator
+from nodes.mesh_operations import MeshOperations
 from nodes.messages import NODE_READY
+from nodes.node_operations import NodeOperations
+from nodes.peer_operations import ask_peer
 from nodes.remote import RemoteGenerator, serve_peer
 from nodes.sockets import NodeSockets, advertised_address, bound_address
 from observability.collectors import Snapshot
@@ -73,12 +78,13 @@ class Node:
     def __init__(
         self,
         config: NodeConfig,
-        keyring: Keyring,
+        keyring: KeyringFile,
         folders: list[tuple[str, ModelFolder]],
         sockets: NodeSockets,
         generation: int,
         keep_generation: Callable[[int], None],
         log_writer: WriterThread[logging.LogRecord],
+        admin_token: str,
     ) -> None:
         self._config = config
         self._generation = generation
@@ -95,11 +101,13 @@ class Node:
         self._engines: dict[str, Engine] = {}
         self._metrics = Metrics(self._node_id, self._version)
         self._local = LocalGenerator(self._engines, observer=ExecutorMetrics(self._metrics))
+        self._admin_access = AdminAccess(admin_token)
+        self._leave_asked = trio.Event()
         boot_id = secrets.token_bytes(BOOT_ID_BYTES)
         self._forwarder = Forwarder(
             node_id=self._node_id,
             boot_id=boot_id,
-            keyring=keyring,
+            keyring=keyring.ring,
             serve=self._serve_peer,
             load=lambda: encode_load(self._load()),
             on_load=self._observe_load,
@@ -114,7 +122,7 @@ class Node:
             generation,
             advertised,
             self._seeds,
-            keyring,
+            keyring.ring,
             boot_id,
             random.Random(),
             trio.current_time(),
@@ -127,6 +135,20 @@ class Node:
             on_fenced=self._give_way,
             # A peer's models count under their names from its arrival on.
             on_change=lambda change: self._metrics.know_view(self._view()),
+        )
+        self._own_operations = NodeOperations(
+            keyring=keyring,
+            view=self._view,
+            keyring_changed=self._forwarder.keyring_changed,
+            forget=self._gossip_socket.forget,
+            stop=self._leave_asked.set,
+        )
+        self._mesh_operations = MeshOperations(
+            view=self._view,
+            local=self._own_operations.handlers,
+            ask=partial(ask_peer, self._forwarder),
+            check_seed=self._forwarder.check_seed,
+            add_seed=self._gossip_socket.add_seed,
         )
         self._dispatch = Dispatch(
             view=self._view_with_own_load,
@@ -145,6 +167,8 @@ class Node:
         async with trio.open_nursery() as mesh:
             await mesh.start(self._forwarder.run, [listener])
             await mesh.start(self._gossip_socket.run)
+            await mesh.start(self._mesh_operations.run)
+            mesh.start_soon(self._stop_when_asked_to_leave, stop)
             try:
                 async with trio.open_nursery() as engines:
                     await self._serve(stop, engines)
@@ -153,6 +177,10 @@ class Node:
                 self._gossip_socket.leave()  # also after a fault: peers need not wait for a death to be found
                 mesh.cancel_scope.cancel()
         logger.info("node stopped")
+
+    async def _stop_when_asked_to_leave(self, stop: StopRequest) -> None:
+        await self._leave_asked.wait()
+        stop.asked.set()
 
     async def _serve(self, stop: StopRequest, engines: trio.Nursery) -> None:
         """Answer HTTP and load models, until the stop and the drain after it."""
@@ -188,6 +216,8 @@ class Node:
             deadline_s=config.deadline_s,
             body_bytes_max=config.body_bytes_max,
             nodes_expected=config.nodes_expected,
+            admin_access=self._admin_access,
+            operations=self._mesh_operations,
         )
 
     # What lives while the node does.
@@ -310,7 +340,7 @@ class Node:
         if state_exchange.is_question(stream.request):
             await state_exchange.answer(stream, self._gossip)
         else:
-            await serve_peer(stream, self._local)
+            await serve_peer(stream, self._local, self._own_operations.handlers)
 
     def _observe_load(self, node_id: str, report: bytes) -> None:
         with suppress(MalformedDatagram):  # of a later version: gossip carries what this one can read
@@ -390,7 +420,7 @@ class Node:
 def _refused(refusals: Mapping[Address, str], cluster_name: str) -> str:
     """One line for all seeds that answered and declined."""
     seeds = ", ".join(f"{address} ({reason})" for address, reason in refusals.items())
-    fix = "give this node the mesh's own cluster key with --cluster-key-file"
+    fix = "delete <data_dir>/keyring, if there is one, and give this node the mesh's own key with --cluster-key-file"
     if set(refusals.values()) == {"other cluster"}:
         fix = f"this node's --cluster-name is {cluster_name!r}; give it the mesh's"
     elif set(refusals.values()) == {"fenced"}:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import trio
 
-from mesh.seal import Keyring
 from nodes.config import ConfigInvalid, NodeConfig, is_loopback
 from nodes.data_directory import DataDirectory
 from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid, read_model_folder
+from nodes.keyring_file import load_keyring
 from nodes.node import Node, StopRequest
 from nodes.sockets import NodeSockets, bind_http, bind_mesh, bound_address
 from observability.log_writer import WriterThread
@@ -30,7 +30,6 @@ STDIN_BYTES = 4096
 
 def run_node(config: NodeConfig) -> None:
     """Run one node until SIGTERM or SIGINT. Raises ConfigInvalid, before or after the start, when it cannot run."""
-    keyring = Keyring([config.cluster_key()], config.cluster_name)
     folders = [(name, _read_folder(config, path)) for name, path in config.models()]
     with ExitStack() as stack:
         data = stack.enter_context(DataDirectory(config.data_dir))
@@ -39,11 +38,13 @@ def run_node(config: NodeConfig) -> None:
         stack.enter_context(sockets.mesh_tcp)
         log_writer = _enter_logging(stack, config)
         stack.enter_context(_address_file(config, sockets))
+        keyring = load_keyring(config.data_dir, config)
+        admin_token = config.admin_token or data.admin_token()
         generation = data.next_generation()
         _warn_of_exposure(config)
 
         async def main() -> None:
-            node = Node(config, keyring, folders, sockets, generation, data.keep_generation, log_writer)
+            node = Node(config, keyring, folders, sockets, generation, data.keep_generation, log_writer, admin_token)
             stop = StopRequest()
             async with trio.open_nursery() as nursery:
                 await nursery.start(_watch_signals, stop)

@@ -1,8 +1,11 @@
-"""Generations over a peer link: the Generator whose tokens a peer makes, and the other end, which makes them."""
+"""Generations over a peer link: the Generator whose tokens a peer makes, and the other end, which makes them.
+
+The other end also tells apart what a peer asks for: a generation, or an operation of an operator."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 
 import trio
@@ -24,6 +27,7 @@ from nodes.generation import (
     encode_event,
     encode_request,
 )
+from nodes.peer_operations import Handler, is_operation, serve_operation
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +79,15 @@ class _RemoteStream(trio.abc.ReceiveChannel[GenerateEvent]):
         await self._stream.aclose()
 
 
-async def serve_peer(stream: IncomingStream, local: Generator) -> None:
+async def serve_peer(stream: IncomingStream, local: Generator, operations: Mapping[str, Handler]) -> None:
+    """Do what a peer asks for, by the first byte of its request."""
+    if is_operation(stream.request):
+        await serve_operation(stream, operations)
+    else:
+        await _generate(stream, local)
+
+
+async def _generate(stream: IncomingStream, local: Generator) -> None:
     """Execute one generation for a peer. Cancelled when the peer cancels or its link breaks, which frees the slot.
 
     A request that has been forwarded already is executed here or refused, never forwarded again.

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mesh.view import ClusterView
+from nodes.api.admin_access import AdminAccess
 from nodes.api.auth import Access
 from nodes.dispatch import Dispatch
+from nodes.mesh_operations import MeshOperations
 
 
 class ApiMetrics(Protocol):
@@ -34,3 +36,5 @@ class Services:
     deadline_s: float
     body_bytes_max: int
     nodes_expected: int | None
+    admin_access: AdminAccess
+    operations: MeshOperations

@@ -64,6 +64,11 @@ class NodeProcess:
         self._process.send_signal(signal.SIGTERM)
         return self._process.wait(STOP_TIMEOUT_S)
 
+    def wait(self) -> int:
+        """The exit code of a node that was told to end some other way."""
+        assert self._process is not None
+        return self._process.wait(STOP_TIMEOUT_S)
+
     def close(self) -> None:
         """End it whatever happened."""
         if self._process is not None and self._process.poll() is None:

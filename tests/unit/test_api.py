@@ -23,6 +23,7 @@ from mesh.view import (
     Readiness,
 )
 from nodes.api import chat
+from nodes.api.admin_access import AdminAccess
 from nodes.api.app import build_app
 from nodes.api.auth import Access
 from nodes.api.services import Services
@@ -135,6 +136,8 @@ class Api:
                 deadline_s=600.0,
                 body_bytes_max=10_000,
                 nodes_expected=None,
+                admin_access=AdminAccess("the admin token"),
+                operations=None,  # type: ignore[arg-type]
             )
         )
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)  # type: ignore[arg-type]

@@ -6,12 +6,12 @@ from typer.testing import CliRunner
 
 from mesh.seal import parse_key
 from nodes import cli
-from nodes.config import NodeConfig
+from nodes.config import SECRET_KEYS, NodeConfig
 
 runner = CliRunner()
 
-# Keys that are no flag: a secret that would show in process lists, and what only a parent process sets.
-NOT_FLAGS = {"key", "stop_with_stdin"}
+# Keys that are no flag: secrets that would show in process lists, and what only a parent process sets.
+NOT_FLAGS = SECRET_KEYS | {"stop_with_stdin"}
 
 
 def test_every_configuration_key_is_a_flag_of_serve_and_every_flag_a_key() -> None:
@@ -23,6 +23,8 @@ def test_every_configuration_key_is_a_flag_of_serve_and_every_flag_a_key() -> No
     "command",
     [
         *([], ["serve"], ["up"], ["status"], ["chat"], ["models"], ["keyring", "new"], ["config", "check"]),
+        *(["keyring", "list"], ["keyring", "install"], ["keyring", "use"], ["keyring", "remove"], ["keyring"]),
+        *(["members"], ["join"], ["leave"], ["forget"]),
         *(["models", "list"], ["models", "check"], ["models", "pull"], ["models", "build"], ["models", "random"]),
     ],
 )

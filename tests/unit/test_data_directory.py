@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from nodes.config import ConfigInvalid
-from nodes.data_directory import DataDirectory
+from nodes.data_directory import DataDirectory, write_durably
 
 
 def test_each_start_has_a_higher_generation(tmp_path: Path) -> None:
@@ -46,3 +46,30 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigInvalid, match="--data-dir"), DataDirectory(tmp_path / "file" / "data"):
         pass
+
+
+def test_the_admin_token_is_made_once_and_readable_by_its_user_alone(tmp_path: Path) -> None:
+    with DataDirectory(tmp_path) as data:
+        token = data.admin_token()
+    with DataDirectory(tmp_path) as data:
+        assert data.admin_token() == token
+    assert (tmp_path / "admin-token").stat().st_mode & 0o777 == 0o600
+    with DataDirectory(tmp_path / "other") as data:
+        assert data.admin_token() != token
+
+
+@pytest.mark.parametrize("content", [b"", b"short\n", b"\xff" * 40])
+def test_a_damaged_admin_token_is_named_with_the_fix(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "admin-token").write_bytes(content)
+    with DataDirectory(tmp_path) as data, pytest.raises(ConfigInvalid, match=r"admin-token.*delete it"):
+        data.admin_token()
+
+
+def test_a_secret_is_never_readable_by_others_even_where_a_killed_process_left_its_file(tmp_path: Path) -> None:
+    left = tmp_path / "secret.new"
+    left.write_text("half")
+    left.chmod(0o666)
+    write_durably(tmp_path / "secret", "whole", mode=0o600)
+    assert (tmp_path / "secret").read_text() == "whole"
+    assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
+    assert not left.exists()

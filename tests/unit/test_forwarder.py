@@ -16,6 +16,7 @@ from mesh.errors import HandshakeRefused, MeshError, ModelUnknown, NoCapacity, P
 from mesh.forwarder import (
     HANDSHAKES_MAX,
     REJECTIONS,
+    REKEY_GRACE_S,
     Forwarder,
     ForwarderConfig,
     IncomingStream,
@@ -23,7 +24,7 @@ from mesh.forwarder import (
     RemoteError,
     StreamRefused,
 )
-from mesh.seal import DEVELOPMENT_KEY, KEY_BYTES, Keyring
+from mesh.seal import DEVELOPMENT_KEY, KEY_BYTES, Keyring, key_id
 from mesh.streams import STREAM_EVENTS_MAX
 from mesh.view import Address
 from tests.unit.fake_network import FakeNetwork, FakeStream
@@ -89,10 +90,11 @@ async def running(
     serve: Serve,
     *,
     keyring: Keyring = KEYRING,
+    keyring_b: Keyring = KEYRING,
     load: Callable[[], bytes] | None = None,
     config: ForwarderConfig | None = None,
 ) -> AsyncIterator[Pair]:
-    """keyring: a's. load: b's."""
+    """keyring: a's. keyring_b, load: b's."""
     network = FakeNetwork()
     lost: list[str] = []
     loads: list[tuple[str, bytes]] = []
@@ -107,7 +109,7 @@ async def running(
         connect=network.connect,
         rng=random.Random(0),
     )
-    b = Forwarder(node_id="b", boot_id=b"b" * 16, keyring=KEYRING, serve=serve, load=load, connect=network.connect)
+    b = Forwarder(node_id="b", boot_id=b"b" * 16, keyring=keyring_b, serve=serve, load=load, connect=network.connect)
     async with trio.open_nursery() as nursery:
         pair = Pair(network, a, b, nursery)
         pair.lost, pair.loads = lost, loads
@@ -810,3 +812,82 @@ async def test_whatever_happens_no_stream_is_left_and_no_event_is_out_of_order(
         assert serving == 0
         assert pair.a.statistics().streams == pair.b.statistics().streams == 0
         assert await read_all(await pair.open(b"3")) == [0, 1, 2], "a new link serves as before"
+
+
+# Rotation of keys.
+
+
+def two_rings() -> list[Keyring]:
+    return [Keyring([DEVELOPMENT_KEY, b"n" * KEY_BYTES]) for _ in range(2)]
+
+
+async def test_streams_outlive_the_rotation_of_the_key_under_them(autojump_clock: trio.testing.MockClock) -> None:
+    server, rings = Server(), two_rings()
+    async with running(server, keyring=rings[0], keyring_b=rings[1]) as pair:
+        stream = await pair.open()
+        assert await stream.receive() == "started"
+        for change in (lambda ring: ring.use(key_id(b"n" * KEY_BYTES)), lambda ring: ring.remove(KEYRING.primary_id)):
+            for ring, forwarder in zip(rings, (pair.a, pair.b), strict=True):
+                change(ring)
+                forwarder.keyring_changed()
+                await server.streams[0].send("during")
+                assert await stream.receive() == "during"
+        await trio.sleep(2 * REKEY_GRACE_S)
+        await server.streams[0].send("after")
+        assert await stream.receive() == "after"
+        assert await read_first(pair, b"another") == "started"
+        assert pair.network.dials == 1
+        assert pair.a.statistics().broken_links == pair.b.statistics().broken_links == 0
+
+
+async def read_first(pair: Pair, request: bytes) -> object:
+    async with await pair.open(request) as stream:
+        return await stream.receive()
+
+
+async def test_a_link_whose_peer_keeps_to_a_removed_key_is_closed_and_no_new_one_is_taken(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    server, (ring, _) = Server(), two_rings()
+    async with running(server, keyring_b=ring) as pair:
+        stream = await pair.open()
+        assert await stream.receive() == "started"
+        await settle()
+        ring.use(key_id(b"n" * KEY_BYTES))
+        ring.remove(KEYRING.primary_id)
+        pair.b.keyring_changed()
+        with pytest.raises(PeerUnavailable):
+            await stream.receive()
+        await settle()
+        assert pair.b.statistics().links == 0
+        with pytest.raises(PeerUnavailable, match="unknown key"):
+            await pair.open()
+
+
+async def test_a_link_that_was_being_dialled_when_the_key_changed_follows(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, rings = Server(), two_rings()
+    async with running(server, keyring=rings[0], keyring_b=rings[1]) as pair:
+
+        async def connect(address: Address) -> FakeStream:
+            stream = await pair.network.connect(address)
+            receive_some = stream.receive_some
+
+            async def change_key_and_receive(max_bytes: int | None = None) -> bytes:
+                rings[0].use(key_id(b"n" * KEY_BYTES))  # the hello has been sent under the former one
+                return await receive_some(max_bytes)
+
+            monkeypatch.setattr(stream, "receive_some", change_key_and_receive)
+            return stream
+
+        monkeypatch.setattr(pair.a, "_connect", connect)
+        stream = await pair.open()
+        assert await stream.receive() == "started"
+        rings[1].use(key_id(b"n" * KEY_BYTES))
+        for ring in rings:
+            ring.remove(KEYRING.primary_id)
+        pair.b.keyring_changed()
+        await trio.sleep(2 * REKEY_GRACE_S)
+        await server.streams[0].send("after")
+        assert await stream.receive() == "after"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mesh import exchange, wire
 from mesh.admission import PEER_BURST
+from mesh.contacts import SEEDS_ADDED_MAX
 from mesh.errors import MalformedDatagram
 from mesh.gossip import (
     DuplicateNode,
@@ -719,3 +720,60 @@ def test_a_datagram_with_two_records_of_one_member_leaves_the_greater() -> None:
         a = gossip("a")
         a.receive(sealed(wire.Rumour(), *[record("c", v) for v in versions]), address("b"), 1.0)
         assert a.view(1.0).members["c"].version == 4
+
+
+# --- what operators ask ---
+
+
+def test_a_forgotten_member_is_gone_everywhere_and_called_no_more() -> None:
+    a, b, c = gossip("a"), gossip("b", seeds=(address("a"),)), gossip("c", seeds=(address("a"),))
+    mesh = Wire(a, b, c)
+    mesh.run(3.0)
+    assert not a.forget("c", mesh.now), "it is alive"
+    assert not a.forget("nobody", mesh.now)
+    del mesh.nodes[address("c")]
+    mesh.run(15.0)
+    assert mesh.member(a, "c").status is mesh.member(b, "c").status is MemberStatus.DEAD
+    assert a.forget("c", mesh.now)
+    assert not a.forget("c", mesh.now), "it has left by now"
+    mesh.run(1.0)
+    assert mesh.member(a, "c").status is mesh.member(b, "c").status is MemberStatus.LEFT
+    before = len(mesh.effects)
+    mesh.run(60.0)
+    assert [e for _, e in mesh.effects[before:] if isinstance(e, SendDatagram) and e.address == address("c")] == []
+
+
+def test_a_forgotten_member_that_comes_back_is_a_member() -> None:
+    a, b = gossip("a"), gossip("b", seeds=(address("a"),))
+    mesh = Wire(a, b)
+    mesh.run(3.0)
+    del mesh.nodes[address("b")]
+    mesh.run(15.0)
+    assert a.forget("b", mesh.now)
+    again = gossip("b", seeds=(address("a"),), generation=2, now=mesh.now)
+    mesh.nodes[address("b")] = again
+    mesh.run(3.0)
+    assert mesh.member(a, "b").status is MemberStatus.ALIVE
+
+
+def test_a_seed_added_while_running_joins_two_meshes() -> None:
+    a, b = gossip("a"), gossip("b")
+    mesh = Wire(a, b)
+    mesh.run(3.0)
+    assert "b" not in a.view(mesh.now).members
+    a.add_seed(address("b"), mesh.now)
+    assert a.next_wakeup() <= mesh.now
+    mesh.run(1.0)
+    assert mesh.member(a, "b").status is mesh.member(b, "a").status is MemberStatus.ALIVE
+
+
+def test_seeds_added_are_bounded_and_spare_the_configured_ones() -> None:
+    a = gossip("a", seeds=(NOBODY,))
+    for index in range(SEEDS_ADDED_MAX + 5):
+        a.add_seed(Address("10.8.0.1", 1 + index), 0.0)
+        a.add_seed(Address("10.8.0.1", 1 + index), 0.0)  # known already
+    a.add_seed(a._own.address, 0.0)
+    mesh = Wire(a)
+    mesh.run(0.5)
+    called = {e.address for e in mesh.of_type(SendDatagram) if isinstance(e, SendDatagram)}
+    assert called == {NOBODY, *(Address("10.8.0.1", 6 + index) for index in range(SEEDS_ADDED_MAX))}

@@ -46,7 +46,7 @@ from mesh.link_handshake import (
     encode_refusal,
 )
 from mesh.link_seal import TAG_BYTES, FrameSealer, prove
-from mesh.seal import DEVELOPMENT_KEY, KEY_BYTES, Keyring
+from mesh.seal import DEVELOPMENT_KEY, KEY_BYTES, Keyring, key_id
 
 KEYRING = Keyring([DEVELOPMENT_KEY])
 OTHER_KEY = b"o" * KEY_BYTES
@@ -553,7 +553,7 @@ def test_any_sealed_content_is_understood_or_closes_the_link(kind: int, fields: 
     for source, target in ((a, b), (b, a)):
         try:
             events = target.receive(sealed(source, [kind, *fields]))
-        except MalformedFrame:
+        except (MalformedFrame, SealRejected):
             assert target.is_closed
         else:
             assert len(events) <= 1
@@ -582,3 +582,117 @@ def test_events_arrive_in_order_and_unchanged(sent: list[tuple[int, object]], lo
         pair for event in a.receive(b.data_to_send(load)) if isinstance(event, EventsReceived) for pair in event.events
     ]
     assert repr(received) == repr([[ids[index], item] for index, item in sent])
+
+
+# Rotation of keys while the link lives.
+
+
+def pair_of_rings() -> tuple[Keyring, Keyring, Link, Link]:
+    """Both rings hold both keys, the development key first; the link is OPEN."""
+    rings = [Keyring([DEVELOPMENT_KEY, OTHER_KEY]) for _ in range(2)]
+    a, b = initiator(rings[0]), responder(rings[1])
+    deliver(a, b)
+    return rings[0], rings[1], a, b
+
+
+def deliver(a: Link, b: Link) -> list[LinkEvent]:
+    """Everything both have to say, until both are silent."""
+    events: list[LinkEvent] = []
+    while a.has_data_to_send or b.has_data_to_send:
+        events += b.receive(a.data_to_send())
+        events += a.receive(b.data_to_send())
+    return events
+
+
+def test_a_link_is_sealed_under_another_key_while_its_streams_go_on() -> None:
+    ring_a, ring_b, a, b = pair_of_rings()
+    stream_id = a.queue_open(b"request")
+    deliver(a, b)
+    for ring in (ring_a, ring_b):
+        ring.use(key_id(OTHER_KEY))
+    b.queue_event(stream_id, "before")
+    b.queue_rekey()
+    b.queue_event(stream_id, "after")
+    a.queue_rekey()
+    events = deliver(a, b)
+    assert [pair for event in events if isinstance(event, EventsReceived) for pair in event.events] == [
+        [stream_id, "before"], [stream_id, "after"],
+    ]  # fmt: skip
+    for ring in (ring_a, ring_b):
+        ring.remove(key_id(DEVELOPMENT_KEY))
+    assert {a.sealing_key_id, a.opening_key_id, b.sealing_key_id, b.opening_key_id} == {key_id(OTHER_KEY)}
+    b.queue_end(stream_id, None)
+    assert deliver(a, b) == [StreamEnded(stream_id, None, "", 0.0)]
+
+
+def test_an_end_that_answered_under_the_peers_key_follows_when_the_peer_shows_its_own() -> None:
+    ring_a, ring_b = Keyring([DEVELOPMENT_KEY, OTHER_KEY]), Keyring([OTHER_KEY, DEVELOPMENT_KEY])
+    a, b = initiator(ring_a), responder(ring_b)
+    deliver(a, b)
+    assert b.sealing_key_id == key_id(DEVELOPMENT_KEY)
+    ring_a.use(key_id(OTHER_KEY))
+    a.queue_rekey()
+    deliver(a, b)
+    assert b.sealing_key_id == a.opening_key_id == key_id(OTHER_KEY)
+
+
+def test_frames_after_a_rekey_do_not_open_under_the_former_key() -> None:
+    ring_a, _, a, b = pair_of_rings()
+    assert b._session is not None
+    former = b._session.opener
+    ring_a.use(key_id(OTHER_KEY))
+    a.queue_rekey()
+    a.queue_ping()
+    data = a.data_to_send()
+    size = 4 + int.from_bytes(data[:4], "big")
+    former.open(data[:4], data[4:size])  # the rekey itself
+    with pytest.raises(SealRejected, match="tampered"):
+        former.open(data[size : size + 4], data[size + 4 :])
+
+
+def test_there_and_back_uses_no_subkey_twice() -> None:
+    ring_a, _, a, b = pair_of_rings()
+    sealers = []
+    for identity in (OTHER_KEY, DEVELOPMENT_KEY, OTHER_KEY):
+        ring_a.use(key_id(identity))
+        a.queue_rekey()
+        deliver(a, b)
+        assert a._session is not None
+        sealers.append(a._session.sealer)
+    assert len({sealer._cipher.encrypt(b"n" * 12, b"same", b"") for sealer in sealers}) == 3
+
+
+def test_a_rekey_to_a_key_that_is_not_held_closes_the_link() -> None:
+    a = initiator(ring := Keyring([DEVELOPMENT_KEY]))
+    b = responder()
+    deliver(a, b)
+    ring.install(OTHER_KEY)
+    ring.use(key_id(OTHER_KEY))
+    a.queue_rekey()
+    with pytest.raises(SealRejected, match="unknown key"):
+        b.receive(a.data_to_send())
+    assert b.is_closed
+
+
+def test_a_rekey_to_the_key_in_use_sends_nothing() -> None:
+    _, _, a, _ = pair_of_rings()
+    a.queue_rekey()
+    assert not a.has_data_to_send
+
+
+def test_a_key_removed_during_a_handshake_opens_no_link() -> None:
+    ring = Keyring([OTHER_KEY, DEVELOPMENT_KEY])
+    a, b = initiator(), responder(ring)
+    b.receive(a.data_to_send())
+    ring.remove(key_id(DEVELOPMENT_KEY))
+    a.receive(b.data_to_send())
+    with pytest.raises(SealRejected, match="unknown key"):
+        b.receive(a.data_to_send())
+
+
+@pytest.mark.parametrize("field", [None, 3, "text", b"", b"longer"], ids=repr)
+def test_a_rekey_of_a_wrong_form_closes_the_link(field: object) -> None:
+    a, b = pair()
+    with pytest.raises((MalformedFrame, SealRejected)):
+        b.receive(sealed(a, [8, field]))
+    assert b.is_closed

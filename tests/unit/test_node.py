@@ -15,13 +15,14 @@ import pytest
 import trio
 
 import nodes.node
-from mesh.seal import Keyring
 from nodes.config import BUILTIN_MODEL, ConfigInvalid, load_config
 from nodes.engine.engine import Engine, load_engine
 from nodes.engine.model_loader import ModelFolderInvalid, read_model_folder
+from nodes.keyring_file import load_keyring
 from nodes.node import Node, StopRequest
 from nodes.sockets import NodeSockets, bind_http, bind_mesh
 
+TOKEN = "the node's admin token"
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "hello"}], "temperature": 0}
 
 
@@ -31,9 +32,9 @@ async def running_node(tmp_path: Path) -> AsyncIterator[tuple[httpx.AsyncClient,
     config = load_config(None, {}, flags | {"data_dir": tmp_path, "name": "a"})
     folders = [("demo", read_model_folder(BUILTIN_MODEL))]
     with bind_http(config.http) as http, (mesh := bind_mesh(config.mesh))[0], mesh[1]:
-        keyring = Keyring([config.cluster_key()])
+        keyring = load_keyring(tmp_path, config)
         log_writer: Any = SimpleNamespace(lines_dropped=0)
-        node = Node(config, keyring, folders, NodeSockets(http, *mesh), 1, lambda generation: None, log_writer)
+        node = Node(config, keyring, folders, NodeSockets(http, *mesh), 1, lambda generation: None, log_writer, TOKEN)
         stop = StopRequest()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(node.run, stop)

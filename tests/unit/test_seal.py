@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.errors import SealRejected
+from mesh.errors import KeyRefused, SealRejected
 from mesh.seal import (
     BOOTS_MAX,
     DEVELOPMENT_KEY,
+    KEYS_MAX,
     OVERHEAD_BYTES,
     REPLAY_WINDOW,
     DatagramSealer,
@@ -31,7 +32,11 @@ def sealer(boot_id: bytes = BOOT, *, keys: tuple[bytes, ...] = (KEY,), cluster: 
 
 def receiver(*, keys: tuple[bytes, ...] = (KEY,), cluster: str = "c") -> DatagramSealer:
     """One that has admitted the sender, as of before its first datagram."""
-    made = sealer(b"receiver boot id", keys=keys, cluster=cluster)
+    return receiver_with(Keyring(list(keys), cluster))
+
+
+def receiver_with(ring: Keyring) -> DatagramSealer:
+    made = DatagramSealer(ring, b"receiver boot id")
     made.admit(Opened(BOOT, 0, b"", is_admitted=False))
     return made
 
@@ -166,3 +171,72 @@ def test_what_is_no_key_is_refused_without_showing_it(text: str) -> None:
 def test_a_ring_without_a_key_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one key"):
         Keyring([])
+
+
+def test_a_rotation_is_followed_by_a_sealer_that_runs() -> None:
+    ring, other = Keyring([KEY], "c"), Keyring([KEY, OTHER_KEY], "c")
+    sender, opener = DatagramSealer(ring, BOOT), receiver_with(other)
+    old = [sender.seal(b"old") for _ in range(2)]
+    assert ring.install(OTHER_KEY) == key_id(OTHER_KEY)
+    assert opener.open(sender.seal(b"still old")).payload == b"still old"
+    ring.use(key_id(OTHER_KEY))
+    new = sender.seal(b"new")
+    assert new[1:5] == key_id(OTHER_KEY), "sealed under the new primary at once"
+    assert opener.open(new).payload == b"new"
+    assert opener.open(old[0]).payload == b"old", "and the old one is accepted until it is removed"
+    other.use(key_id(OTHER_KEY))
+    other.remove(key_id(KEY))
+    with pytest.raises(SealRejected, match="unknown key"):
+        opener.open(old[1])
+    with pytest.raises(SealRejected, match="unknown key"):
+        opener.open(old[0])
+
+
+def test_a_key_that_comes_back_brings_no_replay_with_it() -> None:
+    ring = Keyring([OTHER_KEY, KEY], "c")
+    opener, datagram = receiver_with(ring), sealer().seal(b"p")
+    opener.open(datagram)
+    ring.remove(key_id(KEY))
+    ring.install(KEY)
+    with pytest.raises(SealRejected, match="replayed"):
+        opener.open(datagram)
+
+
+def test_each_change_of_a_ring_may_be_repeated() -> None:
+    ring = Keyring([KEY])
+    for _ in range(2):
+        ring.install(OTHER_KEY)
+        assert (ring.key_ids, ring.keys) == ((key_id(KEY), key_id(OTHER_KEY)), (KEY, OTHER_KEY))
+    for _ in range(2):
+        ring.use(key_id(OTHER_KEY))
+        assert (ring.key_ids, ring.keys) == ((key_id(OTHER_KEY), key_id(KEY)), (OTHER_KEY, KEY))
+    for _ in range(2):
+        ring.remove(key_id(KEY))
+        assert (ring.key_ids, ring.keys) == ((key_id(OTHER_KEY),), (OTHER_KEY,))
+
+
+def test_a_ring_keeps_the_key_it_seals_with_and_uses_none_it_does_not_hold() -> None:
+    ring = Keyring([KEY, OTHER_KEY])
+    with pytest.raises(KeyRefused, match=f"{key_id(KEY).hex()} is the primary"):
+        ring.remove(key_id(KEY))
+    with pytest.raises(KeyRefused, match="not installed here"):
+        ring.use(b"none")
+    assert ring.key_ids == (key_id(KEY), key_id(OTHER_KEY))
+
+
+def test_a_ring_is_bounded() -> None:
+    ring = Keyring([bytes([i]) * 32 for i in range(KEYS_MAX)])
+    with pytest.raises(KeyRefused, match=f"holds {KEYS_MAX} keys"):
+        ring.install(KEY)
+    ring.install(bytes([0]) * 32)  # held already
+    assert len(ring.key_ids) == KEYS_MAX
+    with pytest.raises(ValueError, match=f"exceeds {KEYS_MAX}"):
+        Keyring([*ring.keys, KEY])
+
+
+def test_a_key_whose_id_another_one_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = Keyring([KEY])
+    monkeypatch.setattr("mesh.seal.key_id", lambda key: key_id(KEY))
+    with pytest.raises(KeyRefused, match="another key has the id"):
+        ring.install(OTHER_KEY)
+    assert ring.keys == (KEY,)

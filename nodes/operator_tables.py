@@ -1,0 +1,108 @@
+"""Tables of what nodes answer an operator: their members, what all believe of all, their keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+Answer = dict[str, Any]
+
+# Observers beside each other; with more, a line that names those who disagree says more than a wide table.
+MATRIX_OBSERVERS_MAX = 12
+_COLOURS = {"alive": "green", "suspect": "yellow", "dead": "red", "left": "dim"}
+UNKNOWN = "unknown"
+
+
+def members_table(answer: Answer) -> Table:
+    """What one node believes. answer: its line of /admin/members."""
+    table = _table(f"what {answer['node']} believes of each member (*: itself)")
+    for heading in ("member", "membership", "readiness", "last sign of life", "address", "version", "generation"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("models", overflow="fold")
+    for member in answer["members"]:
+        table.add_row(
+            member["node_id"] + ("*" if member["is_self"] else ""),
+            _membership(member["membership"]),
+            member["readiness"],
+            "now" if member["is_self"] else f"{member['age_s']:.1f} s ago",
+            member["mesh"],
+            member["version"] or "-",
+            f"{member['generation']}.{member['state_version']}",
+            ", ".join(member["models"]) or "-",
+        )
+    if answer.get("untold"):
+        table.caption = f"and {answer['untold']} more, which are not shown"
+    return table
+
+
+def matrix_table(answers: Sequence[Answer]) -> Table:
+    """What each node believes of each member and how old that is; members that they disagree on are marked with !."""
+    beliefs = {answer["node"]: {m["node_id"]: m for m in answer["members"]} for answer in answers}
+    observers = sorted(beliefs)
+    is_wide = len(observers) <= MATRIX_OBSERVERS_MAX
+    table = _table("what each node (column) believes of each member (row), and the age of its last sign of life")
+    table.add_column("member", overflow="fold")
+    for heading in observers if is_wide else ("believed by",):
+        table.add_column(heading, overflow="fold")
+    for node_id in sorted({node_id for known in beliefs.values() for node_id in known}):
+        seen = {observer: beliefs[observer].get(node_id) for observer in observers}
+        words = {
+            observer: UNKNOWN if member is None else str(member["membership"]) for observer, member in seen.items()
+        }
+        is_disputed = len(set(words.values())) > 1
+        cells = [_cell(member) for member in seen.values()] if is_wide else [_summary(words)]
+        table.add_row(f"[bold red]! {node_id}[/]" if is_disputed else node_id, *cells)
+    return table
+
+
+def disputed_members(answers: Sequence[Answer]) -> list[str]:
+    """Members that the nodes believe different things of."""
+    known: dict[str, list[str]] = {}
+    for answer in answers:
+        for member in answer["members"]:
+            known.setdefault(member["node_id"], []).append(member["membership"])
+    return sorted(i for i, words in known.items() if len(set(words)) > 1 or len(words) < len(answers))
+
+
+def keys_table(answers: Sequence[Answer]) -> Table:
+    """Which key is where. answers: the lines of /admin/keyring."""
+    table = _table("the keys that the nodes hold")
+    for heading in ("key", "installed on", "used by"):
+        table.add_column(heading, overflow="fold")
+    for key in sorted({key for answer in answers for key in answer["keys"]}):
+        installed = [answer["node"] for answer in answers if key in answer["keys"]]
+        used = [answer["node"] for answer in answers if answer["primary"] == key]
+        table.add_row(key, _who(installed, answers), _who(used, answers))
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+
+
+def _membership(word: str) -> str:
+    return f"[{_COLOURS.get(word, 'white')}]{word}[/]"
+
+
+def _cell(member: Answer | None) -> str:
+    if member is None:
+        return f"[red]{UNKNOWN}[/]"
+    age = "itself" if member["is_self"] else f"{member['age_s']:.1f} s"
+    return f"{_membership(member['membership'])} {age}"
+
+
+def _summary(words: dict[str, str]) -> str:
+    """The most frequent belief as a count, each other one with who holds it."""
+    by_word: dict[str, list[str]] = {}
+    for observer, word in words.items():
+        by_word.setdefault(word, []).append(observer)
+    (most, holders), *others = sorted(by_word.items(), key=lambda item: -len(item[1]))
+    return "; ".join([f"{most}: {len(holders)} nodes", *(f"{word}: {', '.join(who)}" for word, who in others)])
+
+
+def _who(nodes: Sequence[str], answers: Sequence[Answer]) -> str:
+    if len(nodes) == len(answers):
+        return f"all {len(nodes)}"
+    return ", ".join(sorted(nodes)) or "nobody"
