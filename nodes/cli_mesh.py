@@ -212,8 +212,9 @@ def _change(url: str, data_dir: Path, path: str, body: Mapping[str, object]) -> 
     def handle(line: Line) -> None:
         if line.get("ok"):
             print(f"{line['node']}  ok{_details(line)}", flush=True)
-        elif line.get("summary") and line["done"]:
-            print(line["message"])
+        elif line.get("done"):
+            if line["message"]:
+                print(line["message"])
         else:
             _tell_fault(line)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import trio
 
 from mesh.errors import HandshakeRefused, NoCapacity, PeerUnavailable
+from mesh.seal import key_id as id_of_key
 from mesh.view import Address, ClusterView, MemberStatus, MemberView
 from nodes import node_operations as names
 from nodes.peer_operations import Answer, Arguments, Handler, OperationFailed
@@ -125,11 +126,12 @@ class MeshOperations:
 
     def install(self, key: bytes, *, is_here_only: bool) -> Operation:
         """Every live member accepts the key; nobody seals with it yet."""
+        identity = id_of_key(key).hex()
 
         async def operation(report: Report) -> None:
             await self._everywhere(report, names.KEYRING_INSTALL, {"key": key}, is_here_only=is_here_only)
             await self._end(
-                report, f"the key is installed{self._absent()}; the next step is: ai-cluster keyring use ID"
+                report, f"the key is installed{self._absent()}; the next step is: ai-cluster keyring use {identity}"
             )
 
         return operation

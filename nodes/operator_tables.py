@@ -42,7 +42,7 @@ def matrix_table(answers: Sequence[Answer]) -> Table:
     beliefs = {answer["node"]: {m["node_id"]: m for m in answer["members"]} for answer in answers}
     observers = sorted(beliefs)
     is_wide = len(observers) <= MATRIX_OBSERVERS_MAX
-    table = _table("what each node (column) believes of each member (row), and the age of its last sign of life")
+    table = _table("what each node believes")
     table.add_column("member", overflow="fold")
     for heading in observers if is_wide else ("believed by",):
         table.add_column(heading, overflow="fold")

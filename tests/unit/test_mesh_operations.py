@@ -230,6 +230,7 @@ async def test_the_dead_are_named_and_not_asked_and_those_who_left_are_mentioned
         assert {"node": "b", "skipped": "is dead and was not asked"} in lines
         assert [name for name, _ in mesh.asked] == ["d"]
         assert "(c has left and was not asked)" in str(summary["message"])
+        assert str(summary["message"]).endswith(f"ai-cluster keyring use {NEW_ID.hex()}")
         assert (await mesh.summary(use(mesh)))["done"]
 
 
