@@ -5,7 +5,6 @@ It joins the parts: the member table, the failure detector, the own state, the d
 
 from __future__ import annotations
 
-import math
 import random
 from collections import Counter
 from types import MappingProxyType
@@ -114,7 +113,7 @@ class Gossip:
             return float("inf")
         return min(
             self._state.publish_at,
-            self._round_at if len(self._table.live) > self._config.direct_peers else float("inf"),
+            self._round_at if len(self._table.live) > self._config.everyone_max else float("inf"),
             self._urgent_at,
             self._digests.next_at,
             self._contacts.next_wakeup(),
@@ -166,16 +165,14 @@ class Gossip:
         self._view_is_old = True
         # Rounds keep step with publications, so that each takes the same time to arrive as the one before.
         self._round_at = now + self._config.round_interval_s
-        self._outbox.tell(self._cycle.take(self._config.direct_peers), now, is_urgent=True)
+        live, config = self._table.live, self._config
+        peers = live if len(live) <= config.everyone_max else self._cycle.take(config.direct_peers)
+        self._outbox.tell(peers, now, is_urgent=True)
 
     def _tell_round(self, now: float) -> None:
-        config = self._config
-        self._round_at = now + config.round_interval_s
-        left = len(self._table.live) - config.direct_peers
-        if left > 0:
-            # Each peer directly once a publication, as far as round_peers allows.
-            wanted = math.ceil(left * config.round_interval_s / config.publish_interval_s)
-            self._outbox.tell(self._cycle.take(min(wanted, config.round_peers)), now)
+        self._round_at = now + self._config.round_interval_s
+        if len(self._table.live) > self._config.everyone_max:
+            self._outbox.tell(self._cycle.take(self._config.round_peers), now)
 
     def _probe(self, now: float) -> None:
         detector, outbox = self._detector, self._outbox
@@ -286,6 +283,7 @@ class Gossip:
         change = plan.change
         known = self._table.members.get(plan.record.node_id)
         before: MemberView | None = known.view(now, is_self=False) if known is not None and change & NEWS else None
+        former_hot = known.hot if known is not None else None
         member = self._table.apply(plan, now, told_by=told_by)
         if member is None:
             return
@@ -296,7 +294,7 @@ class Gossip:
             self._urgent_at = min(self._urgent_at, max(now, self._urgent_told_at + self._config.urgent_spacing_s))
             self._view_is_wrong = True
         else:
-            rumours.add_load(member.node_id)
+            rumours.add_load(member.node_id, is_changed=member.hot != former_hot)
             self._view_is_old = True
         if member.status is MemberStatus.SUSPECT and change & (Change.STATUS | Change.ACCUSED | Change.ADVANCED):
             self._detector.watch(member)

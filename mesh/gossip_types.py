@@ -35,7 +35,10 @@ class GossipConfig:
     suspicion_max_factor: float = 2.0
     # Independent confirmations that bring a suspicion down to its shortest. 1 or 2 (a record carries three accusers).
     confirmations: int = 2
-    # Peers told of each publication, and of urgent news, at once. A mesh with no more peers than these needs no rounds.
+    # With no more peers than these each is told of each publication by its owner, at once, and there are no rounds:
+    # publications arrive as evenly spaced as they were made. Each costs a packet a second out and one in.
+    everyone_max: int = 31
+    # With more, the peers told of each publication at once; and always those told of urgent news at once.
     direct_peers: int = 4
     # Between two rounds of telling news in a larger mesh, and how many peers each tells. Together with direct_peers
     # they make the packets a second; keep it two below packet_rate.
@@ -62,9 +65,13 @@ class GossipConfig:
     dead_spacing_s: float = 0.25
     # How long the dead and those who left are remembered, so that no old news revives them.
     tombstone_s: float = 86_400.0
-    # Packets a second this node sends, sustained and at once. Burst covers a join of many.
-    packet_rate: float = 16.0
-    packet_burst: int = 48
+    # Packets a second this node sends, sustained and at once: one to each of everyone_max, and as many as probes,
+    # digests and answers need. A larger mesh uses about 16. Burst covers a join of many.
+    packet_rate: float = 40.0
+    packet_burst: int = 64
+    # Bytes a second this node sends; beyond it packets carry no news but their sender's own. Of 24 kB/s with IP and UDP
+    # headers what probes and answers leave.
+    byte_rate: float = 20_000.0
     # Of the burst, what only probes and their answers may use; as much again is kept from the rounds for urgent news.
     packet_reserve: int = 6
     # A tick later than this means that the process stood still: then it blames nobody, but itself (awareness).

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import Any, assert_never
 
@@ -28,6 +29,7 @@ SECTION_BYTES_MAX = 896  # one section and its claim always fit one datagram, ev
 ACCUSERS_MAX = 3  # one who suspects and k=2 independent confirmations (Lifeguard)
 COUNT_MAX = 2**63 - 1  # generations, versions, sequences
 HASH_MAX = 2**32 - 1  # ids as 32-bit hashes, in digests and accusations
+ADDRESSES_MAX = 16_384  # remembered in both forms, about 300 bytes each: to convert one costs more than the record
 DIGEST_ENTRIES_MAX = 80  # of at most 31 bytes; usual ones are 13, so a full digest fits one datagram
 
 
@@ -331,6 +333,7 @@ def text(value: Any, bytes_max: int) -> str:
     return value
 
 
+@lru_cache(ADDRESSES_MAX)
 def pack_address(address: Address) -> bytes:
     """4 or 16 bytes of IP address, 2 of port. Raises ValueError for a host name: peers are told addresses only."""
     return ip_address(address.host).packed + address.port.to_bytes(2, "big")
@@ -340,4 +343,9 @@ def unpack_address(value: Any) -> Address:
     """Raises MalformedDatagram."""
     if not isinstance(value, bytes) or len(value) not in (6, 18):
         raise MalformedDatagram(f"an address is 6 or 18 bytes, got a {type(value).__name__}")
+    return _address(value)
+
+
+@lru_cache(ADDRESSES_MAX)
+def _address(value: bytes) -> Address:
     return Address(str(ip_address(value[:-2])), int.from_bytes(value[-2:], "big"))

@@ -10,7 +10,7 @@ from tests.simulation.world import World
 class QueuesStayBounded(Checker):
     def on_sample(self, world: World, node: SimNode) -> None:
         statistics = node.core.statistics()
-        # A member may be urgent news and a load at once.
+        # A member may be urgent news and a load, or a sign of life, at once.
         waiting, watched = statistics.rumours_waiting, statistics.suspicions_watched
         assert waiting <= 2 * statistics.members, f"{node.name} has {waiting} rumours on {statistics.members} members"
         # Each suspicion is watched once and again with each of three accusers, twice the longest suspicion long.
