@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from mesh.gossip_types import GossipConfig
 from mesh.membership import Member, MemberTable, PeerCycle, join_accusers
+from mesh.pace import Pace
 from mesh.view import Address, MemberStatus
 
 AWARENESS_MAX = 8  # Lifeguard's limit: probes wait at most nine times as long
@@ -57,6 +58,7 @@ class FailureDetector:
         self.awareness = 0
         self._config = config
         self._table = table
+        self._pace = Pace(config, table)
         self._cycle = PeerCycle(table, rng)
         self._sequence = rng.randrange(2**32)  # so that an answer to a former process fits no probe of this one
         self._probes: dict[int, Probe] = {}
@@ -98,7 +100,7 @@ class FailureDetector:
         self._was_stalest = (
             not self._was_stalest
             and stalest is not None
-            and now - stalest.advanced_at > self._config.overdue_s
+            and now - stalest.advanced_at > self._pace.overdue_s
             and stalest.status is MemberStatus.ALIVE
             and self._may_probe(stalest)
         )
@@ -167,7 +169,7 @@ class FailureDetector:
             if (member.generation, member.version) > (probe.generation, probe.version):
                 self._end(probe)  # it lives, whatever became of the probe
                 continue
-            if now < (evidence_until := member.advanced_at + self._config.evidence_age_s):
+            if now < (evidence_until := member.advanced_at + self._pace.evidence_age_s):
                 probe.verdict_at = evidence_until  # heard too lately to be accused: wait for its next word
                 continue
             self._end(probe)

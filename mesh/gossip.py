@@ -30,6 +30,7 @@ from mesh.identity import Claim, Identity
 from mesh.membership import NEWS, Change, Member, MemberTable, PeerCycle, Plan, own_member
 from mesh.outbox import Outbox
 from mesh.own_state import OwnState
+from mesh.pace import Pace
 from mesh.seal import DatagramSealer, Keyring
 from mesh.view import Address, ClusterView, MemberStatus, MemberView, NodeLoad, NodeProfile
 
@@ -79,7 +80,8 @@ class Gossip:
         self._rng = rng
         self._own = own_member(node_id, generation, address, now)
         self._table = MemberTable(self._own)
-        self._state = OwnState(config, self._own, now)
+        self._pace = Pace(config, self._table)
+        self._state = OwnState(config, self._pace, self._own, now)
         self._identity = Identity(self._table, now)
         self._detector = FailureDetector(config, self._table, rng, now)
         self._contacts = Contacts(config, self._table, seeds, rng)
@@ -182,7 +184,7 @@ class Gossip:
                 continue
             # Who was not heard lately may be dead as well, and its missing Nack would be held against this node.
             for helper in self._table.sample(
-                self._rng, self._config.indirect_count, probe.node_id, heard_since=now - self._config.evidence_age_s
+                self._rng, self._config.indirect_count, probe.node_id, heard_since=now - self._pace.evidence_age_s
             ):
                 request = wire.PingRequest(probe.sequence, probe.node_id, member.address)
                 probe.asked_count += outbox.send(helper.address, request, now, to=helper)
@@ -369,7 +371,7 @@ class Gossip:
             now=now,
             members=MappingProxyType({i: m.view(now, is_self=m is self._own) for i, m in self._table.members.items()}),
             awareness=self._detector.awareness,
-            publish_interval_s=self._config.publish_interval_s,
+            publish_interval_s=self._pace.publish_interval_s,
         )
         self._view_is_wrong = self._view_is_old = False
         return self._view
