@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import islice
 
 from mesh.membership import MemberTable
 
@@ -14,6 +15,8 @@ URGENT_SHARE = 0.75
 LOADS_SHARE = 0.75
 # A record that does not fit is passed over for a smaller one, this many times; then the packet is full enough.
 MISFITS_MAX = 3
+# So many are looked at for one packet, those passed over included, however many wait.
+SCANNED_MAX = 128
 RECORD_BYTES_MIN = 24  # no record with a load is smaller
 
 
@@ -91,7 +94,7 @@ class Rumours:
         is_urgent = waiting is self._urgent
         kept = room_bytes - int(room_bytes * share)
         left = room_bytes - kept
-        for node_id in reversed(waiting):
+        for node_id in islice(reversed(waiting), SCANNED_MAX):
             if left < RECORD_BYTES_MIN:
                 break
             member = members.get(node_id)

@@ -15,8 +15,9 @@ class GossipConfig:
     # How often a node publishes its load, which is also its sign of life. Over 0; shorter is fresher and costs packets
     # in proportion. Routers believe a load for three of these.
     publish_interval_s: float = 1.0
-    # Up to so many members they all publish each publish_interval_s; with more the interval grows with the root of their
-    # number: 2 s at 1,000. overdue_s and evidence_age_s grow with it. All records of so many fit what one node is sent.
+    # Up to so many members they all publish each publish_interval_s; with more the interval grows with the root of
+    # their number, and overdue_s and evidence_age_s with it: 2 s at 1,000. What one node is sent holds about as many
+    # records a second.
     steady_members: int = 250
     # How often one member is probed. Over verdict_timeout_s. Shorter finds the dead sooner: about half of it at n=3.
     probe_interval_s: float = 1.0

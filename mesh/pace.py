@@ -1,7 +1,7 @@
 """How the times of a mesh grow with the number of its members, so that packets do not.
 
-A node receives some 270 records a second and not more. With every member publishing each second that is enough for a few
-hundred; beyond, each publishes less often, and what is late or stale is judged by the longer interval."""
+A node receives some 270 records a second and not more. With every member publishing each second that is enough for a
+few hundred; beyond, each publishes less often, and what is late or stale is judged by the longer interval."""
 
 from __future__ import annotations
 

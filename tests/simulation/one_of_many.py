@@ -80,10 +80,8 @@ def main() -> None:
     learnt_s = time.process_time() - began
     print(f"to learn {options.members} members took {learnt_s:.2f} s of CPU")
     _drive(core, peers, rng, options.seconds)
-    after_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(
-        f"memory grew by {after_mib - before_mib:.0f} MiB, {(after_mib - before_mib) * 1024 / options.members:.1f} KiB a member"
-    )
+    grown_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before_mib
+    print(f"memory grew by {grown_mib:.0f} MiB, {grown_mib * 1024 / options.members:.1f} KiB a member")
     print(f"publishes each {Pace(core._config, table).publish_interval_s:.1f} s")
 
 

@@ -6,7 +6,7 @@ from tests.simulation.checkers.every_checker import every_checker
 from tests.simulation.network import Network
 from tests.simulation.scenarios.every_scenario import SCENARIOS
 from tests.simulation.scenarios.settled import Figures
-from tests.simulation.shortcuts import shared_decoding
+from tests.simulation.shortcuts import rare_collections, shared_decoding
 from tests.simulation.world import World
 
 
@@ -15,7 +15,7 @@ def run(scenario: str, node_count: int, seed: int, loss: float = 0.0) -> Figures
     with the command that runs the same again."""
     world = World(seed, Network(loss=loss), every_checker(seed, node_count))
     try:
-        with shared_decoding():
+        with shared_decoding(), rare_collections(node_count):
             return SCENARIOS[scenario](world, node_count)
     except AssertionError as exc:
         raise AssertionError(f"{exc}\nreplay: {replay_command(scenario, node_count, seed, loss)}") from exc

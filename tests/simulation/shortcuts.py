@@ -6,6 +6,7 @@ tag. Runs of up to STAND_IN_NODES nodes seal for real."""
 
 from __future__ import annotations
 
+import gc
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -82,3 +83,14 @@ def shared_decoding() -> Iterator[None]:
     finally:
         wire._record = decode_record
         mesh.membership.decode_load, mesh.membership.decode_profile = former
+
+
+@contextmanager
+def rare_collections(node_count: int) -> Iterator[None]:
+    """In a large world the garbage collector would spend most of the time walking millions of rows that all live."""
+    if node_count > STAND_IN_NODES:
+        gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

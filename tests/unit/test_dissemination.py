@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mesh.dissemination import PacketBudget, Rumours
+from mesh.dissemination import SCANNED_MAX, PacketBudget, Rumours
 from mesh.membership import MemberTable, own_member
 from mesh.state import encode_load, encode_profile
 from mesh.view import Address, MemberStatus, NodeLoad, NodeProfile
@@ -103,6 +103,17 @@ def test_the_own_profile_goes_along_as_often_as_any_other() -> None:
     assert rumours.take(PLENTY, "x") == []
     with_profile, without = made.own.encoded(with_warm=True), made.own.encoded(with_warm=False)
     assert [rumours.take_own() for _ in range(3)] == [with_profile, with_profile, without]
+
+
+def test_only_so_many_are_looked_at_for_one_packet() -> None:
+    made = table(*(f"n{i}" for i in range(300)))
+    rumours = Rumours(made, 4)
+    rumours.add_load("n0", is_changed=True)
+    for i in range(1, 300):
+        made.members[f"n{i}"].told_by = "x"
+        rumours.add_load(f"n{i}", is_changed=True)
+    assert rumours.take(PLENTY, "x") == []  # n0 is behind 299 that "x" told itself
+    assert len(rumours.take(PLENTY, "y")) == SCANNED_MAX
 
 
 def test_what_does_not_fit_waits_for_the_next_packet() -> None:
