@@ -19,10 +19,10 @@ def settle(world: World, node_count: int) -> None:
         world.run_while(lambda: not all_healthy(world), SETTLE_S)
         world.run_for(2.0)
         return
-    world.add(node_count, spread_s=2.0)
+    world.add(node_count, seeds=(), spread_s=2.0)
     world.run_for(2.0)
     acquaint(world)
-    world.run_for(6.0)
+    world.run_for(5.0)
     world.transitions.clear()
 
 
