@@ -10,6 +10,7 @@ its name.
 from __future__ import annotations
 
 import hmac
+import math
 from collections import OrderedDict
 
 from mesh.dissemination import PacketBudget
@@ -31,7 +32,7 @@ class Admission:
 
     def __init__(self, secret: bytes, now: float) -> None:
         self._secret = secret
-        self._cookies = PacketBudget(COOKIE_RATE, COOKIE_BURST, now)
+        self._cookies = PacketBudget(COOKIE_RATE, COOKIE_BURST, math.inf, now)
         self._paces: OrderedDict[bytes, PacketBudget] = OrderedDict()  # by boot id, longest silent first
 
     def cookie(self, boot_id: bytes, source: Address) -> int:
@@ -46,7 +47,7 @@ class Admission:
         """Count one more datagram of an admitted process. True where it is one too many."""
         pace = self._paces.get(boot_id)
         if pace is None:
-            pace = self._paces[boot_id] = PacketBudget(PEER_RATE, PEER_BURST, now)
+            pace = self._paces[boot_id] = PacketBudget(PEER_RATE, PEER_BURST, math.inf, now)
             if len(self._paces) > PEERS_MAX:
                 self._paces.popitem(last=False)
         self._paces.move_to_end(boot_id)

@@ -1,24 +1,30 @@
-"""What to tell and how fast: rumours by recency, and a packet budget."""
+"""What to tell, whom and how fast: rumours by recency, and a budget of packets and bytes."""
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
+from itertools import islice
 
 from mesh.membership import MemberTable
 
 # Of the room for records, what urgent news may take while loads wait as well: neither starves the other.
 URGENT_SHARE = 0.75
+# Of what room is left then, what changed loads may take while signs of life wait.
+LOADS_SHARE = 0.75
 # A record that does not fit is passed over for a smaller one, this many times; then the packet is full enough.
 MISFITS_MAX = 3
+# So many are looked at for one packet, those passed over included, however many wait.
+SCANNED_MAX = 128
 RECORD_BYTES_MIN = 24  # no record with a load is smaller
 
 
 class Rumours:
-    """News to pass on, most recent first, each a bounded number of times. At most one entry a member in each of both.
+    """News to pass on, most recent first, each a bounded number of times. At most one entry a member in each class.
 
-    Urgent: membership, readiness and profiles. Loads: everything else that a newer version brings."""
+    Urgent: membership, readiness and profiles. Loads: those that changed. Signs: newer versions of the same load, which
+    say only that the member lives."""
 
     def __init__(self, table: MemberTable, retransmit_max: int) -> None:
         self._table = table
@@ -27,6 +33,7 @@ class Rumours:
         self._urgent: OrderedDict[str, int] = OrderedDict()  # id to tellings left
         self._with_warm: set[str] = set()  # of those, whose profile is part of the news
         self._loads: OrderedDict[str, int] = OrderedDict()
+        self._signs: OrderedDict[str, int] = OrderedDict()
 
     def add_urgent(self, node_id: str, *, with_warm: bool) -> None:
         """News that no publication replaces, so they are told the logarithm of the members times as often, as in SWIM:
@@ -36,9 +43,15 @@ class Rumours:
         if with_warm:
             self._with_warm.add(node_id)
 
-    def add_load(self, node_id: str) -> None:
-        self._loads[node_id] = self._retransmit_max
-        self._loads.move_to_end(node_id)
+    def add_load(self, node_id: str, *, is_changed: bool) -> None:
+        # What is still on its way as a change stays one, whatever newer version carries it.
+        if is_changed or node_id in self._loads:
+            self._signs.pop(node_id, None)
+            waiting = self._loads
+        else:
+            waiting = self._signs
+        waiting[node_id] = self._retransmit_max
+        waiting.move_to_end(node_id)
 
     @property
     def has_urgent(self) -> bool:
@@ -46,7 +59,7 @@ class Rumours:
 
     @property
     def waiting_count(self) -> int:
-        return len(self._urgent) + len(self._loads)
+        return len(self._urgent) + len(self._loads) + len(self._signs)
 
     def take_own(self) -> bytes:
         """The node's own record, which rides in every packet; with its profile while that is news."""
@@ -58,41 +71,45 @@ class Rumours:
         return encoded
 
     def take(self, room_bytes: int, receiver_id: str) -> list[bytes]:
-        """Encoded records for one packet to one receiver, at most room_bytes together."""
-        urgent_room = int(room_bytes * URGENT_SHARE) if self._loads else room_bytes
-        chosen, left = self._choose(self._urgent, urgent_room, receiver_id, ())
-        loads, _ = self._choose(self._loads, room_bytes - urgent_room + left, receiver_id, self._urgent)
-        records = [self._table.members[i].encoded(with_warm=i in self._with_warm) for i in chosen]
-        records += [self._table.members[i].encoded(with_warm=False) for i in loads]
-        self._told(self._urgent, chosen)
-        self._told(self._loads, loads)
+        """Encoded records for one packet to one receiver, at most room_bytes together. Each class takes what room the
+        ones before it leave; while less urgent ones wait it leaves some."""
+        waits = bool(self._loads or self._signs)
+        records, left = self._choose(self._urgent, room_bytes, URGENT_SHARE if waits else 1.0, receiver_id)
+        if self._loads:
+            loads, left = self._choose(self._loads, left, LOADS_SHARE if self._signs else 1.0, receiver_id)
+            records += loads
+        if self._signs:
+            records += self._choose(self._signs, left, 1.0, receiver_id)[0]
         return records
 
     def _choose(
-        self,
-        waiting: OrderedDict[str, int],
-        room_bytes: int,
-        receiver_id: str,
-        without: Container[str],
-    ) -> tuple[list[str], int]:
-        """(ids that fit, bytes left)."""
+        self, waiting: OrderedDict[str, int], room_bytes: int, share: float, receiver_id: str
+    ) -> tuple[list[bytes], int]:
+        """(records that fit in that share of the room, bytes of the room left); they count as told."""
+        records: list[bytes] = []
         chosen: list[str] = []
         forgotten: list[str] = []
         misfits = 0
+        members, own_id = self._table.members, self._table.own.node_id
         is_urgent = waiting is self._urgent
-        for node_id in reversed(waiting):
-            if room_bytes < RECORD_BYTES_MIN:
+        kept = room_bytes - int(room_bytes * share)
+        left = room_bytes - kept
+        for node_id in islice(reversed(waiting), SCANNED_MAX):
+            if left < RECORD_BYTES_MIN:
                 break
-            member = self._table.members.get(node_id)
+            member = members.get(node_id)
             if member is None:
                 forgotten.append(node_id)
                 continue
-            if node_id in (receiver_id, self._table.own.node_id) or node_id in without or member.told_by == receiver_id:
+            if node_id in (receiver_id, own_id) or member.told_by == receiver_id:
                 continue
-            size = len(member.encoded(with_warm=is_urgent and node_id in self._with_warm))
-            if size <= room_bytes:
+            if not is_urgent and node_id in self._urgent:
+                continue
+            encoded = member.encoded(with_warm=is_urgent and node_id in self._with_warm)
+            if len(encoded) <= left:
+                records.append(encoded)
                 chosen.append(node_id)
-                room_bytes -= size
+                left -= len(encoded)
             else:
                 misfits += 1
                 if misfits >= MISFITS_MAX:
@@ -100,7 +117,8 @@ class Rumours:
         for node_id in forgotten:
             del waiting[node_id]
             self._with_warm.discard(node_id)
-        return chosen, room_bytes
+        self._told(waiting, chosen)
+        return records, left + kept
 
     def _told(self, waiting: OrderedDict[str, int], node_ids: Sequence[str]) -> None:
         for node_id in node_ids:
@@ -114,19 +132,31 @@ class Rumours:
 
 
 class PacketBudget:
-    """A token bucket over packets."""
+    """Token buckets over packets and over bytes; the one of bytes holds a second's worth and may be overdrawn."""
 
-    def __init__(self, rate: float, burst: int, now: float) -> None:
+    def __init__(self, rate: float, burst: int, byte_rate: float, now: float) -> None:
         self._rate = rate
         self._burst = burst
         self._level = float(burst)
+        self._byte_rate = byte_rate
+        self._bytes = byte_rate
         self._filled_at = now
 
     def take(self, now: float, *, reserve: int = 0) -> bool:
         """One packet, if more than `reserve` would be left without it."""
-        self._level = min(self._burst, self._level + max(0.0, now - self._filled_at) * self._rate)
+        passed_s = max(0.0, now - self._filled_at)
+        self._level = min(self._burst, self._level + passed_s * self._rate)
+        self._bytes = min(self._byte_rate, self._bytes + passed_s * self._byte_rate)
         self._filled_at = max(now, self._filled_at)
         if self._level < 1 + reserve:
             return False
         self._level -= 1
         return True
+
+    def room_bytes(self, wanted: int) -> int:
+        """How much of what is wanted the next packet may hold."""
+        return max(0, min(wanted, int(self._bytes)))
+
+    def spend(self, size_bytes: int) -> None:
+        """A packet of this size was sent."""
+        self._bytes -= size_bytes

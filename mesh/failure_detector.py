@@ -15,11 +15,13 @@ from dataclasses import dataclass
 
 from mesh.gossip_types import GossipConfig
 from mesh.membership import Member, MemberTable, PeerCycle, join_accusers
+from mesh.pace import Pace
 from mesh.view import Address, MemberStatus
 
 AWARENESS_MAX = 8  # Lifeguard's limit: probes wait at most nine times as long
 PROBES_MAX = 16  # at one time; one a second, each ended within a few
 RELAYS_MAX = 64  # pings on behalf of others at one time; beyond it the oldest is dropped without an answer
+SUSPICION_STEADY_MEMBERS = 10  # up to so many, refutations take no longer than between two
 HASTY_MAX = 16  # members to be probed before their turn; beyond it they wait for their turn
 # Of the direct timeout: who pings for another says so before that other's own verdict.
 NACK_FRACTION = 0.8
@@ -57,6 +59,7 @@ class FailureDetector:
         self.awareness = 0
         self._config = config
         self._table = table
+        self._pace = Pace(config, table)
         self._cycle = PeerCycle(table, rng)
         self._sequence = rng.randrange(2**32)  # so that an answer to a former process fits no probe of this one
         self._probes: dict[int, Probe] = {}
@@ -98,7 +101,7 @@ class FailureDetector:
         self._was_stalest = (
             not self._was_stalest
             and stalest is not None
-            and now - stalest.advanced_at > self._config.overdue_s
+            and now - stalest.advanced_at > self._pace.overdue_s
             and stalest.status is MemberStatus.ALIVE
             and self._may_probe(stalest)
         )
@@ -167,7 +170,7 @@ class FailureDetector:
             if (member.generation, member.version) > (probe.generation, probe.version):
                 self._end(probe)  # it lives, whatever became of the probe
                 continue
-            if now < (evidence_until := member.advanced_at + self._config.evidence_age_s):
+            if now < (evidence_until := member.advanced_at + self._pace.evidence_age_s):
                 probe.verdict_at = evidence_until  # heard too lately to be accused: wait for its next word
                 continue
             self._end(probe)
@@ -235,9 +238,11 @@ class FailureDetector:
         """When a suspicion becomes a death unless refuted.
 
         Lifeguard: from suspicion_max_factor times the minimum down to it, by the logarithm of independent
-        confirmations; where nobody else is there to confirm, the minimum at once."""
+        confirmations; where nobody else is there to confirm, the minimum at once. The minimum grows with the logarithm
+        of the members, as the way of a refutation does, but less than in Lifeguard, where only the accused refutes."""
         others = len(self._table.live) + 1
-        minimum_s = self._config.suspicion_min_s * max(1.0, math.log10(max(1, others)))
+        tenfolds = max(0.0, math.log10(others / SUSPICION_STEADY_MEMBERS))
+        minimum_s = self._config.suspicion_min_s * (1.0 + self._config.suspicion_growth * tenfolds)
         if others - 2 < self._config.confirmations:
             return member.suspected_at + minimum_s
         maximum_s = minimum_s * self._config.suspicion_max_factor

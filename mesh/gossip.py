@@ -5,7 +5,6 @@ It joins the parts: the member table, the failure detector, the own state, the d
 
 from __future__ import annotations
 
-import math
 import random
 from collections import Counter
 from collections.abc import Iterable
@@ -35,6 +34,7 @@ from mesh.identity import Claim, Identity
 from mesh.membership import NEWS, Change, Member, MemberTable, PeerCycle, Plan, own_member
 from mesh.outbox import Outbox
 from mesh.own_state import OwnState
+from mesh.pace import Pace
 from mesh.seal import DatagramSealer, Keyring, Opened
 from mesh.view import Address, ClusterView, MemberStatus, MemberView, NodeLoad, NodeProfile
 
@@ -86,7 +86,8 @@ class Gossip:
         self._rng = rng
         self._own = own_member(node_id, generation, address, boot_id, now)
         self._table = MemberTable(self._own)
-        self._state = OwnState(config, self._own, now)
+        self._pace = Pace(config, self._table)
+        self._state = OwnState(config, self._pace, self._own, now)
         self._identity = Identity(self._table, now)
         self._detector = FailureDetector(config, self._table, rng, now)
         self._contacts = Contacts(config, self._table, seeds, rng)
@@ -123,7 +124,7 @@ class Gossip:
             return float("inf")
         return min(
             self._state.publish_at,
-            self._round_at if len(self._table.live) > self._config.direct_peers else float("inf"),
+            self._round_at if len(self._table.live) > self._config.everyone_max else float("inf"),
             self._urgent_at,
             self._digests.next_at,
             self._exchanges.next_wakeup(),
@@ -180,16 +181,14 @@ class Gossip:
         self._view_is_old = True
         # Rounds keep step with publications, so that each takes the same time to arrive as the one before.
         self._round_at = now + self._config.round_interval_s
-        self._outbox.tell(self._cycle.take(self._config.direct_peers), now, is_urgent=True)
+        live, config = self._table.live, self._config
+        peers = live if len(live) <= config.everyone_max else self._cycle.take(config.direct_peers)
+        self._outbox.tell(peers, now, is_urgent=True)
 
     def _tell_round(self, now: float) -> None:
-        config = self._config
-        self._round_at = now + config.round_interval_s
-        left = len(self._table.live) - config.direct_peers
-        if left > 0:
-            # Each peer directly once a publication, as far as round_peers allows.
-            wanted = math.ceil(left * config.round_interval_s / config.publish_interval_s)
-            self._outbox.tell(self._cycle.take(min(wanted, config.round_peers)), now)
+        self._round_at = now + self._config.round_interval_s
+        if len(self._table.live) > self._config.everyone_max:
+            self._outbox.tell(self._cycle.take(self._config.round_peers), now)
 
     def _probe(self, now: float) -> None:
         detector, outbox = self._detector, self._outbox
@@ -199,7 +198,7 @@ class Gossip:
                 continue
             # Who was not heard lately may be dead as well, and its missing Nack would be held against this node.
             for helper in self._table.sample(
-                self._rng, self._config.indirect_count, probe.node_id, heard_since=now - self._config.evidence_age_s
+                self._rng, self._config.indirect_count, probe.node_id, heard_since=now - self._pace.evidence_age_s
             ):
                 request = wire.PingRequest(probe.sequence, probe.node_id, member.address)
                 probe.asked_count += outbox.send(helper.address, request, now, to=helper)
@@ -387,6 +386,7 @@ class Gossip:
         change = plan.change
         known = self._table.members.get(plan.record.node_id)
         before: MemberView | None = known.view(now, is_self=False) if known is not None and change & NEWS else None
+        former_hot = known.hot if known is not None else None
         member = self._table.apply(plan, now, told_by=told_by)
         if member is None:
             return
@@ -399,7 +399,7 @@ class Gossip:
             self._urgent_at = min(self._urgent_at, max(now, self._urgent_told_at + self._config.urgent_spacing_s))
             self._view_is_wrong = True
         else:
-            rumours.add_load(member.node_id)
+            rumours.add_load(member.node_id, is_changed=member.hot != former_hot)
             self._view_is_old = True
         if member.status is MemberStatus.SUSPECT and change & (Change.STATUS | Change.ACCUSED | Change.ADVANCED):
             self._detector.watch(member)
@@ -478,7 +478,7 @@ class Gossip:
             now=now,
             members=MappingProxyType({i: m.view(now, is_self=m is self._own) for i, m in self._table.members.items()}),
             awareness=self._detector.awareness,
-            publish_interval_s=self._config.publish_interval_s,
+            publish_interval_s=self._pace.publish_interval_s,
         )
         self._view_is_wrong = self._view_is_old = False
         return self._view

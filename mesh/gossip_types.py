@@ -15,6 +15,10 @@ class GossipConfig:
     # How often a node publishes its load, which is also its sign of life. Over 0; shorter is fresher and costs packets
     # in proportion. Routers believe a load for three of these.
     publish_interval_s: float = 1.0
+    # Up to so many members they all publish each publish_interval_s; with more the interval grows with the root of
+    # their number, and overdue_s and evidence_age_s with it: 2 s at 1,000. What one node is sent holds about as many
+    # records a second.
+    steady_members: int = 250
     # How often one member is probed. Over verdict_timeout_s. Shorter finds the dead sooner: about half of it at n=3.
     probe_interval_s: float = 1.0
     # How long a direct probe may take before others are asked. Several round trips of the slowest network in the mesh.
@@ -28,14 +32,19 @@ class GossipConfig:
     evidence_age_s: float = 1.5
     # How many others are asked to probe. SWIM's k; three make a wrong verdict at 30 % loss rare.
     indirect_count: int = 3
-    # The shortest a suspicion lasts, times max(1, log10 n): the time to refute. Over the longest stall to be forgiven
-    # less evidence_age_s; at 2 s, stalls of 3 s were deaths.
+    # The shortest a suspicion lasts among up to 10: the time to refute. Over the longest stall to be forgiven less
+    # evidence_age_s; at 2 s, stalls of 3 s were deaths. Each tenfold of members makes it longer by suspicion_growth of
+    # itself, 0 or more: 6.6 s at 1,000.
     suspicion_min_s: float = 3.0
+    suspicion_growth: float = 0.6
     # The longest a suspicion lasts, in terms of the shortest, while nobody confirms it. At least 1.
     suspicion_max_factor: float = 2.0
     # Independent confirmations that bring a suspicion down to its shortest. 1 or 2 (a record carries three accusers).
     confirmations: int = 2
-    # Peers told of each publication, and of urgent news, at once. A mesh with no more peers than these needs no rounds.
+    # With no more peers than these each is told of each publication by its owner, at once, and there are no rounds:
+    # publications arrive as evenly spaced as they were made. Each costs a packet a second out and one in.
+    everyone_max: int = 31
+    # With more, the peers told of each publication at once; and always those told of urgent news at once.
     direct_peers: int = 4
     # Between two rounds of telling news in a larger mesh, and how many peers each tells. Together with direct_peers
     # they make the packets a second; keep it two below packet_rate.
@@ -59,7 +68,7 @@ class GossipConfig:
     bulk_patience_s: float = 1.0
     # Between two calls to a seed that no member answers for; and while this node knows nobody.
     seed_interval_s: float = 10.0
-    seed_alone_interval_s: float = 1.0
+    seed_alone_interval_s: float = 0.5
     # Between two calls to each dead member; and while the latest death is less than recent_death_s ago, because a
     # restart follows a crash soon. Never more than one call per dead_spacing_s altogether.
     dead_interval_s: float = 10.0
@@ -68,9 +77,13 @@ class GossipConfig:
     dead_spacing_s: float = 0.25
     # How long the dead and those who left are remembered, so that no old news revives them.
     tombstone_s: float = 86_400.0
-    # Packets a second this node sends, sustained and at once. Burst covers a join of many.
-    packet_rate: float = 16.0
-    packet_burst: int = 48
+    # Packets a second this node sends, sustained and at once: one to each of everyone_max, and as many as probes,
+    # digests and answers need. A larger mesh uses about 16. Burst covers a join of many.
+    packet_rate: float = 40.0
+    packet_burst: int = 64
+    # Bytes a second this node sends; beyond it packets carry no news but their sender's own. Of 24 kB/s with IP and UDP
+    # headers what probes and answers leave.
+    byte_rate: float = 20_000.0
     # Of the burst, what only probes and their answers may use; as much again is kept from the rounds for urgent news.
     packet_reserve: int = 6
     # A tick later than this means that the process stood still: then it blames nobody, but itself (awareness).

@@ -31,7 +31,7 @@ class Outbox:
         self._table = table
         self._own = table.own
         self._sealer = sealer
-        self._budget = PacketBudget(config.packet_rate, config.packet_burst, now)
+        self._budget = PacketBudget(config.packet_rate, config.packet_burst, config.byte_rate, now)
         self._effects: list[Effect] = []
 
     def emit(self, effect: Effect) -> None:
@@ -70,12 +70,14 @@ class Outbox:
                 parts.append(part)
                 size += len(part)
         if is_filled:
-            parts += self.rumours.take(wire.PAYLOAD_BYTES_MAX - size, to.node_id if to else "")
+            room_bytes = self._budget.room_bytes(wire.PAYLOAD_BYTES_MAX - size)
+            parts += self.rumours.take(room_bytes, to.node_id if to else "")
         self._emit_datagram(address, message, b"".join(parts))
         return True
 
     def _emit_datagram(self, address: Address, message: wire.Message, payload: bytes) -> None:
         datagram = self._sealer.seal(payload)
+        self._budget.spend(len(datagram))
         self.sent[wire.MESSAGE_LABELS[type(message)]] += 1
         self.bytes_sent += len(datagram)
         self._effects.append(SendDatagram(address, datagram))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mesh.gossip_types import GossipConfig
 from mesh.membership import Member
+from mesh.pace import Pace
 from mesh.state import encode_load, encode_profile, is_urgent
 from mesh.view import MemberStatus, NodeLoad, NodeProfile
 from mesh.wire import BULK_BYTES_MAX
@@ -14,11 +15,11 @@ class OwnState:
 
     refutations: how often a claim about this node had to be outdone."""
 
-    def __init__(self, config: GossipConfig, member: Member, now: float) -> None:
+    def __init__(self, config: GossipConfig, pace: Pace, member: Member, now: float) -> None:
         self.member = member
         self.publish_at = now
         self.refutations = 0
-        self._interval_s = config.publish_interval_s
+        self._pace = pace
         self._spacing_s = config.urgent_spacing_s
         self._published_load = NodeLoad()
         self._next_hot = encode_load(NodeLoad())
@@ -70,8 +71,9 @@ class OwnState:
             member.bulk_version = member.bulk_version_heard = member.version
         member.touched()
         self._published_load = member.load
-        on_time = self.publish_at + self._interval_s
-        self.publish_at = on_time if on_time > now else now + self._interval_s
+        interval_s = self._pace.publish_interval_s
+        on_time = self.publish_at + interval_s
+        self.publish_at = on_time if on_time > now else now + interval_s
         if self._is_urgent:
             self._urgent_at = now
         self._is_urgent = False

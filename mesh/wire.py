@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import Any, assert_never
 
@@ -31,6 +32,7 @@ BULK_BYTES_MAX = 256 * 1024  # a bulk section, which crosses on peer links where
 ACCUSERS_MAX = 3  # one who suspects and k=2 independent confirmations (Lifeguard)
 COUNT_MAX = 2**63 - 1  # generations, versions, sequences
 HASH_MAX = 2**32 - 1  # ids as 32-bit hashes, in digests and accusations
+ADDRESSES_MAX = 16_384  # remembered in both forms, about 300 bytes each: to convert one costs more than the record
 DIGEST_ENTRIES_MAX = 80  # of at most 40 bytes; usual ones are 13 to 18, so a full digest fits one datagram
 
 
@@ -226,7 +228,7 @@ def encode_head(sender: str, message: Message) -> bytes:
         case Ping(sequence, target):
             fields: list[object] = [_PING, sender, sequence, target]
         case Ack(sequence, target, cookie):
-            fields = [_ACK, sender, sequence, target, *([cookie] if cookie else [])]
+            fields = [_ACK, sender, sequence, target, cookie]
         case PingRequest(sequence, target, address):
             fields = [_PING_REQUEST, sender, sequence, target, pack_address(address)]
         case Nack(sequence):
@@ -242,9 +244,9 @@ def encode_head(sender: str, message: Message) -> bytes:
         case Leave():
             fields = [_LEAVE, sender]
         case Cookie(cookie):
-            fields = [_COOKIE, sender, cookie]
+            fields = [_COOKIE, sender, cookie, 0]  # as long as its echo without a call
         case CookieEcho(cookie, join_sequence):
-            fields = [_COOKIE_ECHO, sender, cookie, *([join_sequence] if join_sequence else [])]
+            fields = [_COOKIE_ECHO, sender, cookie, join_sequence]
         case Conflict(known_ms, address, join_sequence):
             fields = [_CONFLICT, sender, known_ms, pack_address(address), join_sequence]
         case Unknown():
@@ -311,7 +313,7 @@ def _message(head: Sequence[Any]) -> Message:
     if kind == _PING:
         return Ping(count(head[2]), text(head[3], NODE_ID_BYTES_MAX))
     if kind == _ACK:
-        return Ack(count(head[2]), text(head[3], NODE_ID_BYTES_MAX), count(head[4]) if len(head) > 4 else 0)
+        return Ack(count(head[2]), text(head[3], NODE_ID_BYTES_MAX), count(head[4]))
     if kind == _PING_REQUEST:
         return PingRequest(count(head[2]), text(head[3], NODE_ID_BYTES_MAX), unpack_address(head[4]))
     if kind == _NACK:
@@ -331,7 +333,7 @@ def _message(head: Sequence[Any]) -> Message:
     if kind == _COOKIE:
         return Cookie(count(head[2]))
     if kind == _COOKIE_ECHO:
-        return CookieEcho(count(head[2]), count(head[3]) if len(head) > 3 else 0)
+        return CookieEcho(count(head[2]), count(head[3]))
     if kind == _CONFLICT:
         return Conflict(count(head[2]), unpack_address(head[3]), count(head[4]))
     return Leave() if kind == _LEAVE else Rumour()
@@ -339,7 +341,7 @@ def _message(head: Sequence[Any]) -> Message:
 
 _FIELD_COUNTS = {
     _PING: 4,
-    _ACK: 4,
+    _ACK: 5,
     _PING_REQUEST: 5,
     _NACK: 3,
     _RUMOUR: 2,
@@ -347,8 +349,8 @@ _FIELD_COUNTS = {
     _DELTA: 3,
     _JOIN: 5,
     _LEAVE: 2,
-    _COOKIE: 3,
-    _COOKIE_ECHO: 3,
+    _COOKIE: 4,
+    _COOKIE_ECHO: 4,
     _CONFLICT: 5,
 }
 
@@ -433,6 +435,7 @@ def text(value: Any, bytes_max: int) -> str:
     return value
 
 
+@lru_cache(ADDRESSES_MAX)
 def pack_address(address: Address) -> bytes:
     """4 or 16 bytes of IP address, 2 of port. Raises ValueError for a host name: peers are told addresses only."""
     return ip_address(address.host).packed + address.port.to_bytes(2, "big")
@@ -442,4 +445,9 @@ def unpack_address(value: Any) -> Address:
     """Raises MalformedDatagram."""
     if not isinstance(value, bytes) or len(value) not in (6, 18):
         raise MalformedDatagram(f"an address is 6 or 18 bytes, got a {type(value).__name__}")
+    return _address(value)
+
+
+@lru_cache(ADDRESSES_MAX)
+def _address(value: bytes) -> Address:
     return Address(str(ip_address(value[:-2])), int.from_bytes(value[-2:], "big"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mesh.dissemination import PacketBudget, Rumours
+from mesh.dissemination import SCANNED_MAX, PacketBudget, Rumours
 from mesh.membership import MemberTable, own_member
 from mesh.state import encode_load, encode_profile
 from mesh.view import Address, MemberStatus, NodeLoad, NodeProfile
@@ -27,7 +27,7 @@ def test_the_most_recent_news_are_told_first() -> None:
     made = table("b", "c", "d")
     rumours = Rumours(made, 4)
     for name in ("b", "c", "d", "b"):
-        rumours.add_load(name)
+        rumours.add_load(name, is_changed=True)
     room = 2 * len(made.members["b"].encoded(with_warm=False))
     told = rumours.take(room, "x")
     assert told == [made.members[name].encoded(with_warm=False) for name in ("b", "d")]
@@ -36,7 +36,7 @@ def test_the_most_recent_news_are_told_first() -> None:
 def test_news_are_told_a_bounded_number_of_times() -> None:
     made = table("b")
     rumours = Rumours(made, 4)
-    rumours.add_load("b")
+    rumours.add_load("b", is_changed=True)
     assert [len(rumours.take(PLENTY, "x")) for _ in range(6)] == [1, 1, 1, 1, 0, 0]
     assert rumours.waiting_count == 0
 
@@ -44,7 +44,7 @@ def test_news_are_told_a_bounded_number_of_times() -> None:
 def test_news_do_not_go_to_whom_they_are_about_nor_back_to_their_teller() -> None:
     made = table("b")
     rumours = Rumours(made, 4)
-    rumours.add_load("b")
+    rumours.add_load("b", is_changed=True)
     rumours.add_urgent("b", with_warm=False)
     assert rumours.take(PLENTY, "b") == rumours.take(PLENTY, "teller") == []
     assert len(rumours.take(PLENTY, "x")) == 1
@@ -57,11 +57,33 @@ def test_urgent_news_leave_room_for_loads_and_loads_for_urgent_news() -> None:
     for name in urgent:
         rumours.add_urgent(name, with_warm=False)
     for name in loads:
-        rumours.add_load(name)
+        rumours.add_load(name, is_changed=True)
     told = rumours.take(1_000, "x")
     ids = {bytes(record[2:4]) for record in told}
     assert {i[:1] for i in ids} == {b"u", b"l"}
     assert sum(map(len, told)) <= 1_000
+
+
+def test_loads_that_changed_go_before_signs_of_life_but_leave_them_room() -> None:
+    signs, loads = [f"s{i}" for i in range(40)], [f"l{i}" for i in range(40)]
+    made = table(*signs, *loads)
+    rumours = Rumours(made, 4)
+    for name in loads:
+        rumours.add_load(name, is_changed=True)
+    for name in signs:  # more recent, and yet
+        rumours.add_load(name, is_changed=False)
+    told = [bytes(record[2:3]) for record in rumours.take(1_000, "x")]
+    assert told.count(b"l") > 2 * told.count(b"s") > 0
+
+
+def test_a_change_under_way_stays_one_when_a_newer_version_brings_the_same_load() -> None:
+    made = table("b", "c")
+    rumours = Rumours(made, 4)
+    rumours.add_load("b", is_changed=True)
+    rumours.add_load("c", is_changed=False)
+    rumours.add_load("b", is_changed=False)
+    assert rumours.take(PLENTY, "x")[0] == made.members["b"].encoded(with_warm=False)
+    assert rumours.waiting_count == 2
 
 
 def test_a_profile_goes_along_while_it_is_news() -> None:
@@ -83,6 +105,17 @@ def test_the_own_profile_goes_along_as_often_as_any_other() -> None:
     assert [rumours.take_own() for _ in range(3)] == [with_profile, with_profile, without]
 
 
+def test_only_so_many_are_looked_at_for_one_packet() -> None:
+    made = table(*(f"n{i}" for i in range(300)))
+    rumours = Rumours(made, 4)
+    rumours.add_load("n0", is_changed=True)
+    for i in range(1, 300):
+        made.members[f"n{i}"].told_by = "x"
+        rumours.add_load(f"n{i}", is_changed=True)
+    assert rumours.take(PLENTY, "x") == []  # n0 is behind 299 that "x" told itself
+    assert len(rumours.take(PLENTY, "y")) == SCANNED_MAX
+
+
 def test_what_does_not_fit_waits_for_the_next_packet() -> None:
     made = table("b")
     rumours = Rumours(made, 4)
@@ -94,26 +127,38 @@ def test_what_does_not_fit_waits_for_the_next_packet() -> None:
 def test_news_of_the_forgotten_are_dropped() -> None:
     made = table("b")
     rumours = Rumours(made, 4)
-    rumours.add_load("gone")
+    rumours.add_load("gone", is_changed=True)
     assert rumours.take(PLENTY, "x") == []
     assert rumours.waiting_count == 0
 
 
 def test_a_budget_gives_its_burst_then_its_rate() -> None:
-    budget = PacketBudget(rate=2.0, burst=5, now=0.0)
+    budget = PacketBudget(rate=2.0, burst=5, byte_rate=1e6, now=0.0)
     assert sum(budget.take(0.0) for _ in range(9)) == 5
     assert sum(budget.take(1.0) for _ in range(9)) == 2
     assert sum(budget.take(100.0) for _ in range(9)) == 5
 
 
 def test_a_reserve_is_kept_for_those_who_may_use_it() -> None:
-    budget = PacketBudget(rate=2.0, burst=5, now=0.0)
+    budget = PacketBudget(rate=2.0, burst=5, byte_rate=1e6, now=0.0)
     assert sum(budget.take(0.0, reserve=3) for _ in range(9)) == 2
     assert sum(budget.take(0.0) for _ in range(9)) == 3
 
 
+def test_bytes_spent_leave_room_for_no_more_until_time_has_passed() -> None:
+    budget = PacketBudget(rate=10.0, burst=10, byte_rate=1_000.0, now=0.0)
+    assert budget.room_bytes(800) == 800
+    budget.spend(1_200)
+    assert budget.take(0.1)
+    assert budget.room_bytes(800) == 0
+    assert budget.take(0.5)
+    assert budget.room_bytes(800) == 300
+    assert budget.take(60.0)
+    assert budget.room_bytes(8_000) == 1_000
+
+
 def test_a_clock_that_stands_still_fills_nothing() -> None:
-    budget = PacketBudget(rate=2.0, burst=1, now=5.0)
+    budget = PacketBudget(rate=2.0, burst=1, byte_rate=1e6, now=5.0)
     assert budget.take(5.0)
     assert not budget.take(4.0)
     assert not budget.take(5.0)

@@ -205,8 +205,9 @@ def suspected(count: int, accusers: int) -> FailureDetector:
         pytest.param(10, 1, 6.0, id="unconfirmed"),
         pytest.param(10, 2, 6.0 - 3.0 * 0.6309, id="confirmed once"),
         pytest.param(10, 3, 3.0, id="confirmed twice"),
-        pytest.param(100, 3, 6.0, id="a hundred nodes, confirmed twice"),
-        pytest.param(100, 1, 12.0, id="a hundred nodes, unconfirmed"),
+        pytest.param(100, 3, 4.8, id="a hundred nodes, confirmed twice"),
+        pytest.param(100, 1, 9.6, id="a hundred nodes, unconfirmed"),
+        pytest.param(1_000, 3, 6.6, id="a thousand nodes, confirmed twice"),
     ],
 )
 def test_a_suspicion_lasts_by_size_and_confirmations(count: int, accusers: int, lasts_s: float) -> None:

@@ -152,10 +152,10 @@ def test_an_own_address_among_the_seeds_is_not_called() -> None:
     assert not packets_of(a.tick(0.0))
 
 
-def test_an_unanswered_seed_is_called_each_second_and_reported_ever_less_often() -> None:
+def test_an_unanswered_seed_is_called_each_half_second_and_reported_ever_less_often() -> None:
     a = gossip("a", seeds=(NOBODY,))
     mesh = Wire(a)
-    mesh.run(16.5)
+    mesh.run(8.2)
     assert len(mesh.of_type(SendDatagram)) == 17
     assert mesh.of_type(SeedUnanswered) == [SeedUnanswered(NOBODY, attempts) for attempts in (1, 2, 4, 8, 16)]
 
