@@ -35,10 +35,19 @@ class Rumours:
         self._urgent.move_to_end(node_id)
         if with_warm:
             self._with_warm.add(node_id)
+        self._with_warm.difference_update(self._shed(self._urgent))
 
     def add_load(self, node_id: str) -> None:
         self._loads[node_id] = self._retransmit_max
         self._loads.move_to_end(node_id)
+        self._shed(self._loads)
+
+    def _shed(self, waiting: OrderedDict[str, int]) -> list[str]:
+        """Drop the oldest news beyond one a member: more can wait only where some are of members since forgotten."""
+        shed = []
+        while len(waiting) > len(self._table.members):
+            shed.append(waiting.popitem(last=False)[0])
+        return shed
 
     @property
     def has_urgent(self) -> bool:

@@ -7,6 +7,7 @@ still ticks, views and speaks.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from mesh import wire
 from mesh.gossip import Effect, Gossip, GossipConfig, GossipStatistics, SendDatagram
 from mesh.membership import MEMBERS_MAX
 from mesh.seal import BOOT_ID_BYTES, DEVELOPMENT_KEY, DatagramSealer, Keyring
+from mesh.view import MemberStatus
 from tests.fuzz.messages import LOAD, PROFILE, SENDERS, address, payloads
 
 OWN_BOOT = b"a" * BOOT_ID_BYTES
@@ -80,6 +82,7 @@ class DatagramSubject:
         self._mirror = DatagramSealer(KEYS, OWN_BOOT)
         self._foreign = DatagramSealer(Keyring([DEVELOPMENT_KEY], "another mesh"), b"f" * BOOT_ID_BYTES)
         self._keyless = DatagramSealer(Keyring([b"k" * 32]), b"k" * BOOT_ID_BYTES)
+        self._last: bytes | None = None  # the datagram accepted last by the present node
         self._renew()
 
     def seeds(self) -> list[bytes]:
@@ -112,6 +115,7 @@ class DatagramSubject:
         self._check(effects)
         self._check(self._node.tick(self._now))
         self.flooded.receive(datagram, source, self._now)
+        self.flooded.receive(self._newcomer(data), source, self._now)
         self._check(self.flooded.tick(self._now))
         assert self.flooded.statistics().members <= MEMBERS_MAX
 
@@ -120,7 +124,7 @@ class DatagramSubject:
         # Its clock starts where this one is: the time before is one tick, which it takes for a stall.
         self._node.tick(self._now)
         self._fed = 0
-        self._last: bytes | None = None
+        self._last = None
 
     def _datagram(self, mode: int, payload: bytes) -> bytes:
         cut = payload[: wire.PAYLOAD_BYTES_MAX + 1]  # one byte too many is the most a sender could seal
@@ -136,6 +140,14 @@ class DatagramSubject:
             return self._last if self._last is not None else peer.seal(cut)
         sealer = {REFLECTED: self._mirror, OTHER_CLUSTER: self._foreign, OTHER_KEY: self._keyless}.get(mode, peer)
         return sealer.seal(cut)
+
+    def _newcomer(self, data: bytes) -> bytes:
+        """Valid news of some member, mostly one never heard of: fills what is bounded by nothing but a limit."""
+        digest = hashlib.blake2b(data, digest_size=8).hexdigest()
+        status = MemberStatus(int(digest[0], 16) % len(MemberStatus))
+        accusers = (int(digest[:8], 16),) if status is MemberStatus.SUSPECT else ()
+        record = wire.Record(digest[:6], 1, int(self._now / STEP_S), status, SOURCES[0], accusers=accusers)
+        return self._peers[0].seal(wire.encode(wire.Packet("b", wire.Rumour(), (record,))))
 
     def _check(self, effects: Sequence[Effect]) -> None:
         for effect in effects:

@@ -6,6 +6,7 @@ What a link rejects closes it and changes no stream; what it accepts leaves boun
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 import msgpack
 
@@ -26,8 +27,10 @@ MODES = (CLEAR_TO_RESPONDER, CLEAR_TO_INITIATOR, PROVEN_HELLO, UNSEALED) + 4 * (
 )
 FRAMES_A_LINK = 500  # then a fresh pair takes over
 STREAMS_A_PAIR = 8
+HANDSHAKE_WEIGHT = 10  # handshakes among the seeds: as many as frames of one kind
+MALFORMED = "malformed"
 REASONS = frozenset(
-    {"tampered", "unknown key", "wrong key", "other cluster", "protocol version", "unspecified", "fenced"}
+    {MALFORMED, "tampered", "unknown key", "wrong key", "other cluster", "protocol version", "unspecified", "fenced"}
 )
 
 
@@ -77,15 +80,16 @@ class LinkSubject:
         clear.append(bytes([CLEAR_TO_INITIATOR]) + b"\x00\x00\x00\x0d\x02" + msgpack.packb("unknown key"))
         own = new_link(Role.INITIATOR)._handshake._own
         sealed = [bytes([mode]) + frame for mode in range(3, len(MODES)) for frame in frames()]
-        return [*clear, bytes([PROVEN_HELLO]) + encode_hello(own), *sealed]
+        return [*clear, bytes([PROVEN_HELLO]) + encode_hello(own)] * HANDSHAKE_WEIGHT + sealed
 
     def feed(self, data: bytes) -> None:
         mode = MODES[data[0] % len(MODES)] if data else CLEAR_TO_RESPONDER
         body = data[1:]
-        if mode == CLEAR_TO_RESPONDER:
-            self._receive(new_link(Role.RESPONDER), body)
-        elif mode == CLEAR_TO_INITIATOR:
-            self._receive(new_link(Role.INITIATOR), body)
+        if mode in (CLEAR_TO_RESPONDER, CLEAR_TO_INITIATOR):
+            link = new_link(Role.RESPONDER if mode == CLEAR_TO_RESPONDER else Role.INITIATOR)
+            for frame in frame_by_frame(body):
+                if not link.is_closed:
+                    self._receive(link, frame)
         elif mode == PROVEN_HELLO:
             said = b"\x01" + body
             proof = prove(KEYS, KEYS.primary_id, Role.INITIATOR.value, said)
@@ -109,9 +113,8 @@ class LinkSubject:
         try:
             events = link.receive(data)
         except MalformedFrame:
-            self._rejected(link, before, "malformed", is_refusing=False)
+            self._rejected(link, before, MALFORMED, is_refusing=False)
         except (SealRejected, HandshakeRefused) as exc:
-            assert exc.reason in REASONS, f"an unknown reason {exc.reason!r}"
             is_refusing = isinstance(exc, HandshakeRefused) and link.role is Role.RESPONDER
             self._rejected(link, before, exc.reason, is_refusing=is_refusing)
         else:
@@ -122,6 +125,7 @@ class LinkSubject:
             assert isinstance(link.data_to_send(), bytes)
 
     def _rejected(self, link: Link, before: tuple[object, ...], reason: str, *, is_refusing: bool) -> None:
+        assert reason in REASONS, f"an unknown reason {reason!r}"
         self.outcomes[reason] += 1
         assert link.is_closed, f"a link that rejected ({reason}) is not closed"
         assert not link._buffer
@@ -129,6 +133,17 @@ class LinkSubject:
         # A responder that declines owes the peer a word; nothing else is left behind.
         assert is_refusing or state_of(link) == before, f"what was rejected ({reason}) changed the link"
         assert isinstance(link.data_to_send(), bytes)
+
+
+def frame_by_frame(data: bytes) -> Iterator[bytes]:
+    """The frames that the data begins with, then the rest: one that is rejected is compared with what was before it."""
+    while len(data) >= LENGTH_BYTES:
+        end = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "big")
+        if end >= len(data):
+            break
+        yield data[:end]
+        data = data[end:]
+    yield data
 
 
 def framed(body: bytes) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import msgpack
 
 INPUT_BYTES_MAX = 4_096
+CONTAINERS_MAX = 100  # looked at within one input, also where it holds itself over and over
 # First bytes of msgpack forms at their limits, and lengths that promise more than follows.
 TOKENS = (
     b"\xc0", b"\xc1", b"\xc2", b"\x80", b"\x90", b"\xa0", b"\xc4\x00", b"\xc4\xff", b"\xca\x7f\xc0\x00\x00",
@@ -74,7 +76,7 @@ class Mutator:
             other = rng.choice(self._seeds)
             data[at:at] = other[rng.randrange(len(other)) :]
         else:
-            data[at:at] = data[at : at + rng.randrange(1, 64)] * rng.randrange(1, 8)
+            data[at:at] = data[at : at + rng.randrange(1, 64)] * rng.choice((1, 2, 4, 64))
 
     def _reshaped(self, body: bytes) -> bytes:
         """Some values within the objects replaced, removed, doubled or moved; bytes are mutated where that fails."""
@@ -83,31 +85,55 @@ class Mutator:
         unpacker.feed(body)
         try:
             objects = list(unpacker)
-        except ValueError:
+        except (ValueError, TypeError):  # TypeError: a map's key that is a map
             objects = []
         for _ in range(rng.choice((1, 1, 2, 3))):
-            holder = self._some_list(objects)
-            index = rng.randrange(len(holder)) if holder else 0
-            operation = rng.randrange(6)
-            if not holder or operation == 0:
-                holder.insert(index, rng.choice(VALUES))
-            elif operation == 1:
-                del holder[index]
-            elif operation == 2:
-                holder.append(holder[index])
-            elif operation == 3 and isinstance(holder[index], int):
-                holder[index] = max(-(2**63), min(2**64 - 1, holder[index] + rng.choice((-1, 1, 2, 1000))))
+            holder = rng.choice(_containers(objects))
+            if isinstance(holder, dict):
+                self._change_map(holder)
             else:
-                holder[index] = rng.choice(VALUES)
-        packed = [bytes(msgpack.packb(o, use_single_float=rng.random() < 0.5)) for o in objects]
+                self._change_list(holder)
+        packed = [bytes(msgpack.packb(o)) for o in objects]
         return b"".join(packed)[:INPUT_BYTES_MAX]
 
-    def _some_list(self, objects: list[Any]) -> list[Any]:
-        """A list somewhere within, the outermost at times. A section's bytes are left to byte mutations."""
+    def _value(self) -> Any:
+        """At a limit, of a wrong type, or a number or name that fits."""
         rng = self._rng
-        chosen = objects
-        while (inner := [o for o in chosen if isinstance(o, list)]) and (chosen is objects or rng.random() < 0.4):
-            if chosen is objects and rng.random() < 0.1:
-                break
-            chosen = rng.choice(inner)
-        return chosen
+        fitting = rng.random()
+        if fitting < 0.15:
+            return rng.getrandbits(rng.randrange(1, 20))
+        if fitting < 0.25:
+            return "".join(rng.choices("abcdefgh", k=rng.randrange(1, 5)))
+        return copy.deepcopy(rng.choice(VALUES))
+
+    def _change_list(self, holder: list[Any]) -> None:
+        rng = self._rng
+        index = rng.randrange(len(holder)) if holder else 0
+        operation = rng.randrange(6)
+        if not holder or operation == 0:
+            holder.insert(index, self._value())
+        elif operation == 1:
+            del holder[index]
+        elif operation == 2:
+            holder.append(holder[index])
+        elif operation == 3 and isinstance(holder[index], int):
+            holder[index] = max(-(2**63), min(2**64 - 1, holder[index] + rng.choice((-1, 1, 2, 1000))))
+        else:
+            holder[index] = self._value()
+
+    def _change_map(self, holder: dict[Any, Any]) -> None:
+        rng = self._rng
+        key = rng.choice(list(holder)) if holder else "a"
+        if rng.random() < 0.3:
+            holder.pop(key, None)
+        else:
+            holder[key] = self._value()
+
+
+def _containers(objects: list[Any]) -> list[list[Any] | dict[Any, Any]]:
+    """All lists and maps within, the outermost first, up to a number. A section's bytes are left to byte mutations."""
+    found: list[list[Any] | dict[Any, Any]] = [objects]
+    for holder in found:
+        inner = holder.values() if isinstance(holder, dict) else holder
+        found += [o for o in inner if isinstance(o, (list, dict))][: CONTAINERS_MAX - len(found)]
+    return found

@@ -91,6 +91,8 @@ def test_a_profile_of_too_many_models_says_how_many_bytes_there_are() -> None:
         pytest.param([0, 0, 0.0, 0.0], id="a field is missing"),
         pytest.param([0, 0, -1.0, 0.0, []], id="negative rate"),
         pytest.param([0, 0, float("nan"), 0.0, []], id="no number"),
+        pytest.param([0, 0, 2e12, 0.0, []], id="a rate beyond all machines"),
+        pytest.param([0, 0, 2**63, 0.0, []], id="a whole number beyond all machines"),
         pytest.param([0, 0, 0.0, 0.0, [["m", 1]]], id="short model"),
         pytest.param([0, 0, 0.0, 0.0, {}], id="a map of models"),
         pytest.param({}, id="a map"),

@@ -53,7 +53,9 @@ async def _measure_running(options: argparse.Namespace, clusters: Sequence[Clust
             print_row(cluster.kind.label, count, "idle", await measurements.idle(cluster, options.idle_s))
     if "change" in wanted:
         for cluster in clusters:
-            print_row(cluster.kind.label, count, "change", await measurements.state_change(cluster, options.changes))
+            for state in cluster.kind.states:
+                row = await measurements.state_change(cluster, state, options.changes)
+                print_row(cluster.kind.label, count, "change", row)
     if "churn" in wanted:
         for cluster in clusters:
             print_row(cluster.kind.label, count, "churn", await measurements.churn(cluster, options.churn_s))

@@ -6,8 +6,10 @@ NAME without spaces; KEY as `ai-cluster keyring new` prints it. On stdout it say
 `EventMemberJoin: NAME ADDRESS`, and likewise EventMemberUpdate, EventMemberFailed, EventMemberLeave, `Suspect NAME has
 failed`, `received event: user-event: NAME`. It obeys lines on stdin, and ends where stdin does:
 
-    tags TEXT    publish another load, whose hot section takes about as many bytes as TEXT
-    event TEXT   publish another profile, which names TEXT up to the first "|"
+    load TEXT      publish another load, whose hot section takes about as many bytes as TEXT and whose queues jump
+    profile TEXT   publish another profile, whose warm section holds TEXT, at most 600 bytes
+    tags TEXT      load TEXT, for drivers that know serf's words alone
+    event TEXT     publish a profile that names TEXT up to the first "|"
 """
 
 from __future__ import annotations
@@ -25,13 +27,14 @@ from mesh.forwarder import Forwarder, IncomingStream
 from mesh.gossip import Effect, Gossip, GossipConfig, MemberChanged
 from mesh.seal import BOOT_ID_BYTES, Keyring, parse_key
 from mesh.udp import GossipSocket, bind
-from mesh.view import Address, MemberStatus, MemberView, ModelLoad, NodeLoad, NodeProfile, Readiness
+from mesh.view import Address, MemberStatus, MemberView, ModelInfo, ModelLoad, NodeLoad, NodeProfile, Readiness
 
 RUNNING = "agent running"  # said once both sockets are bound and served
 MODEL_BYTES = 39  # one model's row in a hot section, with counts and rates of five bytes each
 LOAD_BYTES = 14  # the hot section without its models
 LINE_BYTES_MAX = 65_536
 EVENT_PREFIX = "event "
+NAME_CHARS = 200  # of a profile's text in one of its fields
 
 
 def load_of(text: str) -> NodeLoad:
@@ -47,6 +50,13 @@ def load_of(text: str) -> NodeLoad:
         for i in range(count)
     }
     return NodeLoad(Readiness.READY, 0, rng.random(), 0.0, models)
+
+
+def profile_of(text: str) -> NodeProfile:
+    """A profile that holds the text."""
+    chunks = [text[at : at + NAME_CHARS] for at in range(NAME_CHARS, len(text), NAME_CHARS)]
+    models = tuple(ModelInfo(chunk, "", 2048, 8) for chunk in chunks)
+    return NodeProfile(version=text[:NAME_CHARS], models=models)
 
 
 def say(line: str) -> None:
@@ -102,18 +112,24 @@ def say_change(change: MemberChanged) -> None:
         say(f"EventMemberFailed: {named}")
     elif after.status is MemberStatus.LEFT and was is not after.status:
         say(f"EventMemberLeave: {named}")
-    if before is not None and before.profile != after.profile and after.profile.version.startswith(EVENT_PREFIX):
+    if before is None or before.profile == after.profile or before.generation != after.generation:
+        return
+    if after.profile.version.startswith(EVENT_PREFIX):
         say(f"received event: user-event: {after.profile.version.removeprefix(EVENT_PREFIX)}")
+    else:
+        say(f"EventMemberUpdate: {named}")
 
 
 def obey(line: str, gossip_socket: GossipSocket) -> None:
     command, _, text = line.strip().partition(" ")
-    if command == "tags":
+    if command in ("load", "tags"):
         gossip_socket.set_load(load_of(text))
+    elif command == "profile":
+        gossip_socket.set_profile(profile_of(text))
     elif command == "event":
         gossip_socket.set_profile(NodeProfile(version=EVENT_PREFIX + text.partition("|")[0]))
     elif command:
-        say(f"unknown command {command!r}; tags TEXT or event TEXT")
+        say(f"unknown command {command!r}; there are load, profile, tags and event")
 
 
 async def obey_stdin(gossip_socket: GossipSocket) -> None:

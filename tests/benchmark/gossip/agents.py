@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Protocol
 
 import msgpack
@@ -18,18 +19,28 @@ RPC_TIMEOUT_S = 15.0
 READ_BYTES = 65_536
 
 
+class State(StrEnum):
+    """What of a node's state changes: what it serves, or how busy it is. The values are our agent's commands."""
+
+    PROFILE = "profile"
+    LOAD = "load"
+
+
 class Kind(Protocol):
-    """One kind. label: of its rows; port: of its gossip; running: what a line holds once the agent takes part."""
+    """One kind. label: of its rows; port: of its gossip; running: what a line holds once the agent takes part.
+
+    states: what it tells apart; an agent that has one kind of state changes that for either."""
 
     label: str
     port: int
     running: str
+    states: tuple[State, ...]
 
     def command(self, index: int, host: str, seed_host: str | None) -> list[str]:
         """What to run for node `index`; seed_host None: the first one."""
         ...
 
-    async def change(self, index: int, host: str, stdin: trio.abc.SendStream, text: str) -> None:
+    async def change(self, index: int, host: str, stdin: trio.abc.SendStream, state: State, text: str) -> None:
         """Change the node's state to one of about len(text) bytes. Raises ChangeRefused."""
         ...
 
@@ -47,14 +58,15 @@ class Ours:
     label: str = "ours"
     port: int = 7946
     running: str = RUNNING
+    states: tuple[State, ...] = (State.PROFILE, State.LOAD)
 
     def command(self, index: int, host: str, seed_host: str | None) -> list[str]:
         seed = "-" if seed_host is None else f"{seed_host}:{self.port}"
         module = "tests.benchmark.gossip.agent"
         return [sys.executable, "-m", module, f"n{index}", f"{host}:{self.port}", seed, KEY]
 
-    async def change(self, index: int, host: str, stdin: trio.abc.SendStream, text: str) -> None:
-        await stdin.send_all(f"tags {text}\n".encode())
+    async def change(self, index: int, host: str, stdin: trio.abc.SendStream, state: State, text: str) -> None:
+        await stdin.send_all(f"{state} {text}\n".encode())
 
     async def forget(self, index: int) -> None:
         await trio.lowlevel.checkpoint()
@@ -67,6 +79,7 @@ class Serf:
     label: str = "serf"
     port: int = 7947
     running: str = "agent: Serf agent starting"
+    states: tuple[State, ...] = (State.PROFILE,)
     _clients: dict[int, _RpcClient] = field(default_factory=dict)
 
     def command(self, index: int, host: str, seed_host: str | None) -> list[str]:
@@ -76,7 +89,7 @@ class Serf:
             command += [f"-retry-join={seed_host}:{self.port}", "-retry-interval=1s"]
         return command
 
-    async def change(self, index: int, host: str, stdin: trio.abc.SendStream, text: str) -> None:
+    async def change(self, index: int, host: str, stdin: trio.abc.SendStream, state: State, text: str) -> None:
         client = self._clients.get(index)
         if client is None:
             client = self._clients[index] = await _RpcClient.open(host)

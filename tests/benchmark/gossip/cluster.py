@@ -14,7 +14,7 @@ from pathlib import Path
 
 import trio
 
-from tests.benchmark.gossip.agents import Kind
+from tests.benchmark.gossip.agents import Kind, State
 from tests.benchmark.gossip.namespaces import Network
 
 START_TIMEOUT_S = 120.0  # of one agent among many that start at once on few cores
@@ -110,12 +110,12 @@ class Cluster:
         for agent in self.agents.values():
             await agent.process.wait()
 
-    async def change(self, index: int, text: str) -> float:
+    async def change(self, index: int, state: State, text: str) -> float:
         """Change a node's state. Returns when it was told to. Raises ChangeRefused."""
         stdin = self.agents[index].process.stdin
         assert stdin is not None
         at = trio.current_time()
-        await self.kind.change(index, self.network.host(index), stdin, text)
+        await self.kind.change(index, self.network.host(index), stdin, state, text)
         return at
 
     def seen(self, since: float, *whats: What) -> list[Sighting]:

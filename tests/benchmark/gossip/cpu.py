@@ -29,7 +29,7 @@ import trio
 from mesh.gossip import Effect, Gossip, GossipConfig, PingLink, SendDatagram
 from mesh.seal import BOOT_ID_BYTES, Keyring, parse_key
 from mesh.udp import READ_BYTES, address_of, bind
-from mesh.view import Address, MemberStatus, ModelInfo, NodeLoad, NodeProfile
+from mesh.view import Address, MemberStatus, ModelInfo, NodeProfile
 from tests.benchmark.gossip.agent import load_of
 from tests.benchmark.gossip.agents import KEY
 
@@ -196,7 +196,9 @@ def _all_know_all(peers: Peers) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmark.gossip.cpu", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmark.gossip.cpu", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("--peers", type=int, default=99)
     parser.add_argument("--warm-up-s", type=float, default=20.0)
     parser.add_argument("--duration-s", type=float, default=60.0)

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import trio
 
-from tests.benchmark.gossip.agents import ChangeRefused
+from tests.benchmark.gossip.agents import ChangeRefused, State
 from tests.benchmark.gossip.cluster import Cluster, Sighting, What
 from tests.benchmark.gossip.namespaces import Traffic
 from tests.benchmark.gossip.rows import Row, spread
@@ -55,20 +55,21 @@ async def idle(cluster: Cluster, duration_s: float) -> Row:
     return await meter.row()
 
 
-async def state_change(cluster: Cluster, trials: int) -> Row:
+async def state_change(cluster: Cluster, state: State, trials: int) -> Row:
     """The last node changes its state; how long until each other node has seen it."""
     subject = cluster.network.count - 1
     reached: list[dict[int, float]] = []
     for trial in range(trials):
         text = f"{trial}-".ljust(CHANGE_BYTES, "y")
         began = trio.current_time()
-        await cluster.change(subject, text)
+        await cluster.change(subject, state, text)
         seen = partial(cluster.first_seen, began, What.UPDATED, subject)
         await cluster.wait_until(lambda seen=seen: len(seen()) == subject, SEEN_TIMEOUT_S)  # type: ignore[misc]
         reached.append(seen())
         # Never in step with anything that happens each second.
         await trio.sleep(2.0 + 0.137 * (trial % 7))
     return {
+        "state": str(state),
         "each_node_s": spread(delay for delays in reached for delay in delays.values()),
         "last_node_s": spread(max(delays.values()) for delays in reached if delays),
         "missed": sum(subject - len(delays) for delays in reached),
@@ -92,7 +93,7 @@ async def churn(cluster: Cluster, rounds: int) -> Row:
                 continue
             await trio.sleep_until(due)
             try:
-                await cluster.change(index, rng.randbytes(CHURN_BYTES // 2).hex())
+                await cluster.change(index, State.LOAD, rng.randbytes(CHURN_BYTES // 2).hex())
                 made += 1
             except (ChangeRefused, trio.TooSlowError):
                 refused += 1
@@ -222,7 +223,7 @@ def false_deaths(cluster: Cluster, since: float) -> Row:
     """Obituaries of the living. views: each by each observer; deaths: each node once in EPISODE_S."""
     views = cluster.seen(since, What.FAILED)
     hours = cluster.network.count * (trio.current_time() - since) / 3600
-    deaths = _episodes(views)
+    deaths = episodes(views)
     return {
         "false_deaths": deaths,
         "false_deaths_per_node_hour": round(deaths / hours, 2),
@@ -283,7 +284,8 @@ def _lost_pairs(cluster: Cluster, since: float, until: float = float("inf")) -> 
     return lost
 
 
-def _episodes(views: Sequence[Sighting]) -> int:
+def episodes(views: Sequence[Sighting]) -> int:
+    """How many deaths the obituaries tell of, however many nodes tell of each. views: oldest first."""
     count = 0
     latest: dict[int, float] = {}
     for view in views:
