@@ -184,7 +184,7 @@ async def deaf_to_half(clusters: Sequence[Cluster], duration_s: float) -> list[R
 async def partition(clusters: Sequence[Cluster], duration_s: float) -> list[Row]:
     """Half of the nodes do not hear the other half for a while, and the reverse. How long until all see all again.
 
-    healed_s: None where some pair had not met again after HEAL_TIMEOUT_S."""
+    healed_s: since the cut was lifted whole; None where some pair had not met again after HEAL_TIMEOUT_S."""
     network = clusters[0].network
     half = network.count // 2
     sides = (range(half), range(half, network.count))
@@ -193,25 +193,26 @@ async def partition(clusters: Sequence[Cluster], duration_s: float) -> list[Row]
         for index in range(network.count):
             await network.set_faults(index, deaf_to=sides[index < half])
         await trio.sleep(duration_s)
+        # Looked at before the cut is lifted: that takes a moment, and pairs meet as soon as their own rules are gone.
+        ended = trio.current_time()
+        parted = [_lost_pairs(cluster, began) for cluster in clusters]
     finally:
         with trio.move_on_after(network.count, shield=True):
             await network.set_faults_everywhere()
-    # Lifting the cut takes a moment too; a pair may have met before the last rule is gone.
-    healed_at = trio.current_time()
-    parted = [_lost_pairs(cluster, began, healed_at) for cluster in clusters]
+    lifted_at = trio.current_time()
     with trio.move_on_after(HEAL_TIMEOUT_S):
         for cluster in clusters:
             await cluster.wait_until(lambda c=cluster: not _lost_pairs(c, began), HEAL_TIMEOUT_S)  # type: ignore[misc]
     rows: list[Row] = []
     for cluster, pairs in zip(clusters, parted, strict=True):
         left = _lost_pairs(cluster, began)
-        met = [s.at for s in cluster.seen(healed_at, What.JOINED) if (s.observer, s.subject) in pairs]
+        met = [max(0.0, s.at - lifted_at) for s in cluster.seen(ended, What.JOINED) if (s.observer, s.subject) in pairs]
         rows.append(
             {
-                "parted_s": round(healed_at - began, 1),
+                "parted_s": round(ended - began, 1),
                 "pairs_parted": len(pairs),
-                "healed_s": None if left else round(max(met, default=healed_at) - healed_at, 2),
-                "pair_healed_s": spread(at - healed_at for at in met),
+                "healed_s": None if left else round(max(met, default=0.0), 2),
+                "pair_healed_s": spread(met),
                 "pairs_left": len(left),
             }
         )
@@ -274,13 +275,12 @@ def _pairs_joined(cluster: Cluster) -> int:
     return len({(s.observer, s.subject) for s in cluster.sightings if s.what is What.JOINED})
 
 
-def _lost_pairs(cluster: Cluster, since: float, until: float = float("inf")) -> set[tuple[int, int]]:
+def _lost_pairs(cluster: Cluster, since: float) -> set[tuple[int, int]]:
     """Who calls whom failed, as last said."""
     lost: set[tuple[int, int]] = set()
     for sighting in cluster.seen(since, What.FAILED, What.JOINED):
         pair = (sighting.observer, sighting.subject)
-        if sighting.at <= until:
-            (lost.add if sighting.what is What.FAILED else lost.discard)(pair)
+        (lost.add if sighting.what is What.FAILED else lost.discard)(pair)
     return lost
 
 
