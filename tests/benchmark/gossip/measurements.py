@@ -10,6 +10,7 @@ import os
 import random
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 
@@ -106,9 +107,12 @@ async def churn(cluster: Cluster, rounds: int) -> Row:
                 nursery.start_soon(keep_changing, index)
     row = await meter.row()
     await trio.sleep(CHURN_GRACE_S)
+    ended = trio.current_time()
+    await _shrink(cluster)
     by_pair: dict[tuple[int, int], list[float]] = {}
     for sighting in cluster.seen(began, What.UPDATED):
-        by_pair.setdefault((sighting.observer, sighting.subject), []).append(sighting.at)
+        if sighting.at <= ended:
+            by_pair.setdefault((sighting.observer, sighting.subject), []).append(sighting.at)
     gaps = [later - at for times in by_pair.values() for at, later in pairwise(times)]
     return {
         "updates_seen_fraction": round(sum(map(len, by_pair.values())) / (count * (count - 1) * rounds), 4),
@@ -117,6 +121,18 @@ async def churn(cluster: Cluster, rounds: int) -> Row:
         "gap_s": spread(gaps),
         **row,
     }
+
+
+async def _shrink(cluster: Cluster) -> None:
+    """Small states again: what is measured next is not to carry those of the churn."""
+    async with trio.open_nursery() as nursery:
+        for index in cluster.agents:
+            nursery.start_soon(_change_or_not, cluster, index)
+
+
+async def _change_or_not(cluster: Cluster, index: int) -> None:
+    with suppress(ChangeRefused, trio.TooSlowError):
+        await cluster.change(index, State.LOAD, "at rest")
 
 
 async def kill_one(cluster: Cluster, trial: int) -> dict[int, float]:
