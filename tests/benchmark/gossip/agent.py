@@ -1,10 +1,11 @@
 """Our agent in gossip benchmarks: the mesh of a production node without engine and HTTP, spoken to in lines.
 
-    python -m tests.benchmark.gossip.agent NAME HOST:PORT SEED|- KEY
+    python -m tests.benchmark.gossip.agent NAME HOST:PORT SEED|- KEY [unwatched]
 
 NAME without spaces; KEY as `ai-cluster keyring new` prints it. On stdout it says what serf's agent would log:
 `EventMemberJoin: NAME ADDRESS`, and likewise EventMemberUpdate, EventMemberFailed, EventMemberLeave, `Suspect NAME has
-failed`, `received event: user-event: NAME`. It obeys lines on stdin, and ends where stdin does:
+failed`, `received event: user-event: NAME`. Unwatched, it says nothing of changed loads, which costs time to see.
+It obeys lines on stdin, and ends where stdin does:
 
     load TEXT      publish another load, whose hot section takes about as many bytes as TEXT and whose queues jump
     profile TEXT   publish another profile, whose warm section holds TEXT, at most 600 bytes
@@ -153,7 +154,7 @@ def address_of(text: str) -> Address:
     return Address(host, int(port))
 
 
-async def run(name: str, address: Address, seeds: tuple[Address, ...], key: str) -> None:
+async def run(name: str, address: Address, seeds: tuple[Address, ...], key: str, watch: LoadWatch | None) -> None:
     """Take part in the mesh until stdin ends, then leave it."""
     keyring = Keyring([parse_key(key)])
     boot_id = secrets.token_bytes(BOOT_ID_BYTES)
@@ -169,7 +170,7 @@ async def run(name: str, address: Address, seeds: tuple[Address, ...], key: str)
     gossip = WatchedGossip(
         GossipConfig(), name, generation, address, seeds, keyring, boot_id, random.Random(), trio.current_time()
     )
-    gossip.watch = LoadWatch()
+    gossip.watch = watch
     bound = bind(address.host, address.port)
     listening = socket.create_server((address.host, address.port))
     gossip_socket = GossipSocket(gossip, bound, ping_link=forwarder.ping, on_change=say_change)
@@ -188,7 +189,8 @@ async def run(name: str, address: Address, seeds: tuple[Address, ...], key: str)
 
 def main() -> None:
     name, own, seed, key = sys.argv[1:5]
-    trio.run(run, name, address_of(own), () if seed == "-" else (address_of(seed),), key)
+    watch = None if sys.argv[5:] == ["unwatched"] else LoadWatch()
+    trio.run(run, name, address_of(own), () if seed == "-" else (address_of(seed),), key, watch)
 
 
 if __name__ == "__main__":
