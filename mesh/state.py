@@ -99,7 +99,7 @@ def decode_profile(section: bytes) -> NodeProfile:
         models=tuple(
             ModelInfo(
                 name=text(row[0], NAME_BYTES_MAX),
-                fingerprint=row[1].hex() if isinstance(row[1], bytes) else _text_or_empty(row[1]),
+                fingerprint=_text_or_empty(row[1].hex() if isinstance(row[1], bytes) else row[1]),
                 context_length=count(row[2]),
                 slots=count(row[3]),
                 queue_limit=count(row[4]),

@@ -27,9 +27,10 @@ MIB = 1024 * 1024
 # A member table filled by strangers' names holds 16,384 rows of about 2 KiB; the rest is what the allocator keeps.
 GROWTH_MIB_MAX = 96
 WARM_UP_SHARE = 0.02  # of the inputs, before memory is first read: caches, the interpreter's own
+PROGRESS_INPUTS = 20_000
 
 SUBJECTS: dict[str, type[Subject]] = {s.name: s for s in (DatagramSubject, LinkSubject, SectionSubject)}
-SHARES = {"datagram": 0.6, "link": 0.25, "section": 0.15}  # of all inputs, by what each decoder is exposed to
+SHARES = {"section": 0.15, "link": 0.25, "datagram": 0.6}  # of all inputs, by what each decoder is exposed to
 
 
 def resident_mib() -> float:
@@ -45,6 +46,9 @@ def run(subject: Subject, inputs: int, seed: int) -> bool:
     for index in range(inputs):
         if index == int(inputs * WARM_UP_SHARE):
             resident_before = resident_mib()
+        if index and index % PROGRESS_INPUTS == 0:
+            told = f"{index:,} inputs of {subject.name}, {time.monotonic() - began:.0f} s, {resident_mib():.0f} MiB"
+            print(told, file=sys.stderr, flush=True)
         data = mutator.draw()
         try:
             subject.feed(data)

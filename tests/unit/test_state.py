@@ -103,6 +103,11 @@ def test_what_is_no_load_is_refused(fields: object) -> None:
         decode_load(msgpack.packb(fields))
 
 
+def test_a_fingerprint_that_no_node_could_have_sent_is_refused() -> None:
+    with pytest.raises(MalformedDatagram):
+        decode_profile(msgpack.packb(["", "", [["m", b"f" * 129, 2048, 8, 512]]]))
+
+
 def test_fields_and_words_of_a_newer_version_are_ignored() -> None:
     model = ["m", 1, 2, 3, 4.0, 5.0, 6, 7, "later"]
     load = decode_load(msgpack.packb([17, 1, 2.0, 0.5, [model], "later"]))
