@@ -13,7 +13,7 @@ help:
 	@echo "make test    every test; make lint: ruff, mypy --strict, import contracts; make bench: the benchmark"
 	@echo "make soak    20,000 generations on a tiny model: does the engine's memory stay flat? (some minutes)"
 	@echo "make bench-gossip   gossip of N=10 processes beside serf's, in network namespaces (root; half an hour)"
-	@echo "make fuzz    a million random and mutated inputs to every decoder (ten minutes); make fuzz-guided: by coverage"
+	@echo "make fuzz    a million random and mutated inputs to every decoder (a quarter of an hour); make fuzz-guided: by coverage"
 	@echo "make lock    compute requirements.lock anew from pyproject.toml; make clean: remove the environment"
 
 # The lock pins every package with its hash; the stamps make the install happen once per change of it.
