@@ -5,13 +5,15 @@ VENV   ?= .venv
 NODES  ?= 3
 BIN    := $(VENV)/bin
 
-.PHONY: run test lint bench soak lock clean
+.PHONY: run test lint bench bench-gossip soak fuzz fuzz-guided lock clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make run     three nodes with the built-in model on 127.0.0.1:8080-8082, until Ctrl-C (NODES=N for more)"
 	@echo "make test    every test; make lint: ruff, mypy --strict, import contracts; make bench: the benchmark"
 	@echo "make soak    20,000 generations on a tiny model: does the engine's memory stay flat? (some minutes)"
+	@echo "make bench-gossip   gossip of N=10 processes beside serf's, in network namespaces (root; half an hour)"
+	@echo "make fuzz    a million random and mutated inputs to every decoder (a quarter of an hour); make fuzz-guided: by coverage"
 	@echo "make lock    compute requirements.lock anew from pyproject.toml; make clean: remove the environment"
 
 # The lock pins every package with its hash; the stamps make the install happen once per change of it.
@@ -41,6 +43,24 @@ bench: $(VENV)/.installed
 soak: $(VENV)/.installed
 	$(BIN)/python -m tests.soak.engine
 
+# As root: sudo make bench-gossip N=30. Needs iproute2 and nftables; serf where it is to be measured too.
+N ?= 10
+bench-gossip: $(VENV)/.installed
+	$(BIN)/python -m tests.benchmark.gossip $(N)
+	$(BIN)/python -m tests.benchmark.gossip.cpu
+
+INPUTS ?= 1000000
+fuzz: $(VENV)/.installed
+	$(BIN)/python -m tests.fuzz --inputs $(INPUTS)
+
+# atheris has wheels for some versions of Python only, so it lives in an environment of its own.
+FUZZ_SECONDS ?= 300
+fuzz-guided:
+	@test -x $(VENV)-fuzz/bin/python || $(PYTHON) -m venv $(VENV)-fuzz
+	@$(VENV)-fuzz/bin/python -m pip install --quiet --disable-pip-version-check atheris msgpack cryptography
+	for subject in section link datagram; do \
+	  $(VENV)-fuzz/bin/python -m tests.fuzz.guided $$subject -max_total_time=$(FUZZ_SECONDS) -max_len=2048 || exit 1; done
+
 lock:
 	$(PYTHON) -m venv $(VENV)-lock && $(VENV)-lock/bin/python -m pip install --quiet uv
 	$(VENV)-lock/bin/uv pip compile pyproject.toml --extra test --universal --python-version 3.11 --generate-hashes \
@@ -48,4 +68,4 @@ lock:
 	rm -rf $(VENV)-lock
 
 clean:
-	rm -rf $(VENV) $(VENV)-lock build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lock $(VENV)-fuzz build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -42,6 +42,7 @@ class Rumours:
         self._urgent.move_to_end(node_id)
         if with_warm:
             self._with_warm.add(node_id)
+        self._with_warm.difference_update(self._shed(self._urgent))
 
     def add_load(self, node_id: str, *, is_changed: bool) -> None:
         # What is still on its way as a change stays one, whatever newer version carries it.
@@ -52,6 +53,14 @@ class Rumours:
             waiting = self._signs
         waiting[node_id] = self._retransmit_max
         waiting.move_to_end(node_id)
+        self._shed(waiting)
+
+    def _shed(self, waiting: OrderedDict[str, int]) -> list[str]:
+        """Drop the oldest news beyond one a member: more can wait only where some are of members since forgotten."""
+        shed = []
+        while len(waiting) > len(self._table.members):
+            shed.append(waiting.popitem(last=False)[0])
+        return shed
 
     @property
     def has_urgent(self) -> bool:

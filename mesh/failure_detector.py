@@ -69,6 +69,7 @@ class FailureDetector:
         self._probe_at = now + rng.random() * config.probe_interval_s
         self._was_stalest = False
         self._expiries: list[tuple[float, str]] = []  # heap; a superseded entry is passed over when its time comes
+        self._watched: dict[str, float] = {}  # of each member watched, its entry that is not superseded
 
     def next_wakeup(self) -> float:
         due = self._probe_at
@@ -227,8 +228,13 @@ class FailureDetector:
         return join_accusers(former, (self._table.own.id_hash,))
 
     def watch(self, member: Member) -> None:
-        """Call whenever a suspicion began or gained an accuser."""
-        heapq.heappush(self._expiries, (self.expires_at(member), member.node_id))
+        """Call whenever a suspicion began or gained an accuser.
+
+        Only an earlier end takes room: who is suspected anew each second is looked at when the first one is over."""
+        expires_at = self.expires_at(member)
+        if expires_at < self._watched.get(member.node_id, math.inf):
+            self._watched[member.node_id] = expires_at
+            heapq.heappush(self._expiries, (expires_at, member.node_id))
 
     @property
     def watched_count(self) -> int:
@@ -253,7 +259,10 @@ class FailureDetector:
         """Members whose suspicion ran out."""
         dead: dict[str, Member] = {}
         while self._expiries and self._expiries[0][0] <= now:
-            _, node_id = heapq.heappop(self._expiries)
+            expires_at, node_id = heapq.heappop(self._expiries)
+            if self._watched.get(node_id) != expires_at:
+                continue
+            del self._watched[node_id]
             member = self._table.members.get(node_id)
             if member is None or member.status is not MemberStatus.SUSPECT:
                 continue

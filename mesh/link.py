@@ -391,7 +391,9 @@ class Link:
 
 
 def _event_pairs(value: object) -> list[tuple[int, object]]:
-    if not isinstance(value, list) or not all(type(stream_id) is int for stream_id, _ in value):
+    if not isinstance(value, list) or not all(isinstance(pair, list) for pair in value):
+        raise TypeError  # a map or bytes of length two would pass for a pair as well
+    if not all(type(stream_id) is int for stream_id, _ in value):
         raise TypeError
     return value
 

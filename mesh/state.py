@@ -5,7 +5,6 @@ Encoded once by their owner and forwarded as they are. Fields a newer owner appe
 
 from __future__ import annotations
 
-import math
 from types import MappingProxyType
 from typing import Any
 
@@ -100,7 +99,7 @@ def decode_profile(section: bytes) -> NodeProfile:
         models=tuple(
             ModelInfo(
                 name=text(row[0], NAME_BYTES_MAX),
-                fingerprint=row[1].hex() if isinstance(row[1], bytes) else _text_or_empty(row[1]),
+                fingerprint=_text_or_empty(row[1].hex() if isinstance(row[1], bytes) else row[1]),
                 context_length=count(row[2]),
                 slots=count(row[3]),
                 queue_limit=count(row[4]),
@@ -167,8 +166,8 @@ def _rate(value: float) -> float:
 
 
 def _read_rate(value: Any) -> float:
-    if type(value) not in (float, int) or not math.isfinite(value) or value < 0:
-        raise MalformedDatagram(f"expected a rate, got a {type(value).__name__}")
+    if type(value) not in (float, int) or not 0 <= value <= RATE_MAX:  # NaN is not between any two numbers
+        raise MalformedDatagram(f"expected a rate up to {RATE_MAX:g}, got a {type(value).__name__}")
     return float(value)
 
 

@@ -132,6 +132,19 @@ def test_news_of_the_forgotten_are_dropped() -> None:
     assert rumours.waiting_count == 0
 
 
+def test_news_of_the_forgotten_never_outgrow_the_members() -> None:
+    made = table("b", "c")
+    rumours = Rumours(made, 4)
+    for i in range(100):
+        rumours.add_urgent(f"forgotten{i}", with_warm=True)
+        rumours.add_load(f"forgotten{i}", is_changed=True)
+        rumours.add_load(f"asleep{i}", is_changed=False)
+    rumours.add_urgent("b", with_warm=True)
+    rumours.add_load("c", is_changed=True)
+    assert rumours.waiting_count == 3 * len(made.members)
+    assert len(rumours.take(PLENTY, "x")) == 2
+
+
 def test_a_budget_gives_its_burst_then_its_rate() -> None:
     budget = PacketBudget(rate=2.0, burst=5, byte_rate=1e6, now=0.0)
     assert sum(budget.take(0.0) for _ in range(9)) == 5

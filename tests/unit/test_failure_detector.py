@@ -239,6 +239,16 @@ def test_a_second_suspicion_gets_its_full_time() -> None:
     assert [m.node_id for m in made.due_deaths(15.6)] == ["b"]
 
 
+def test_suspicions_raised_again_and_again_take_no_more_room() -> None:
+    made = detector("m", "n", "o")
+    for version in range(2, 1_000):
+        claim(made._table, "m", version, version / 100, MemberStatus.SUSPECT)
+        made.watch(made._table.members["m"])
+    assert made.watched_count == 1
+    assert made.due_deaths(9.9) == []
+    assert [m.node_id for m in made.due_deaths(9.99 + 2 * CONFIG.suspicion_min_s + 0.1)] == ["m"]
+
+
 def test_this_node_joins_the_accusers_it_knows() -> None:
     made = suspected(10, 1)
     member = made._table.members["b"]

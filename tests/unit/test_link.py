@@ -448,6 +448,8 @@ def test_a_sealed_frame_with_wrong_content_closes_the_responder(fields: object) 
         pytest.param([2, [1]], id="EVENTS that are no pairs"),
         pytest.param([2, [[1, 2, 3]]], id="EVENTS that are triples"),
         pytest.param([2, [["1", 2]]], id="EVENTS with a text as id"),
+        pytest.param([2, [{1: 2, 3: 4}]], id="EVENTS that are maps of two"),
+        pytest.param([2, [b"ab"]], id="EVENTS that are two bytes"),
         pytest.param([2, [], "load"], id="EVENTS with a text as load"),
         pytest.param([3, 1, 5, "", 0.0], id="END with a number as code"),
         pytest.param([3, 1, "c" * (CODE_CHARS_MAX + 1), "", 0.0], id="END with a long code"),

@@ -14,7 +14,7 @@ THERE = Address("10.0.0.2", 7946)
 
 
 def pace(members: int) -> Pace:
-    table = MemberTable(own_member("own", 1, Address("10.0.0.1", 7946), 0.0))
+    table = MemberTable(own_member("own", 1, Address("10.0.0.1", 7946), b"", 0.0))
     for i in range(members - 1):
         plan = table.plan(Record(f"n{i}", 1, 1, MemberStatus.ALIVE, THERE))
         assert plan is not None

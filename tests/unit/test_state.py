@@ -91,6 +91,8 @@ def test_a_profile_of_too_many_models_says_how_many_bytes_there_are() -> None:
         pytest.param([0, 0, 0.0, 0.0], id="a field is missing"),
         pytest.param([0, 0, -1.0, 0.0, []], id="negative rate"),
         pytest.param([0, 0, float("nan"), 0.0, []], id="no number"),
+        pytest.param([0, 0, 2e12, 0.0, []], id="a rate beyond all machines"),
+        pytest.param([0, 0, 2**63, 0.0, []], id="a whole number beyond all machines"),
         pytest.param([0, 0, 0.0, 0.0, [["m", 1]]], id="short model"),
         pytest.param([0, 0, 0.0, 0.0, {}], id="a map of models"),
         pytest.param({}, id="a map"),
@@ -99,6 +101,11 @@ def test_a_profile_of_too_many_models_says_how_many_bytes_there_are() -> None:
 def test_what_is_no_load_is_refused(fields: object) -> None:
     with pytest.raises(MalformedDatagram):
         decode_load(msgpack.packb(fields))
+
+
+def test_a_fingerprint_that_no_node_could_have_sent_is_refused() -> None:
+    with pytest.raises(MalformedDatagram):
+        decode_profile(msgpack.packb(["", "", [["m", b"f" * 129, 2048, 8, 512]]]))
 
 
 def test_fields_and_words_of_a_newer_version_are_ignored() -> None:
