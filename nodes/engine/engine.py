@@ -225,10 +225,13 @@ class Engine:
             estimate = self._estimate_first_token()
             found = self._scheduler.kv.match(sequence.prefill_ids).length
             try:
-                self._scheduler.submit(sequence)
+                displaced = self._scheduler.submit(sequence)
             except QueueFull as exc:
                 raise QueueFull(exc.queued, exc.limit, self._retry_after_s(estimate)) from None
             self._wake.notify()
+        if displaced is not None:
+            full = QueueFull(self._queue_limit, self._queue_limit, self._retry_after_s(estimate))
+            self._deliver([Failed(displaced, full)])
         self._streams[sequence] = stream
         if not generated_ids:
             self._estimates[sequence] = (self.now(), estimate.seconds(len(prompt_ids) - found))
