@@ -74,7 +74,7 @@ def load_engine(
     """
     started = time.monotonic()
     model = load_model(folder)
-    session = load_session(
+    session, served = load_session(
         folder,
         slots=slots,
         capacity=capacity,
@@ -84,6 +84,8 @@ def load_engine(
         memory_limit_bytes=memory_limit_bytes,
         device_index=device_index,
     )
+    if served is not folder:
+        model = load_model(served)
     return Engine(model, session, queue_limit=queue_limit, load_time_s=time.monotonic() - started)
 
 
