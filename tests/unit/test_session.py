@@ -191,16 +191,59 @@ def test_the_past_of_a_graph_without_shared_buffers_is_as_wide_as_the_longest_ne
     assert session.width == 128
     long = list(range(3, 260))
     best = int(prefill(session, 1, long).argmax())
-    assert session.width == 300
     assert greedy(session, PROMPTS[:1], 70) == expected
+    assert session.width == 128
     # The long one's rows are still there.
     session.copy(1, 2, len(long))
     assert go_on(session, [5, 5, best], [3, 3, len(long)], 3)[2][1:] == go_on_alone(session, best, long, 3)
-    for slot in (1, 2):
-        prefill(session, slot, PROMPTS[0])
-    prefill(session, 0, PROMPTS[1])
+    assert session.width == 300
+    greedy(session, PROMPTS[:1], 3)
     assert session.width == 64
     assert session.kv_bytes == 2 * SLOTS * 300 * 2 * 2 * 2 * 16 * 4
+
+
+def test_rows_that_take_no_part_in_a_step_do_not_widen_it(optimum: ModelFolder) -> None:
+    """A long prompt that is kept in an idle slot, or still being prefilled, costs the short batch beside it nothing."""
+    session = load(optimum, capacity=300)
+    assert isinstance(session, ConcatKvSession)
+    long, short = list(range(3, 260)), PROMPTS[:2]
+    expected = greedy(session, short, 40)
+    alone = load(optimum, capacity=300)
+    best = int(prefill(alone, 3, long).argmax())
+    tokens, lengths = [row[0] for row in expected], np.array([len(prompt) for prompt in short])
+    for slot, prompt in enumerate(short):
+        prefill(session, slot, prompt)
+    rows = [[token] for token in tokens]
+    for start in range(0, len(long), 64):  # as an engine does: a chunk, a step, a chunk
+        logits = session.prefill(3, np.array(long[start : start + 64]), start)
+        found = int(logits.argmax())
+        for row, token in zip(
+            rows, session.decode(np.array([r[-1] for r in rows]), lengths).argmax(axis=1), strict=True
+        ):
+            row.append(int(token))
+        lengths += 1
+        assert session.width == 64
+    assert found == best
+    assert rows == [row[: len(rows[0])] for row in expected]
+    # And while long ones decode, a short prompt's chunks are narrow.
+    session.swap(0, 3, int(lengths[0]), len(long))
+    assert go_on(session, [best], [len(long)], 3)[0][1:] == go_on_alone(alone, best, long, 3)
+    assert session.width == 300
+    prefill(session, 2, list(range(3, 90)))
+    assert session._rows_of(2).shape[2] == 128
+    assert (
+        go_on(session, [5, 5, 7], [0, 0, 87], 2)[2] == go_on(alone, [7], [prefilled(alone, list(range(3, 90)))], 2)[0]
+    )
+    # What was moved out of the way is where it went.
+    session.swap(0, 3, 2, int(lengths[0]))
+    lengths -= 1
+    assert session.width == 128
+    assert go_on(session, [rows[0][-2]], [int(lengths[0])], 1)[0][1] == rows[0][-1]
+
+
+def prefilled(session: Session, prompt: list[int]) -> int:
+    prefill(session, 0, prompt)
+    return len(prompt)
 
 
 def go_on_alone(session: Session, first: int, prompt: list[int], steps: int) -> list[int]:
