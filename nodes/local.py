@@ -175,12 +175,12 @@ class LocalStream(trio.abc.ReceiveChannel[GenerateEvent]):
         self._record = record
 
     async def receive(self) -> GenerateEvent:
-        """Raises DeadlineExceeded, GenerationFailed, trio.EndOfChannel after the last event."""
+        """Raises DeadlineExceeded, GenerationFailed, NoCapacity when another asker got its place in the queue, and
+        trio.EndOfChannel after the last event."""
         try:
             event = await self._stream.receive()
         except EngineError as exc:
-            # A reader that left its events unread has as good as gone; the rest is our fault.
-            self._record.end("cancelled" if isinstance(exc, EngineOverflow) else "error")
+            self._record.end(_status_of(exc))
             raise _generation_error(exc) from exc
         self._record.note(event)
         if event.finish_reason is None:
@@ -194,7 +194,16 @@ class LocalStream(trio.abc.ReceiveChannel[GenerateEvent]):
         await self._stream.aclose()
 
 
-def _generation_error(error: EngineError) -> GenerationError:
+def _status_of(error: EngineError) -> Status:
+    """A reader that left its events unread has as good as gone; the rest is our fault, or for want of room."""
+    if isinstance(error, EngineOverflow):
+        return "cancelled"
+    return "rejected" if isinstance(error, QueueFull) else "error"
+
+
+def _generation_error(error: EngineError) -> GenerationError | NoCapacity:
     if isinstance(error, DeadlinePassed):
         return DeadlineExceeded(str(error))
+    if isinstance(error, QueueFull):
+        return NoCapacity(str(error), error.retry_after_s)
     return GenerationFailed(str(error))

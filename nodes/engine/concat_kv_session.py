@@ -1,9 +1,11 @@
 """Runs a graph that returns the past and the new rows joined: what optimum exports, without shared buffers.
 
-All slots are given the same width W of past, with holes in the mask behind each slot's last valid row, and position_ids
-that count valid rows only. A new row comes back at column W of `present` and is copied to where its slot ends. Since
-the graph copies and attends to all W columns, W is as small as the longest slot allows and doubles when a row needs it;
-the buffers are laid out anew then. A prompt's first chunk runs without any past.
+All slots that decode together are given the same width W of past, with holes in the mask behind each slot's last valid
+row, and position_ids that count valid rows only. A new row comes back at column W of `present` and is copied to where
+its slot ends. Since the graph copies and attends to all W columns, W is as small as the longest of them allows and
+doubles when a row needs it; the buffers are laid out anew then. A slot that does not decode and holds more rows, one
+whose prompt is being prefilled or an idle one that is kept as a cache, is put aside: its rows are in an array of their
+own, which chunks of its prompt work on. A prompt's first chunk runs without any past.
 
 Rows behind the last valid one are multiplied by a probability of 0, so they must be finite: they are zeroed, also after
 a slot was rewound or left, because a sequence may have ended for its rows being NaN.
@@ -56,6 +58,7 @@ class ConcatKvSession:
         self._graph = graph
         self._sides = 2 * graph.layers
         self._extents: IntArray = np.zeros(slots, np.int64)  # rows from it on are zero
+        self._aside: dict[int, npt.NDArray[Any]] = {}  # by slot; its rows in _past are zero
         self._rows = np.arange(slots)
 
         self._ids: IntArray = np.zeros((slots, 1), np.int64)
@@ -64,17 +67,17 @@ class ConcatKvSession:
         self._one: IntArray = np.ones((), np.int64)
         chunk_rows = 1 if graph.is_pruned else PREFILL_TOKENS_MAX
         self._chunk_logits = np.empty((1, chunk_rows, graph.vocabulary_size), graph.logits_type)
-        self._past = self._zeros(0)
+        self._past = self._zeros(0, slots)
         self._lay_out(min(WIDTH_MIN, capacity))
 
     @property
     def kv_bytes(self) -> int:
-        """As large as the buffers can become: rows and the joined output."""
+        """As large as the buffers can become: rows, those that are put aside, and the joined output."""
         return 2 * self.slots * self.capacity * self._graph.kv_bytes_per_row
 
     @property
     def width(self) -> int:
-        """Columns of past that each slot has now."""
+        """Columns of past that each slot of a decode step has now."""
         return int(self._past.shape[3])
 
     def recover(self) -> None:
@@ -86,12 +89,12 @@ class ConcatKvSession:
 
         token_ids, lengths: int64 [k], not kept."""
         count = len(token_ids)
-        longest = int(lengths.max()) + 1
-        if longest > self.width:
-            self._lay_out(self._width_for(longest))
         extents = self._extents[:count]
         for slot in np.flatnonzero(extents > lengths).tolist():
             self._clear(slot, int(lengths[slot]))
+        self._fit(int(lengths.max()) + 1)
+        for slot in [slot for slot in self._aside if slot < count]:
+            self._put_back(slot)
         self._ids[:count, 0] = token_ids
         self._positions[:count, 0] = lengths
         self._set_mask(lengths)
@@ -113,41 +116,35 @@ class ConcatKvSession:
         assert 1 <= count <= PREFILL_TOKENS_MAX, f"{count} tokens in a chunk of at most {PREFILL_TOKENS_MAX}"
         assert end <= self.capacity, f"{end} rows in a slot of {self.capacity}"
         self._clear(slot, start)
-        self._fit(end)
-        width = self.width if start else 0
+        rows = self._rows_for_chunk(slot, start, end)
+        width = rows.shape[2] if start else 0
         graph, names = self._graph, self._graph.names
         ids = np.array(token_ids, np.int64).reshape(1, count)
         mask: IntArray = np.zeros((1, width + count), np.int64)
         mask[0, :start] = 1
         mask[0, width:] = 1
         positions = np.arange(start, end, dtype=np.int64).reshape(1, count)
-        rows = 1 if graph.is_pruned else count
+        logits_rows = 1 if graph.is_pruned else count
         binding = self._session.io_binding()
-        self._bind_kv(binding, slot, 1, width, width + count)
+        self._bind_kv(binding, rows, 1, width, width + count)
         self._bind(binding, names.input_ids, (1, count), ids)
         self._bind(binding, names.attention_mask, mask.shape, mask)
         self._bind_extra(binding, (1, count), positions)
-        self._bind_logits(binding, (1, rows, self.vocabulary_size), self._chunk_logits)
+        self._bind_logits(binding, (1, logits_rows, self.vocabulary_size), self._chunk_logits)
         self._session.run_with_iobinding(binding, self._run_options)
-        self._past[:, slot, :, start:end] = self._present_view(1, width + count)[:, 0, :, width:]
+        rows[:, :, start:end] = self._present_view(1, width + count)[:, 0, :, width:]
         self._extents[slot] = end
-        return as_float(self._chunk_logits[0, rows - 1])
+        return as_float(self._chunk_logits[0, logits_rows - 1])
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy rows [0, length) of one slot to another."""
-        self._past[:, target, :, :length] = self._past[:, source, :, :length]
-        self._extents[target] = max(self._extents[target], length)
-        self._clear(target, length)
+        self._write(target, self._rows_of(source)[:, :, :length])
 
     def swap(self, first: int, second: int, first_length: int, second_length: int) -> None:
         """Exchange rows [0, first_length) of one slot and [0, second_length) of another."""
-        for buffer in self._past:
-            bounce = buffer[first, :, :first_length].copy()
-            buffer[first, :, :second_length] = buffer[second, :, :second_length]
-            buffer[second, :, :first_length] = bounce
-        for slot, length in ((first, second_length), (second, first_length)):
-            self._extents[slot] = max(self._extents[slot], length)
-            self._clear(slot, length)
+        bounce = self._rows_of(first)[:, :, :first_length].copy()
+        self._write(first, self._rows_of(second)[:, :, :second_length])
+        self._write(second, bounce)
 
     def check_holes(self) -> None:
         """Compare a step over a past with holes with one chunk without. Leaves nothing behind in slot 0's valid rows,
@@ -167,48 +164,104 @@ class ConcatKvSession:
 
     # Layout of the rows.
 
-    def _zeros(self, width: int) -> npt.NDArray[Any]:
+    def _zeros(self, width: int, slots: int) -> npt.NDArray[Any]:
         """[sides, slots, heads, width, head_size]: one side's slots [0, k) are contiguous."""
         graph = self._graph
-        return np.zeros((self._sides, self.slots, graph.kv_heads, width, graph.head_size), graph.kv_type)
+        return np.zeros((self._sides, slots, graph.kv_heads, width, graph.head_size), graph.kv_type)
 
     def _width_for(self, rows: int) -> int:
         width = WIDTH_MIN
         while width < rows:
             width *= 2
-        return min(width, self.capacity)
+        # With at most half the capacity, rows that are put aside have room beside the buffers within kv_bytes.
+        return width if 2 * width <= self.capacity else self.capacity
 
     def _fit(self, rows: int) -> None:
-        """Let the width be enough for `rows`, and fall when no slot has needed half of it any more."""
-        needed = self._width_for(max(rows, int(self._extents.max())))
+        """Let the width of decoding be enough for `rows`, and fall when they need less than half of it."""
+        needed = self._width_for(rows)
         if needed > self.width or 2 * needed < self.width:
             self._lay_out(needed)
 
+    def _rows_of(self, slot: int) -> npt.NDArray[Any]:
+        """[sides, heads, width, head_size], a view: where the slot's rows are."""
+        return self._aside.get(slot, self._past[:, slot])
+
+    def _rows_for_chunk(self, slot: int, start: int, end: int) -> npt.NDArray[Any]:
+        """Where a chunk of `slot`, whose rows end at `start`, finds its past and has room for what it adds."""
+        if start == 0:
+            self._aside.pop(slot, None)
+        needed = self._width_for(end)
+        is_wasteful = start > 0 and 2 * needed < self.width
+        belongs_aside = end > self.width or is_wasteful
+        for other in [other for other in self._aside if self._extents[other] <= self.width]:
+            if other != slot or not belongs_aside:
+                self._put_back(other)  # one prompt is prefilled at a time
+        rows = self._rows_of(slot)
+        if belongs_aside and (slot not in self._aside or rows.shape[2] < end):
+            rows = self._put_aside(slot, needed)
+        if rows.shape[2] + PREFILL_TOKENS_MAX > self._present_columns:
+            self._make_present(rows.shape[2] + PREFILL_TOKENS_MAX)
+        return rows
+
+    def _put_aside(self, slot: int, width: int) -> npt.NDArray[Any]:
+        """Keep the slot's rows in an array of their own of this width, which they fit into."""
+        extent = int(self._extents[slot])
+        rows = self._zeros(width, slots=1)[:, 0]
+        rows[:, :, :extent] = self._rows_of(slot)[:, :, :extent]
+        if slot not in self._aside:
+            self._past[:, slot, :, :extent] = 0
+        self._aside[slot] = rows
+        return rows
+
+    def _put_back(self, slot: int) -> None:
+        extent = int(self._extents[slot])
+        self._past[:, slot, :, :extent] = self._aside.pop(slot)[:, :, :extent]
+
+    def _write(self, slot: int, rows: npt.NDArray[Any]) -> None:
+        """Let these be the rows of the slot, and its only ones."""
+        length = rows.shape[2]
+        if length > self._rows_of(slot).shape[2]:
+            self._put_aside(slot, self._width_for(length))
+        self._rows_of(slot)[:, :, :length] = rows
+        self._extents[slot] = max(self._extents[slot], length)
+        self._clear(slot, length)
+
     def _lay_out(self, width: int) -> None:
-        """Keep the rows in buffers of this width, and make all that depends on their addresses anew."""
-        graph = self._graph
-        # Freed before the new ones are there: bindings hold addresses only.
-        self._present: npt.NDArray[Any] = np.empty(0, graph.kv_type)
-        self._run_options = onnxruntime.RunOptions()
-        self._decode_bindings: dict[int, Any] = {}  # by k: at most `slots`
+        """Keep the rows in buffers of this width where they fit, else aside, and make all that depends on their
+        addresses anew."""
+        self._make_present(0)  # freed before the new one is there
         if width != self.width:
-            rows = self._zeros(width)
             for slot, extent in enumerate(self._extents.tolist()):
-                rows[:, slot, :, :extent] = self._past[:, slot, :, :extent]
-            self._past = rows
-        columns = max(self.slots * (width + 1), width + PREFILL_TOKENS_MAX)
-        self._present = np.empty(self._sides * graph.kv_heads * columns * graph.head_size, graph.kv_type)
+                if extent > width and slot not in self._aside:
+                    self._put_aside(slot, self._width_for(extent))
+            past = self._zeros(width, self.slots)
+            for slot, extent in enumerate(self._extents.tolist()):
+                if extent <= width:
+                    past[:, slot, :, :extent] = self._rows_of(slot)[:, :, :extent]
+                    self._aside.pop(slot, None)
+            self._past = past
+        aside = max((rows.shape[2] for rows in self._aside.values()), default=0)
+        self._make_present(max(self.slots * (width + 1), max(width, aside) + PREFILL_TOKENS_MAX))
         self._columns = np.arange(width)
         # Of decoding. Rows begin with as many ones as _mask_lengths says; the last column is the new token's.
         self._mask: IntArray = np.zeros((self.slots, width + 1), np.int64)
         self._mask[:, width] = 1
         self._mask_lengths: IntArray = np.zeros(self.slots, np.int64)
 
+    def _make_present(self, columns: int) -> None:
+        """Let the joined output have room for so many columns of one slot. Bindings hold its address."""
+        graph = self._graph
+        self._run_options = onnxruntime.RunOptions()
+        self._decode_bindings: dict[int, Any] = {}  # by k: at most `slots`
+        self._present_columns = columns
+        self._present: npt.NDArray[Any] = np.empty(0, graph.kv_type)
+        self._present = np.empty(self._sides * graph.kv_heads * columns * graph.head_size, graph.kv_type)
+
     def _clear(self, slot: int, length: int) -> None:
         """Zero what was written from row `length` on."""
         extent = int(self._extents[slot])
         if extent > length:
-            self._past[:, slot, :, length:extent] = 0
+            self._rows_of(slot)[:, :, length:extent] = 0
             self._extents[slot] = length
 
     def _present_view(self, count: int, columns: int) -> npt.NDArray[Any]:
@@ -233,19 +286,20 @@ class ConcatKvSession:
 
     def _decode_binding(self, count: int) -> Any:
         binding = self._session.io_binding()
-        self._bind_kv(binding, 0, count, self.width, self.width + 1)
+        self._bind_kv(binding, self._past, count, self.width, self.width + 1)
         self._bind(binding, self._graph.names.input_ids, (count, 1), self._ids)
         self._bind(binding, self._graph.names.attention_mask, (count, self.width + 1), self._mask)
         self._bind_extra(binding, (count, 1), self._positions)
         self._bind_logits(binding, (count, 1, self.vocabulary_size), self._logits)
         return binding
 
-    def _bind_kv(self, binding: Any, slot: int, count: int, width: int, columns: int) -> None:
+    def _bind_kv(self, binding: Any, rows: npt.NDArray[Any], count: int, width: int, columns: int) -> None:
+        """rows: of the first of `count` slots on, by side."""
         graph = self._graph
         present = self._present_view(count, columns)
         past_shape = (count, graph.kv_heads, width, graph.head_size)
         for side, (past_name, present_name) in enumerate(graph.kv_names()):
-            address = self._past[side, slot].ctypes.data
+            address = rows[side].ctypes.data
             binding.bind_input(past_name, "cpu", 0, graph.kv_type, past_shape, address)
             address = present[side].ctypes.data
             binding.bind_output(present_name, "cpu", 0, graph.kv_type, present.shape[1:], address)

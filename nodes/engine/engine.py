@@ -74,7 +74,7 @@ def load_engine(
     """
     started = time.monotonic()
     model = load_model(folder)
-    session = load_session(
+    session, served = load_session(
         folder,
         slots=slots,
         capacity=capacity,
@@ -84,6 +84,8 @@ def load_engine(
         memory_limit_bytes=memory_limit_bytes,
         device_index=device_index,
     )
+    if served is not folder:
+        model = load_model(served)
     return Engine(model, session, queue_limit=queue_limit, load_time_s=time.monotonic() - started)
 
 
@@ -225,10 +227,13 @@ class Engine:
             estimate = self._estimate_first_token()
             found = self._scheduler.kv.match(sequence.prefill_ids).length
             try:
-                self._scheduler.submit(sequence)
+                displaced = self._scheduler.submit(sequence)
             except QueueFull as exc:
                 raise QueueFull(exc.queued, exc.limit, self._retry_after_s(estimate)) from None
             self._wake.notify()
+        if displaced is not None:
+            full = QueueFull(self._queue_limit, self._queue_limit, self._retry_after_s(estimate))
+            self._deliver([Failed(displaced, full)])
         self._streams[sequence] = stream
         if not generated_ids:
             self._estimates[sequence] = (self.now(), estimate.seconds(len(prompt_ids) - found))

@@ -26,7 +26,9 @@ class TokenUnknown(EngineError):
 
 
 class QueueFull(EngineError):
-    """As many sequences wait for a slot as may. Nothing was queued. retry_after_s: about when one more can wait."""
+    """As many sequences wait for a slot as may. retry_after_s: about when one more can wait.
+
+    From submit(): nothing was queued. From a stream: the sequence waited, and gave its place to an asker with fewer."""
 
     def __init__(self, queued: int, limit: int, retry_after_s: float = 1.0) -> None:
         super().__init__(f"{queued} requests wait for a slot, and {limit} may")

@@ -4,6 +4,9 @@ Each asker (an API key, say) has a counter of the service it has received, in we
 oldest of the asker with the least. An asker that comes back does not bring credit from the time it asked for nothing:
 its counter starts no lower than that of whoever was served last. This is the virtual token counter of Sheng et al.
 2024, "Fairness in Serving Large Language Models". With one asker it is a plain queue.
+
+Places are shared as well: who finds no room takes one of the asker that holds most, if that makes them more even. This
+is the longest queue drop of McKenney 1990, "Stochastic Fairness Queueing".
 """
 
 from __future__ import annotations
@@ -64,6 +67,18 @@ class FairQueue:
         queue = self._queues[asker]
         del queue[next(index for index, (_, other) in enumerate(queue) if other is sequence)]
         self._removed(asker)
+
+    def displace_for(self, asker: str) -> Sequence | None:
+        """Take the newest of the asker that holds most places, so that another one of `asker` finds room.
+
+        None, and nothing is taken, unless that asker then still holds at least as many as `asker` will: two askers
+        would else take the same place from each other again and again."""
+        heaviest = max(self._queues, key=lambda name: len(self._queues[name]), default=asker)
+        if heaviest == asker or len(self._queues[heaviest]) < len(self._queues.get(asker, ())) + 2:
+            return None
+        _, sequence = self._queues[heaviest].pop()
+        self._removed(heaviest)
+        return sequence
 
     def pop_expired(self, now: float) -> list[Sequence]:
         """Take all whose deadline has passed."""

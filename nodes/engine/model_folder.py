@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from nodes.engine.devices import Processor
+
 BUILD_FIX = "build the folder with `ai-cluster models build`, or copy it again"
 
 
@@ -48,7 +50,8 @@ class Precision:
 class ModelFolder:
     """The configuration of one folder. Lengths in tokens.
 
-    graph_file: the variant that was chosen; variant: its name, "" for model.onnx. external_files: with more of its
+    graph_file: the variant that was chosen; variant: its name, "" for model.onnx. chosen_for: where it runs best, None
+    where nothing was to choose or the variant was named. external_files: with more of its
     weights. config_file: the file in `path` that the numbers are from. sliding_window: KV rows that the model's
     attention looks back, None for all. bos_token, eos_token: as the tokenizer configuration spells them, None where it
     does not. temperature, top_p: for requests that leave them open.
@@ -72,6 +75,7 @@ class ModelFolder:
     top_p: float
     config_file: str = "genai_config.json"
     variant: str = ""
+    chosen_for: Processor | None = None
     precision: Precision = Precision("fp32")
     external_files: tuple[Path, ...] = ()
 

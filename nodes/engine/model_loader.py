@@ -82,8 +82,9 @@ def _read_configuration(path: Path, variant: str | None, provider: Provider) -> 
         raise ModelFolderInvalid(path, reason, BUILD_FIX)
     config = HuggingFaceConfig(path)
     chat = read_chat_format(path)
-    name, graph_file = choose_variant(path, variant, likely_processor(provider))
-    return config.folder(graph_file, name, chat)
+    processor = likely_processor(provider)
+    name, graph_file = choose_variant(path, variant, processor)
+    return replace(config.folder(graph_file, name, chat), chosen_for=processor if variant is None else None)
 
 
 def load_model(folder: ModelFolder) -> LoadedModel:

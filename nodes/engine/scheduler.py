@@ -93,7 +93,9 @@ class CacheCounts:
 
 
 class Scheduler:
-    """Places sequences in `slots` slots; at most `queue_limit` more wait. mixes_rows: see KvSlots."""
+    """Places sequences in `slots` slots; at most `queue_limit` more wait, of all askers together.
+
+    mixes_rows: see KvSlots."""
 
     def __init__(self, slots: int, queue_limit: int, *, mixes_rows: bool = True) -> None:
         self.kv = KvSlots(slots, mixes_rows=mixes_rows)
@@ -103,13 +105,19 @@ class Scheduler:
         self._queued_tokens = 0
         self._leaving = 0  # sequences that are over and whose slots the next plan() gives back
 
-    def submit(self, sequence: Sequence) -> None:
-        """Queue a new sequence. Raises QueueFull; nothing was changed then."""
+    def submit(self, sequence: Sequence) -> Sequence | None:
+        """Queue a new sequence. Returns the one that waited and has ended because its asker held most of a full queue,
+        None as a rule. Raises QueueFull; nothing was changed then."""
         queued = len(self._waiting) - self._free
+        displaced = None
         if queued >= self._queue_limit:
-            raise QueueFull(max(0, queued), self._queue_limit)
+            displaced = self._waiting.displace_for(sequence.fairness_id)
+            if displaced is None:
+                raise QueueFull(max(0, queued), self._queue_limit)
+            self._end(displaced)
         self._waiting.push(sequence)
         self._queued_tokens += len(sequence.prefill_ids)
+        return displaced
 
     def cancel(self, sequence: Sequence) -> None:
         """End the sequence without a further event: now if it waits, else at the next plan(). Any number of times."""

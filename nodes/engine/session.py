@@ -23,6 +23,8 @@ from nodes.engine.huge_pages import collapse_new, private_regions
 from nodes.engine.kv_buffers import CudaKv, HostKv, KvBuffers, KvShape
 from nodes.engine.memory import KvNeeds, KvPlan, MemoryTooSmall
 from nodes.engine.model_folder import BUILD_FIX, ModelFolder, ModelFolderInvalid
+from nodes.engine.model_loader import read_model_folder
+from nodes.engine.model_variants import find_variants
 from nodes.engine.shared_kv_session import PREFILL_TOKENS_MAX, SharedKvSession
 
 __all__ = ["OnnxSession", "Provider", "load_session"]
@@ -51,27 +53,46 @@ def load_session(
     provider: Provider = "auto",
     memory_limit_bytes: int | None = None,
     device_index: int = 0,
-) -> OnnxSession:
+) -> tuple[OnnxSession, ModelFolder]:
     """Load the graph and run it once, on CUDA where `provider` lets and a device answers, else on the CPU.
 
-    slots, capacity: None takes what fits into memory, at most memory.SLOTS_DEFAULT_MAX slots of
+    Returns also the folder as it was served: read anew for the CPU where its variant was chosen for a device that then
+    could not be used. slots, capacity: None takes what fits into memory, at most memory.SLOTS_DEFAULT_MAX slots of
     memory.CAPACITY_DEFAULT_MAX tokens, or the model's context where that is less. memory_limit_bytes: for weights and
     KV together, on the device that runs it. threads: 0 uses all cores. spinning: threads wait busily between steps; off
     where other processes need the cores. device_index: which CUDA device, counted from 0.
     Raises ModelFolderInvalid, also when the provider is "cuda" and CUDA cannot run it, and when it does not fit.
     """
-    loader = _Loader(folder, slots, capacity, threads, spinning, memory_limit_bytes)
+    make_loader = partial(
+        _Loader,
+        slots=slots,
+        capacity=capacity,
+        threads=threads,
+        spinning=spinning,
+        limit_bytes=memory_limit_bytes,
+    )
     if provider != "cpu":
         try:
-            return loader.on_cuda(device_index)
+            return make_loader(folder).on_cuda(device_index), folder
         except DeviceUnavailable as exc:
             reason = str(exc)
             if provider == "cuda":
                 logger.error("CUDA cannot be used", extra={"reason": reason})
                 fix = f'give the provider "auto" or "cpu", or {INSTALL_FIX} on a machine with a GPU'
                 raise ModelFolderInvalid(folder.path, f"CUDA cannot run it ({reason})", fix) from exc
-            logger.info("running on the CPU", extra={"reason": reason})
-    return loader.on_cpu()
+            folder = _for_cpu(folder, reason)
+    return make_loader(folder).on_cpu(), folder
+
+
+def _for_cpu(folder: ModelFolder, reason: str) -> ModelFolder:
+    """The folder with the variant that the CPU runs best, where it was left to us. Raises ModelFolderInvalid."""
+    served = read_model_folder(folder.path, provider="cpu") if folder.chosen_for == "cuda" else folder
+    if served.graph_file == folder.graph_file:
+        logger.info("running on the CPU", extra={"reason": reason})
+        return folder
+    extra = {"reason": reason, "graph": served.graph_name, "instead_of": folder.graph_name}
+    logger.warning("running on the CPU, with the variant for it", extra=extra)
+    return served
 
 
 class _Loader:
@@ -174,6 +195,8 @@ class _Loader:
                 ) from exc
         facts = {
             "device": loaded.device,
+            "graph": self._folder.graph_name,
+            "graph_reason": _graph_reason(self._folder),
             "precision": str(self._folder.precision),
             "kv": graph.kind,
             "slots": plan.slots,
@@ -228,6 +251,13 @@ def _needs(folder: ModelFolder, graph: DecoderGraph, capacity: int | None) -> Kv
         capacity_default=default,
         capacity_most=most,
     )
+
+
+def _graph_reason(folder: ModelFolder) -> str:
+    if folder.chosen_for is None:
+        return "it was named"
+    others = len(find_variants(folder.path)) - 1
+    return f"runs best on {folder.chosen_for} of {others + 1} variants" if others > 0 else "the only one"
 
 
 def _first_line(error: Exception) -> str:

@@ -17,6 +17,9 @@ BuildTarget = Literal["cpu", "cuda"]
 BUILD_PRECISIONS: tuple[BuildPrecision, ...] = get_args(BuildPrecision)
 BUILD_TARGETS: tuple[BuildTarget, ...] = get_args(BuildTarget)
 BUILD_BLOCK_SIZES = (16, 32, 64, 128, 256)
+# The builder writes them as transformers reads them, which adds to a Qwen2 tokenizer the tokens of the family it lacks,
+# with ids past the vocabulary. What the model was trained with are those of the source.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 
 Say = Callable[[str], None]
@@ -51,6 +54,9 @@ def build(
             complaint = f"the builder could not build {source}; its output above says why"
             # Whatever it needs is in the folder; looking for more on a hub would need a network and an account.
             run_command([str(interpreter), *command], complaint, {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"})
+            for name in TOKENIZER_FILES:
+                if (source / name).is_file():
+                    shutil.copy(source / name, built)
             _check_built(built)
             if out.exists():
                 out.rmdir()

@@ -3,9 +3,11 @@
 `python -m tests.soak.engine [--generations 20000] [--seed 7]` prints one JSON line and ends with status 1 when
 something is left behind: a slot, a queue's entry, an open stream, or memory.
 
-Readers are more than slots and queue together, so requests are refused all the time. Half of the prompts begin with one
-of a few shared prefixes. A generation ends in one of four ways: complete, its stream closed while it waits, its stream
-closed after some tokens, or past its deadline.
+Readers are more than slots and queue together, so requests are refused all the time, or take the place of one who
+asks more. Half of the prompts begin with one of a few shared prefixes. Some requests want two or three answers, some
+answers follow a grammar, and some are told with log-probabilities. A generation ends in one of these ways: complete,
+its stream closed while it waits, its stream closed after some tokens, the same and resumed to its end, past its
+deadline, or displaced from the queue.
 """
 
 from __future__ import annotations
@@ -17,16 +19,18 @@ import random
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import trio
 
-from nodes.engine.engine import Engine, load_engine
+from nodes.engine.engine import Engine, Resume, load_engine
 from nodes.engine.errors import DeadlinePassed, QueueFull
 from nodes.engine.model_loader import read_model_folder
-from nodes.engine.sampling import SamplingParams
+from nodes.engine.sampling import GrammarSpec, SamplingParams
+from nodes.engine.stream import EngineStream
 from nodes.model_tools.random_llama import write_random_llama
 
 SLOTS = 8
@@ -38,7 +42,21 @@ TAIL_TOKENS = (1, 40)
 ANSWER_TOKENS = (1, 12)
 LATE_S = 0.003  # a deadline that passes in the queue or in the slot
 REFUSED_PAUSE_S = 0.002
+ASKERS = {"much": 9, "little": 1}  # the second one displaces the first
+RESUMES: tuple[Resume, ...] = ("auto", "prefill", "replay")
+ENDINGS = {"finished": 6, "closed waiting": 1, "closed reading": 1, "resumed": 2, "late": 1}
+CHOICES = {1: 16, 2: 2, 3: 1}  # answers to one request, and how often they are asked for
+TOP_LOGPROBS = 3
+GRAMMARS = (
+    GrammarSpec("json_object"),
+    GrammarSpec("regex", "[a-f]{1,9}-[0-9]+"),
+    GrammarSpec("choice", '["yes", "no", "perhaps"]'),
+    GrammarSpec("json_schema", '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}'),
+)
 FIRST_ID, LAST_ID = 10, 249
+SAMPLES = 20  # of memory
+
+Value = TypeVar("Value")
 
 # Caches, allocator and KV pages have their size by then, whatever the number of generations after it.
 WARM_UP_SHARE = 0.2
@@ -55,47 +73,93 @@ class Soak:
     generations: int
     rng: random.Random
     outcomes: Counter[str] = field(default_factory=Counter)
-    rss_bytes: list[int] = field(default_factory=list)  # twenty samples, the first one at the beginning
+    rss_bytes: list[int] = field(default_factory=list)  # SAMPLES of them, the first one at the beginning
     begun: int = 0
 
     async def read(self) -> None:
-        """One reader: a generation after the other until all have been begun."""
+        """One reader: a request after the other until all generations have been begun."""
         while self.begun < self.generations:
-            if self.begun % max(1, self.generations // 20) == 0:
+            if self.begun >= len(self.rss_bytes) * self.generations / SAMPLES:
                 self.rss_bytes.append(rss_bytes())
-            self.begun += 1
-            outcome = await self._generate()
-            self.outcomes[outcome] += 1
+            choices = self._drawn(CHOICES)
+            self.begun += choices
+            ids, params = self._prompt(), self._params()
+            async with trio.open_nursery() as nursery:
+                for choice in range(choices):
+                    nursery.start_soon(self._generate, ids, replace(params, choice=choice))
 
-    async def _generate(self) -> str:
-        """One generation, refused as often as it takes. Returns how it ended."""
-        rng, engine = self.rng, self.engine
-        ids = self._prompt()
-        tokens = rng.randint(*ANSWER_TOKENS)
-        ending = rng.choices(("finished", "closed waiting", "closed reading", "late"), (6, 1, 2, 1))[0]
-        params = SamplingParams(
-            temperature=rng.choice((0.0, 1.0)), top_p=0.9, seed=rng.getrandbits(32), max_tokens=tokens, ignore_eos=True
-        )
-        while True:
-            deadline = engine.now() + (LATE_S if ending == "late" else 600.0)
+    async def _generate(self, ids: list[int], params: SamplingParams) -> None:
+        ending, asker = self._drawn(ENDINGS), self._drawn(ASKERS)
+        outcome, tokens = await self._run(ids, params, ending, asker, [])
+        if outcome == "resumed":
+            self.outcomes["resumptions"] += 1
+            outcome, _ = await self._run(ids, params, "finished", asker, tokens)
+        self.outcomes[outcome] += 1
+        if params.grammar is not None:
+            self.outcomes["with a grammar"] += 1
+        if params.logprobs is not None:
+            self.outcomes["with logprobs"] += 1
+        if params.choice:
+            self.outcomes["further answers"] += 1
+
+    async def _run(
+        self, ids: list[int], params: SamplingParams, ending: str, asker: str, generated: list[int]
+    ) -> tuple[str, list[int]]:
+        """From its submission until it ends or is closed. Returns how it ended, and the tokens read."""
+        tokens: list[int] = []
+        async with await self._submit(ids, params, ending, asker, generated) as stream:
+            if ending == "closed waiting":
+                await trio.lowlevel.checkpoint()
+                return ending, tokens
             try:
-                stream = engine.submit(ids, params, deadline)
+                async for event in stream:
+                    tokens += event.token_ids
+                    if params.logprobs is not None:
+                        assert len(event.logprobs) == len(event.token_ids)
+                    if ending in ("closed reading", "resumed") and event.finish_reason is None:
+                        return ending, tokens
+            except DeadlinePassed:
+                return "late", tokens
+            except QueueFull:
+                return "displaced", tokens
+        return "finished", tokens
+
+    async def _submit(
+        self, ids: list[int], params: SamplingParams, ending: str, asker: str, generated: list[int]
+    ) -> EngineStream:
+        """Refused as often as it takes."""
+        rng, engine = self.rng, self.engine
+        while True:
+            try:
+                return engine.submit(
+                    ids,
+                    params,
+                    engine.now() + (LATE_S if ending == "late" else 600.0),
+                    generated_ids=generated,
+                    resume=rng.choice(RESUMES),
+                    fairness_id=asker,
+                    matcher=None if params.grammar is None else engine.compile_grammar(params.grammar),
+                )
             except QueueFull:
                 self.outcomes["refused"] += 1
                 await trio.sleep(REFUSED_PAUSE_S)
-            else:
-                break
-        async with stream:
-            if ending == "closed waiting":
-                await trio.lowlevel.checkpoint()
-                return ending
-            try:
-                async for event in stream:
-                    if ending == "closed reading" and event.finish_reason is None:
-                        return ending
-            except DeadlinePassed:
-                return "late"
-        return "finished"
+
+    def _params(self) -> SamplingParams:
+        rng = self.rng
+        grammar = rng.choice(GRAMMARS) if rng.random() < 0.15 else None
+        return SamplingParams(
+            temperature=rng.choice((0.0, 1.0)),
+            top_p=0.9,
+            seed=rng.getrandbits(32),
+            is_seeded=rng.random() < 0.5,
+            max_tokens=rng.randint(*ANSWER_TOKENS),
+            ignore_eos=grammar is None,
+            logprobs=TOP_LOGPROBS if rng.random() < 0.15 else None,
+            grammar=grammar,
+        )
+
+    def _drawn(self, weights: dict[Value, int]) -> Value:
+        return self.rng.choices(list(weights), list(weights.values()))[0]
 
     def _prompt(self) -> list[int]:
         rng = self.rng

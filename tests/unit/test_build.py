@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from nodes.model_tools.build import BuildPrecision, BuildTarget, build
 from nodes.model_tools.builder_environment import PACKAGES, CommandFailed, default_environment, prepare_environment
@@ -45,8 +46,9 @@ class FakeBuilder:
         write_random_llama(home / "model")
         self.source = home / "hf"
         self.source.mkdir()
-        for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        for name in ("config.json", "model.safetensors"):
             (self.source / name).write_text("{}")
+        shutil.copy(home / "model" / "tokenizer.json", self.source)
 
     def build(
         self, precision: BuildPrecision = "int4", block_size: int = 32, target: BuildTarget | None = None
@@ -105,10 +107,20 @@ def test_the_builder_is_run_offline_with_the_options_of_its_version(
 
 
 def test_what_was_built_is_checked_and_appears_whole(builder: FakeBuilder) -> None:
-    (builder.home / "model" / "tokenizer.json").write_text("{}")
+    (builder.source / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelToolError, match=r"cannot be served: tokenizer\.json holds no tokenizer"):
         builder.build()
     assert sorted(path.name for path in builder.home.iterdir()) == ["cache", "calls", "hf", "model", "python"]
+
+
+def test_the_tokenizer_is_that_of_the_source_whatever_the_builder_adds_to_it(builder: FakeBuilder) -> None:
+    written = builder.home / "model" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(written))
+    tokenizer.add_special_tokens(["<|endoftext|>"])  # what transformers adds for Qwen2, past this model's vocabulary
+    tokenizer.save(str(written))
+    built = builder.build()
+    assert (built / "tokenizer.json").read_bytes() == (builder.source / "tokenizer.json").read_bytes()
+    assert (built / "tokenizer_config.json").read_bytes() == (written.parent / "tokenizer_config.json").read_bytes()
 
 
 def test_a_failing_builder_shows_its_output_and_leaves_nothing(builder: FakeBuilder) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nodes.engine import chat_template
+from nodes.engine import chat_template, template_allowance
 from nodes.engine.chat_template import ChatTemplate, ChatTemplateError, ChatTemplateInvalid
 
 USER = [{"role": "user", "content": "secret words"}]
@@ -76,7 +76,7 @@ def test_a_long_complaint_is_cut() -> None:
     ids=["nested loops", "macros that call each other", "a loop in a macro"],
 )
 def test_a_template_that_loops_without_writing_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "STEPS_MAX", 10_000)
+    monkeypatch.setattr(template_allowance, "STEPS_MAX", 10_000)
     with pytest.raises(ChatTemplateError, match="10000 steps"):
         template(source).render(USER)
 
@@ -86,8 +86,8 @@ def test_a_template_that_loops_without_writing_is_stopped(source: str, monkeypat
     [
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
         ("{{ 9 ** (9 ** 9) }}", "TemplateRuntimeError"),
-        ("{{ 'x' * (999999 * 999999) }}", "TemplateRuntimeError"),
-        ("{{ (999999 * 999999) * ['x'] }}", "TemplateRuntimeError"),
+        ("{{ 'x' * (999999 * 999999) }}", "bytes"),
+        ("{{ (999999 * 999999) * ['x'] }}", "bytes"),
     ],
 )
 def test_a_step_that_would_not_end_is_not_taken(source: str, complaint: str) -> None:
@@ -104,3 +104,18 @@ def test_loops_know_their_length_and_macros_their_arguments() -> None:
     )
     assert template(source).render([*USER, *USER]) == "secret words.1/2secret words.2/2!abab8a1"
     assert template(source).render([]) == "nobodyabab8a1"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% if true %}" * 200 + "{% endif %}" * 200,
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+        "{{ " + "9" * 5000 + " }}",
+        "{% for i in x %}" * 30 + "{% endfor %}" * 30,
+    ],
+    ids=["blocks", "brackets", "a number", "loops"],
+)
+def test_a_template_that_python_cannot_compile_is_no_template(source: str) -> None:
+    with pytest.raises(ChatTemplateInvalid):
+        template(source).render(USER)

@@ -224,6 +224,23 @@ async def test_a_full_queue_refuses_with_counts_and_a_time_to_come_back() -> Non
         assert len({(await read(stream))[:2] for stream in streams}) == 1
 
 
+async def test_one_asker_cannot_keep_the_others_out_of_the_queue() -> None:
+    engine, session = fake_engine(slots=1, queue_limit=3)
+    session.hold()
+    async with running(engine):
+        streams = [engine.submit(PROMPTS[0], greedy(5), FAR, fairness_id="much") for _ in range(4)]
+        other = engine.submit(PROMPTS[0], greedy(5), FAR, fairness_id="little")
+        with pytest.raises(QueueFull) as raised:
+            await streams.pop().receive()
+        assert (raised.value.queued, raised.value.limit) == (3, 3)
+        assert 1.0 <= raised.value.retry_after_s <= 60.0
+        with pytest.raises(QueueFull):
+            engine.submit(PROMPTS[0], greedy(5), FAR, fairness_id="much")
+        assert engine.statistics().queued == 3
+        session.release()
+        assert len({(await read(stream))[:2] for stream in (*streams, other)}) == 1
+
+
 @pytest.mark.parametrize("is_running", [False, True], ids=["waiting", "running"])
 async def test_a_request_past_its_deadline_ends_with_an_error(is_running: bool) -> None:
     clock = Clock()

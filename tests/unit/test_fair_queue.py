@@ -88,6 +88,35 @@ def test_the_late_are_taken_out_and_the_others_stay() -> None:
     assert len(queue) == 1
 
 
+@pytest.mark.parametrize(
+    ("waiting", "asker", "displaced"),
+    [
+        ("aaaa", "b", 3),
+        ("aaba", "b", 3),
+        ("aaab", "b", 2),
+        ("aaabb", "b", None),
+        ("aaab", "c", 2),
+        ("aabb", "c", 1),
+        ("abcd", "e", None),
+        ("aaaa", "a", None),
+        ("aaaaab", "b", 4),
+        ("baaaab", "b", 4),
+        ("", "a", None),
+    ],
+)
+def test_who_holds_most_places_gives_its_newest_where_that_makes_them_more_even(
+    waiting: str, asker: str, displaced: int | None
+) -> None:
+    queue = FairQueue()
+    sequences = [sequence(name) for name in waiting]
+    for one in sequences:
+        queue.push(one)
+    found = queue.displace_for(asker)
+    assert found is (None if displaced is None else sequences[displaced])
+    assert list(map(id, sorted(queue, key=sequences.index))) == [id(one) for one in sequences if one is not found]
+    assert len(queue) == len(waiting) - (found is not None)
+
+
 def test_askers_that_are_gone_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fair_queue, "ASKERS_MAX", 10)
     queue = FairQueue()

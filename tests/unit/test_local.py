@@ -13,6 +13,7 @@ from mesh.errors import ModelUnknown, NoCapacity
 from nodes.engine.chat_template import ChatTemplate
 from nodes.engine.engine import Engine
 from nodes.engine.model_loader import LoadedModel
+from nodes.engine.sampling import SamplingParams
 from nodes.engine.tokenizer import ENCODE_INLINE_BYTES_MAX
 from nodes.generation import (
     DeadlineExceeded,
@@ -170,6 +171,20 @@ async def test_a_full_queue_is_no_capacity_and_counts_as_rejected() -> None:
         assert raised.value.retry_after_s >= 1.0
         assert setup.witness.told[1:] == [("started", "demo"), ("finished", "demo", "rejected", 0, 0)]
         await stream.aclose()
+
+
+async def test_who_gave_its_place_in_the_queue_to_another_asker_is_no_capacity_and_counts_as_rejected() -> None:
+    async with serving(Setup(queue_limit=2)) as setup:
+        setup.session.hold()
+        streams = [await setup.open() for _ in range(3)]
+        other = setup.engine.submit([5], SamplingParams(max_tokens=2), 1e9, fairness_id="other")
+        with pytest.raises(NoCapacity) as raised:
+            await streams[-1].receive()
+        assert raised.value.retry_after_s >= 1.0
+        await streams.pop().aclose()
+        assert setup.witness.told[-1] == ("finished", "demo", "rejected", 0, 0)
+        for stream in (*streams, other):
+            await stream.aclose()
 
 
 async def test_an_engine_that_does_not_run_fails_the_request() -> None:

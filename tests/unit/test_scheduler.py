@@ -22,10 +22,18 @@ FAR = 1e9
 NOW = 100.0
 
 
-def sequence(prompt_tokens: int = 3, deadline: float = FAR, params: SamplingParams | None = None) -> Sequence:
-    prompt = [10 + i % 90 for i in range(prompt_tokens)]
-    eos: frozenset[int] = frozenset()
-    return Sequence(prompt, params or greedy(), LetterDecoder(), eos_ids=eos, capacity=CAPACITY, deadline=deadline)
+def sequence(
+    prompt_tokens: int = 3, deadline: float = FAR, params: SamplingParams | None = None, asker: str = ""
+) -> Sequence:
+    return Sequence(
+        [10 + i % 90 for i in range(prompt_tokens)],
+        params or greedy(),
+        LetterDecoder(),
+        eos_ids=frozenset(),
+        capacity=CAPACITY,
+        deadline=deadline,
+        fairness_id=asker,
+    )
 
 
 def execute(plan: Plan, scheduler: Scheduler, session: FakeSession) -> list[Outcome]:
@@ -128,6 +136,28 @@ def test_the_queue_is_bounded_and_a_free_slot_counts_as_room() -> None:
     tick(scheduler)
     with pytest.raises(QueueFull):
         scheduler.submit(late)
+
+
+def test_an_asker_who_fills_the_queue_gives_up_its_newest_to_one_who_has_no_place() -> None:
+    scheduler = Scheduler(SLOTS, QUEUE_LIMIT)
+    placed = [sequence(asker="much") for _ in range(SLOTS)]
+    for one in placed:
+        assert scheduler.submit(one) is None
+        tick(scheduler)
+    older, newest = sequence(asker="much"), sequence(asker="much")
+    assert scheduler.submit(older) is None
+    assert scheduler.submit(newest) is None
+    load = scheduler.load()
+    other = sequence(asker="little")
+    assert scheduler.submit(other) is newest
+    assert newest.phase is Phase.ENDED
+    assert scheduler.load() == load
+    for asker in ("much", "little", "third"):  # one place each: nobody holds too many
+        with pytest.raises(QueueFull):
+            scheduler.submit(sequence(asker=asker))
+    assert older.phase is other.phase is Phase.WAITING
+    scheduler.cancel(newest)  # its reader may still close the stream
+    assert scheduler.load() == load
 
 
 def test_without_a_queue_as_many_are_taken_as_there_are_slots() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,11 @@ from onnx import numpy_helper
 from nodes.engine import devices, memory
 from nodes.engine import session as session_module
 from nodes.engine.concat_kv_session import ConcatKvSession
+from nodes.engine.cuda import DeviceUnavailable
+from nodes.engine.engine import load_engine
 from nodes.engine.executor import Session
 from nodes.engine.graph import describe_graph
-from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid, read_model_folder
+from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid, fingerprint_of, read_model_folder
 from nodes.engine.session import OnnxSession, load_session
 from nodes.model_tools.llama_onnx import TokenIds, write_llama
 from nodes.model_tools.random_llama import SIZES, random_weights, small_tokenizer, write_random_llama
@@ -39,7 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
 
 
 def load(folder: ModelFolder, **options: Any) -> OnnxSession:
-    return load_session(folder, **({"slots": SLOTS, "capacity": CAPACITY, "threads": 1, "provider": "cpu"} | options))
+    options = {"slots": SLOTS, "capacity": CAPACITY, "threads": 1, "provider": "cpu"} | options
+    return load_session(folder, **options)[0]
 
 
 @pytest.fixture(scope="module")
@@ -187,16 +191,59 @@ def test_the_past_of_a_graph_without_shared_buffers_is_as_wide_as_the_longest_ne
     assert session.width == 128
     long = list(range(3, 260))
     best = int(prefill(session, 1, long).argmax())
-    assert session.width == 300
     assert greedy(session, PROMPTS[:1], 70) == expected
+    assert session.width == 128
     # The long one's rows are still there.
     session.copy(1, 2, len(long))
     assert go_on(session, [5, 5, best], [3, 3, len(long)], 3)[2][1:] == go_on_alone(session, best, long, 3)
-    for slot in (1, 2):
-        prefill(session, slot, PROMPTS[0])
-    prefill(session, 0, PROMPTS[1])
+    assert session.width == 300
+    greedy(session, PROMPTS[:1], 3)
     assert session.width == 64
     assert session.kv_bytes == 2 * SLOTS * 300 * 2 * 2 * 2 * 16 * 4
+
+
+def test_rows_that_take_no_part_in_a_step_do_not_widen_it(optimum: ModelFolder) -> None:
+    """A long prompt that is kept in an idle slot, or still being prefilled, costs the short batch beside it nothing."""
+    session = load(optimum, capacity=300)
+    assert isinstance(session, ConcatKvSession)
+    long, short = list(range(3, 260)), PROMPTS[:2]
+    expected = greedy(session, short, 40)
+    alone = load(optimum, capacity=300)
+    best = int(prefill(alone, 3, long).argmax())
+    tokens, lengths = [row[0] for row in expected], np.array([len(prompt) for prompt in short])
+    for slot, prompt in enumerate(short):
+        prefill(session, slot, prompt)
+    rows = [[token] for token in tokens]
+    for start in range(0, len(long), 64):  # as an engine does: a chunk, a step, a chunk
+        logits = session.prefill(3, np.array(long[start : start + 64]), start)
+        found = int(logits.argmax())
+        for row, token in zip(
+            rows, session.decode(np.array([r[-1] for r in rows]), lengths).argmax(axis=1), strict=True
+        ):
+            row.append(int(token))
+        lengths += 1
+        assert session.width == 64
+    assert found == best
+    assert rows == [row[: len(rows[0])] for row in expected]
+    # And while long ones decode, a short prompt's chunks are narrow.
+    session.swap(0, 3, int(lengths[0]), len(long))
+    assert go_on(session, [best], [len(long)], 3)[0][1:] == go_on_alone(alone, best, long, 3)
+    assert session.width == 300
+    prefill(session, 2, list(range(3, 90)))
+    assert session._rows_of(2).shape[2] == 128
+    assert (
+        go_on(session, [5, 5, 7], [0, 0, 87], 2)[2] == go_on(alone, [7], [prefilled(alone, list(range(3, 90)))], 2)[0]
+    )
+    # What was moved out of the way is where it went.
+    session.swap(0, 3, 2, int(lengths[0]))
+    lengths -= 1
+    assert session.width == 128
+    assert go_on(session, [rows[0][-2]], [int(lengths[0])], 1)[0][1] == rows[0][-1]
+
+
+def prefilled(session: Session, prompt: list[int]) -> int:
+    prefill(session, 0, prompt)
+    return len(prompt)
 
 
 def go_on_alone(session: Session, first: int, prompt: list[int], steps: int) -> list[int]:
@@ -501,6 +548,44 @@ def test_a_device_without_cuda_libraries_falls_back_to_the_cpu(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(
+    ("wanted", "variant", "level"), [(None, "", "WARNING"), ("q4f16", "q4f16", "INFO")], ids=["left open", "named"]
+)
+def test_a_variant_that_was_chosen_for_a_device_gives_way_to_the_cpus_when_the_device_cannot_be_used(
+    wanted: str | None,
+    variant: str,
+    level: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def prepare(device_index: int) -> None:
+        raise DeviceUnavailable("libcudart.so.12 cannot be loaded")
+
+    monkeypatch.setattr(devices, "NVIDIA_DEVICES", (str(tmp_path),))
+    monkeypatch.setattr(session_module, "prepare_cuda", prepare)
+    repository = tmp_path / "model"
+    shutil.copytree(MODELS / "llama-optimum", repository)
+    other = onnx.load(str(repository / "model.onnx"))
+    other.doc_string = "other bytes"
+    onnx.save_model(other, str(repository / "model_q4f16.onnx"))
+    folder = read_model_folder(repository, wanted)
+    assert folder.variant == "q4f16"
+    caplog.set_level(logging.INFO)
+    session, served = load_session(folder, slots=2, capacity=64, threads=1)
+    assert (session.device, served.variant) == ("cpu", variant)
+    fallback, loaded = caplog.records
+    assert fallback.levelname == level
+    assert "libcudart.so.12" in vars(fallback)["reason"]
+    assert vars(loaded)["graph"] == f"model{'_' if variant else ''}{variant}.onnx"
+    assert vars(loaded)["graph_reason"] == ("it was named" if wanted else "runs best on cpu of 2 variants")
+    engine = load_engine(folder, slots=2, queue_limit=1, capacity=64, threads=1)
+    assert engine.fingerprint == fingerprint_of(served)
+    assert (fingerprint_of(folder) == fingerprint_of(served)) == (wanted is not None)
+    with pytest.raises(ModelFolderInvalid, match="CUDA cannot run it"):
+        load_session(folder, provider="cuda")
+
+
 @pytest.fixture
 def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "NVIDIA_DEVICES", ())
@@ -509,7 +594,7 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_slots_and_capacity_are_what_fits_into_the_limit(long_folder: ModelFolder) -> None:
     row = describe_graph(long_folder).kv_bytes_per_row
     room = long_folder.graph_file.stat().st_size * 5 // 4 + memory.HEADROOM_BYTES
-    chosen = load_session(long_folder, provider="cpu", threads=1, memory_limit_bytes=room + 8 * 2048 * row)
+    chosen, _ = load_session(long_folder, provider="cpu", threads=1, memory_limit_bytes=room + 8 * 2048 * row)
     assert (chosen.slots, chosen.capacity) == (8, 2048)
     with pytest.raises(ModelFolderInvalid, match="it does not fit into memory: 4 slots of 8192 tokens") as raised:
         load(long_folder, capacity=8192, memory_limit_bytes=room + 4 * 1000 * row)
