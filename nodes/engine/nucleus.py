@@ -1,4 +1,4 @@
-"""Who is of the nucleus (top_p; Holtzman et al. 2020): the fewest tokens, likeliest first, whose probabilities reach it.
+"""Who is of the nucleus (top_p; Holtzman et al. 2020): the fewest tokens, likeliest first, that together reach it.
 
 A token is of it if the tokens before it do not reach top_p; of equal ones those with lower ids come before. Their mass
 is compared with that of all others, itself included. Weights are exp() to within 6 %, for a third of its time; they

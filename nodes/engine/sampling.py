@@ -80,9 +80,11 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sampled:
-    """One chosen token; logprobs where they were asked for. token_id is sampler.INVALID where the logits are none."""
+    """One chosen token; logprobs where they were asked for. token_id is sampler.INVALID where the logits are none.
+
+    Not changed once made; not frozen, because one is made for each token and freezing triples what that costs."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None
@@ -167,3 +169,11 @@ class SamplingState:
             self.penalties.count(token_id)
         if self.matcher is not None:
             self.matcher.accept(token_id)
+
+    def accept_all(self, token_ids: SequenceOf[int]) -> None:
+        """What accept() does for one after the other."""
+        if self.penalties is None and self.matcher is None:
+            self.generated += len(token_ids)
+        else:
+            for token_id in token_ids:
+                self.accept(token_id)

@@ -18,7 +18,7 @@ from nodes.engine.fair_queue import FairQueue
 from nodes.engine.kv_slots import BLOCK_TOKENS, KvSlots, Move
 from nodes.engine.sampler import INVALID
 from nodes.engine.sampling import Sampled
-from nodes.engine.sequence import EngineEvent, Phase, Sequence
+from nodes.engine.sequence import Phase, Progress, Sequence
 
 # One chunk takes about as long as one decode step of a full batch, so prefilling halves the others' rate, not more.
 PREFILL_CHUNK_TOKENS = BLOCK_TOKENS
@@ -42,14 +42,6 @@ class Failed:
 
     sequence: Sequence
     error: EngineError
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """The sequence has a token more, or has finished."""
-
-    sequence: Sequence
-    event: EngineEvent
 
 
 Outcome = Progress | Failed
@@ -230,17 +222,17 @@ class Scheduler:
             outcomes.append(Failed(sequence, EngineFault(reason)))
             return
         try:
-            event = sequence.accept(sampled)
+            progress = sequence.accept(sampled)
         except BaseException as exc:  # of the tokenizer, whose panics are no Exception: one request's fault is its own
             self._leave(sequence)
-            outcomes.append(Failed(sequence, EngineFault(f"the answer's text cannot be made: {type(exc).__name__}")))
+            outcomes.append(Failed(sequence, text_fault(exc)))
             return
         self._waiting.charge(sequence.fairness_id, generated_tokens=1)
-        if event.finish_reason is None:
+        if progress.finish_reason is None:
             self.kv.next_ids[slot] = sampled.token_id
         else:
             self._leave(sequence)
-        outcomes.append(Progress(sequence, event))
+        outcomes.append(progress)
 
     def _release_ended(self, now: float, expired: list[Failed]) -> list[Move]:
         leaving = [slot for slot, sequence in enumerate(self.kv.decoding()) if self._is_over(sequence, now, expired)]
@@ -288,3 +280,8 @@ class Scheduler:
         if sequence.phase is not Phase.ENDED:
             sequence.phase = Phase.ENDED
             self._queued_tokens -= len(sequence.prefill_ids) - sequence.prefilled
+
+
+def text_fault(error: BaseException) -> EngineFault:
+    """error: what the text decoder raised."""
+    return EngineFault(f"the answer's text cannot be made: {type(error).__name__}")
