@@ -22,7 +22,6 @@ token only where two scores nearly tie. Between equal scores the lowest id wins.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
@@ -31,7 +30,7 @@ import numpy.typing as npt
 from nodes.engine.draw import draw
 from nodes.engine.logprobs import RowLogprobs
 from nodes.engine.noise import KeyNoise, noise_key, noise_of
-from nodes.engine.sampling import TEMPERATURE_MIN, Sampled, SamplingState
+from nodes.engine.sampling import Sampled, SamplingState
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -43,30 +42,25 @@ def sample(logits: FloatArray, states: SequenceOf[SamplingState]) -> list[Sample
 
     logits: float32 [rows, vocabulary], may be overwritten. A grammar's mask is computed here where it was not before.
     """
-    params = [state.params for state in states]
-    noise: Iterator[KeyNoise] = iter(())
-    if keys := [
-        noise_key(one.seed, state.position, one.choice)
-        for one, state in zip(params, states, strict=True)
-        if one.temperature >= TEMPERATURE_MIN
-    ]:
-        noise = iter(noise_of(logits.shape[1]).of_keys(keys))
+    drawing = [state for state in states if state.draws]
+    if not drawing:
+        return [_sample_row(row, state, None) for row, state in zip(logits, states, strict=True)]
+    keys = [noise_key(state.params.seed, state.position, state.params.choice) for state in drawing]
+    noise = iter(noise_of(logits.shape[1]).of_keys(keys))
     return [
-        _sample_row(row, state, next(noise) if one.temperature >= TEMPERATURE_MIN else None)
-        for row, state, one in zip(logits, states, params, strict=True)
+        _sample_row(row, state, next(noise) if state.draws else None) for row, state in zip(logits, states, strict=True)
     ]
 
 
 def _sample_row(row: FloatArray, state: SamplingState, noise: KeyNoise | None) -> Sampled:
     """noise: None takes the likeliest."""
-    params = state.params
     best = int(row.argmax())
     peak = float(row[best])
     if not math.isfinite(peak):
         return Sampled(INVALID)
     logprobs = None
-    if params.logprobs is not None:
-        logprobs = RowLogprobs(row, peak, params.logprobs, is_row_kept=not state.changes_logits)
+    if state.params.logprobs is not None:
+        logprobs = RowLogprobs(row, peak, state.params.logprobs, is_row_kept=not state.changes_logits)
     if state.changes_logits:
         if not _change(row, state):
             return Sampled(INVALID)
@@ -75,7 +69,7 @@ def _sample_row(row: FloatArray, state: SamplingState, noise: KeyNoise | None) -
         if not math.isfinite(peak):
             return Sampled(INVALID)
     if noise is not None:
-        best = draw(row, peak, params, noise)
+        best = draw(row, peak, state.params, noise)
     return Sampled(best, None if logprobs is None else logprobs.token(best))
 
 

@@ -109,12 +109,14 @@ class SamplingState:
     """Params and position of one sequence, and what its earlier tokens mean for the next.
 
     end_ids: int64, those that end the answer. changes_logits: params or grammar ask for other logits than the model's.
+    draws: its tokens are drawn, not the likeliest.
     """
 
     __slots__ = (
         "_prompt_tokens",
         "bias",
         "changes_logits",
+        "draws",
         "end_ids",
         "generated",
         "matcher",
@@ -134,6 +136,7 @@ class SamplingState:
         alone, and fresh."""
         assert params.grammar is None or matcher is not None, "a grammar without its matcher"
         self.params = params
+        self.draws = params.temperature >= TEMPERATURE_MIN
         self.matcher = matcher
         self.generated = 0
         self.end_ids = np.array([] if self.ignores_eos else sorted(eos_ids), np.int64)
