@@ -40,6 +40,8 @@ def draw(row: FloatArray, peak: float, params: SamplingParams, noise: KeyNoise) 
     if params.min_p > 0.0:
         floor = np.float32(peak + temperature * math.log(min(params.min_p, 1.0)))
         ids = np.flatnonzero(row >= floor) if ids is None else ids[row[ids] >= floor]
+    if ids is None and len(row) <= _FEW:
+        ids = np.arange(len(row))
     if ids is not None:
         if len(ids) <= _FEW:
             return _draw_few(row, ids, peak, params, noise, None)
@@ -78,33 +80,47 @@ def _draw_few(
     """From these, ascending, which are the likeliest of the row. nucleus: of the whole row, where the others count
     too for what top_p is a part of."""
     values = row[ids]
+    if params.top_p >= 1.0:
+        last = int(ids[values == values.min()][-1])
+        return _best(row, ids, _distances(values, peak, params.temperature), last, peak, params, noise)
     order = np.argsort(-values, kind="stable")
     ids, distances = ids[order], _distances(values[order], peak, params.temperature)
-    if params.top_p < 1.0:
-        sums = np.exp(distances).cumsum()
-        end = _end(sums, params.top_p, 0.0)
-        if nucleus is not None:
-            least, most = nucleus.mass_beside(ids)
-            end = _end(sums, params.top_p, least)
-            if end != _end(sums, params.top_p, most):
-                end = _end(sums, params.top_p, float(nucleus.exact(row).sum() - sums[-1]))
-        ids, distances = ids[:end], distances[:end]
+    sums = np.exp(distances).cumsum()
+    least, most = (0.0, 0.0) if nucleus is None else nucleus.mass_beside(ids)
+    certain, end = _end(sums, params.top_p, least), _end(sums, params.top_p, most)
+    best = _best(row, ids[:end], distances[:end], int(ids[end - 1]), peak, params, noise)
+    if nucleus is not None and certain < end and _is_before(row, int(ids[certain - 1]), best):
+        end = _end(sums, params.top_p, float(nucleus.exact(row).sum() - sums[-1]))
+        best = _best(row, ids[:end], distances[:end], int(ids[end - 1]), peak, params, noise)
+    return best
+
+
+def _best(
+    row: FloatArray,
+    ids: IdArray,
+    distances: DoubleArray,
+    last: int,
+    peak: float,
+    params: SamplingParams,
+    noise: KeyNoise,
+) -> int:
+    """The one with the best score of these, which are all up to `last` in the order."""
     if len(ids) == 1:
         return int(ids[0])
     scores = distances + noise.own(ids)
-    hit_values, least_value = row[noise.hit_ids], row[ids[-1]]
+    hit_values, least_value = row[noise.hit_ids], row[last]
     hits = np.flatnonzero(hit_values >= least_value)
     if len(hits):
         values, hit_ids = hit_values[hits], noise.hit_ids[hits]
         hit_scores = _distances(values, peak, params.temperature) + noise.hit_noise[hits]
-        hit_scores[(values == least_value) & (hit_ids > ids[-1])] = -np.inf
+        hit_scores[(values == least_value) & (hit_ids > last)] = -np.inf
         ids, scores = np.concatenate((ids, hit_ids)), np.concatenate((scores, hit_scores))
     return int(ids[scores == scores.max()].min())
 
 
 def _end(sums: DoubleArray, top_p: float, beside: float) -> int:
     """How many tokens the nucleus has. sums: of the masses of the likeliest; beside: of all others."""
-    return int(sums.searchsorted(top_p * (float(sums[-1]) + beside))) + 1
+    return min(int(sums.searchsorted(top_p * (float(sums[-1]) + beside))) + 1, len(sums))
 
 
 def _draw_many(row: FloatArray, peak: float, params: SamplingParams, noise: KeyNoise, nucleus: Nucleus) -> int:

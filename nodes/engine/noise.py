@@ -23,7 +23,7 @@ DoubleArray = npt.NDArray[np.float64]
 IdArray = npt.NDArray[np.int64]
 HashArray = npt.NDArray[np.uint64]
 
-ARRIVALS_MEAN = 512  # or one for each id of a small vocabulary
+ARRIVALS_MEAN = 256  # or one for each id of a small vocabulary
 
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15  # SplitMix64 (Steele, Lea and Flood 2014): increment and the two multipliers

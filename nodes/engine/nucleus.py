@@ -28,6 +28,8 @@ _SUM_ERROR = 1.2e-3
 _EXPONENT_ONE = 1 << 23  # float32 bits: one more in the exponent
 _EXPONENT_BIAS = 127
 _PARTS = 4  # a quarter decides about three draws of four at a top_p of 0.95
+_PROBED_TOP_P_MAX = 0.8  # above it the nucleus of a row that is not peaked has too many tokens
+_PROBE_SLACK = 0.1  # of the total, kept beside the guessed nucleus because a probe is inexact
 _PROBE = 512  # logits that tell whether the nucleus is small
 _TAIL_SHARE = 0.8  # of what may be left out of the nucleus; the rest is far more than the total can be wrong
 
@@ -44,16 +46,28 @@ class Nucleus:
         self.total = _sum(self._weights) * self._unit
 
     def few(self, limit: int) -> IdArray | None:
-        """Ids, ascending, that hold all of the nucleus; None where these are more than about `limit`."""
-        weights = self._weights
+        """Ids, ascending, that hold all of the nucleus; None where none were found, or these are more than `limit`."""
+        weights, top_p = self._weights, self._top_p
         # Those below this weight are too little, all together, to be missed.
-        left = _TAIL_SHARE / _EXCESS_MAX * max(1.0 - self._top_p, 0.0) * self.total
+        left = _TAIL_SHARE / _EXCESS_MAX * max(1.0 - top_p, 0.0) * self.total
         least = np.float32(left / (self._unit * len(weights)))
-        stride = max(1, len(weights) // _PROBE)
-        if np.count_nonzero(weights[::stride] >= least) * stride > 2 * limit:
+        probe = weights[:: max(1, len(weights) // _PROBE)]
+        if np.count_nonzero(probe >= least) * len(weights) <= 2 * limit * len(probe):
+            ids = np.flatnonzero(weights >= least)
+            return ids if len(ids) <= limit else None
+        if top_p > _PROBED_TOP_P_MAX:
             return None
-        ids = np.flatnonzero(weights >= least)
-        return ids if len(ids) <= limit else None
+        # What lies above some weight is a guess, from the probe, and holds the nucleus or not.
+        probe = np.sort(probe)
+        outside = (1.0 - top_p - _PROBE_SLACK) * self.total / self._unit * len(probe) / len(weights)
+        end = min(int(probe.cumsum().searchsorted(np.float32(outside))), len(probe) - 1)
+        if (len(probe) - end) * len(weights) > 2 * limit * len(probe):
+            return None
+        ids = np.flatnonzero(weights >= probe[end])
+        least_mass, most_beside = float(weights[ids].sum()) * self._unit, self.mass_beside(ids)[1]
+        if len(ids) > limit or (1.0 - top_p) * least_mass <= top_p * most_beside * (1.0 + _ROUNDING) * _EXCESS_MAX:
+            return None
+        return ids
 
     def mass_beside(self, ids: IdArray) -> tuple[float, float]:
         """Bounds of the mass of all tokens but these."""

@@ -94,6 +94,9 @@ class Scheduler:
         self._waiting = FairQueue()  # bounded by submit()
         self._queued_tokens = 0
         self._leaving = 0  # sequences that are over and whose slots the next plan() gives back
+        # The last plan, where it holds on until somebody waits or leaves, or until this time: most plans are like it.
+        self._steady: Plan | None = None
+        self._steady_until = 0.0
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a new sequence. Raises QueueFull; nothing was changed then."""
@@ -114,6 +117,8 @@ class Scheduler:
 
     def plan(self, now: float) -> Plan:
         """The next tick. Slots are taken and given back here and nowhere else."""
+        if self._steady is not None and not self._leaving and not self._waiting and now < self._steady_until:
+            return self._steady
         expired: list[Failed] = []
         moves = self._release_ended(now, expired)
         moves += self._settle_prefilled(now, expired)
@@ -123,7 +128,12 @@ class Scheduler:
             expired.append(Failed(sequence, DeadlinePassed("the deadline passed before a slot became free")))
         if self.kv.prefilling is None and self._waiting and self.kv.free:
             moves += self._place(self._waiting.pop())
-        return Plan(moves, self.kv.decoding(), self._next_chunk(), expired)
+        decoding = self.kv.decoding()
+        self._steady = None
+        if decoding and self.kv.prefilling is None:
+            self._steady = Plan(decode=decoding)
+            self._steady_until = min(sequence.deadline for sequence in decoding)
+        return Plan(moves, decoding, self._next_chunk(), expired)
 
     def commit(self, plan: Plan, tokens: SequenceOf[Sampled], first_token: Sampled | None) -> list[Outcome]:
         """Record that the plan was executed.
@@ -160,7 +170,7 @@ class Scheduler:
         for sequence in self._placed():
             self._end(sequence)
         self.kv.clear()
-        self._leaving = 0
+        self._leaving, self._steady = 0, None
         return outcomes
 
     def abandon(self) -> None:
@@ -169,7 +179,7 @@ class Scheduler:
             self._end(sequence)
         self._waiting.clear()
         self.kv.clear()
-        self._leaving = 0
+        self._leaving, self._steady = 0, None
 
     def load(self) -> SchedulerLoad:
         placeable = min(len(self._waiting), self._free)

@@ -88,12 +88,8 @@ class TextDecoder(Protocol):
         """The characters that this id completes; "" while a character is incomplete."""
         ...
 
-    def feed_all(self, token_ids: SequenceOf[int]) -> str:
-        """What feed() would give for one after the other, joined."""
-        ...
-
     def skip(self, token_ids: SequenceOf[int]) -> None:
-        """What feed_all() does, where nobody wants the text."""
+        """Be where feed() would come with these, where nobody wants the text."""
         ...
 
 
@@ -228,8 +224,8 @@ class Sequence:
             self.decoder.skip(token_ids)
             return
         free = min(self.params.min_tokens, len(token_ids))
-        self.decoder.feed_all(token_ids[:free])
-        self._stop.feed(self.decoder.feed_all(token_ids[free:]))
+        self.decoder.skip(token_ids[:free])
+        self._stop.feed("".join(map(self.decoder.feed, token_ids[free:])))
 
     def _progress(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 
@@ -17,9 +16,9 @@ ENCODE_INLINE_BYTES_MAX = 16 * 1024
 # memory and 2.5 us an id: 4 MB of digits took 1.1 GB and 10 s, to be refused by a context of 512.
 CHARS_PER_TOKEN_USUAL_MAX = 8
 PIECE_CHARS = 16 * 1024
-# Of a resumed answer: ids that are decoded at once, each piece twice, and the last ones that are decoded one by one.
-PIECE_IDS = 128
-SINGLE_IDS = 32
+# Of an answer that is resumed: ids at its end that tell where the decoder stands, and how many in a row it takes.
+SKIPPED_IDS = 128
+SETTLED_IDS = 3
 
 
 class TokenizerInvalid(Exception):
@@ -95,41 +94,35 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
 
-    def feed_all(self, token_ids: SequenceOf[int]) -> str:
-        """What feed() would give for one after the other, joined, in half of the time."""
-        ids = list(token_ids)
-        text = self._feed_settled(ids)
-        return "".join(map(self.feed, ids)) if text is None else text
-
     def skip(self, token_ids: SequenceOf[int]) -> None:
-        """What feed_all() does, for ids whose text nobody wants, in a time that does not grow with their number."""
+        """Be where feed() would come with these, of which nobody wants the text; in a time that does not grow with
+        their number, as a rule.
+
+        The library's state after an id that completes text is the ids since the one before that did so. After a few in
+        a row that each complete text, however it stood before them, it is the last of them. Bytes as tokens do not
+        count: they are characters or not according to those before them."""
         ids = list(token_ids)
-        if self._feed_settled(ids[-PIECE_IDS - SINGLE_IDS :]) is None:
-            self.feed_all(ids)
+        if len(ids) > SKIPPED_IDS:
+            before, settled = self._stream, 0
+            self._stream = DecodeStream(skip_special_tokens=True)
+            for token_id in ids[-SKIPPED_IDS:]:
+                text = self.feed(token_id)
+                if settled < SETTLED_IDS:
+                    is_clean = text and "\N{REPLACEMENT CHARACTER}" not in text
+                    settled = settled + 1 if is_clean and not self._is_byte(token_id) else 0
+            if settled == SETTLED_IDS:
+                return
+            self._stream = before
+        for token_id in ids:
+            self.feed(token_id)
 
-    def _feed_settled(self, ids: list[int]) -> str | None:
-        """Feed ids in pieces and the last ones one by one. None, and nothing was fed, where that might end elsewhere
-        than feed() would.
-
-        The library's state after an id that completes text is the ids since the one before that did so. So it does not
-        depend on what was fed before the last ones, or how, if two of these complete text."""
-        before, settled = copy.copy(self._stream), max(0, len(ids) - SINGLE_IDS)
-        try:
-            texts = [self._step(ids[at : min(at + PIECE_IDS, settled)]) for at in range(0, settled, PIECE_IDS)]
-            last = [self._step(token_id) for token_id in ids[settled:]]
-        except Exception:  # as in feed()
-            last = []
-        if sum(map(bool, last)) >= 2:
-            return "".join(texts + last)
-        self._stream = before
-        return None
-
-    def _step(self, ids: int | list[int]) -> str:
-        return self._stream.step(self._tokenizer, ids) or ""
+    def _is_byte(self, token_id: int) -> bool:
+        token = self._tokenizer.id_to_token(token_id)
+        return token is None or token.startswith("<0x")
 
     def feed(self, token_id: int) -> str:
         try:
-            return self._step(token_id)
+            return self._stream.step(self._tokenizer, token_id) or ""
         except Exception:  # bare, from the library: some ids decode to another text once more ids follow
             self._stream = DecodeStream(skip_special_tokens=True)
-            return self._step(token_id)
+            return self._stream.step(self._tokenizer, token_id) or ""

@@ -98,7 +98,7 @@ def test_the_times_of_hits_are_finer_than_32_bits_of_which_the_id_takes_half() -
     noise = np.concatenate(
         [drawn.hit_noise for drawn in noise_of(32_000).of_keys([noise_key(7, position) for position in range(40)])]
     )
-    assert len(np.unique(noise)) == len(noise) > 40 * 400
+    assert len(np.unique(noise)) == len(noise) > 30 * ARRIVALS_MEAN
 
 
 def test_a_draw_has_the_same_noise_beside_others_as_alone() -> None:

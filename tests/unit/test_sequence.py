@@ -22,9 +22,6 @@ class LetterDecoder:
     def feed(self, token_id: int) -> str:
         return chr(ord("a") + token_id)
 
-    def feed_all(self, token_ids: Iterable[int]) -> str:
-        return "".join(map(self.feed, token_ids))
-
     def skip(self, token_ids: Iterable[int]) -> None:
         """Nothing to remember."""
 
