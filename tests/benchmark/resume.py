@@ -26,11 +26,11 @@ import numpy as np
 import trio
 
 from nodes.engine import sampler
-from nodes.engine.draw import FloatArray
 from nodes.engine.engine import Engine, load_engine
 from nodes.engine.engine_statistics import FAILED
 from nodes.engine.errors import EngineFault
 from nodes.engine.model_loader import read_model_folder
+from nodes.engine.draw import FloatArray
 from nodes.engine.sampling import SamplingParams
 from nodes.model_tools.random_llama import SIZES
 from tests.benchmark.engine import models
