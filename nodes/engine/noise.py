@@ -88,21 +88,21 @@ class Noise:
 
 
 class KeyNoise:
-    """The noise of one draw. hit_ids: in no order, some of them twice, with hit_noise, at least `level`, for each; of
+    """The noise of one draw, whose noise_key is `key`. hit_ids: in no order, some of them twice, with hit_noise, at least `level`, for each; of
     those of one id the largest counts."""
 
-    __slots__ = ("_key", "_until_s", "hit_ids", "hit_noise", "level")
+    __slots__ = ("_until_s", "hit_ids", "hit_noise", "key", "level")
 
     def __init__(self, level: float, until_s: float, key: int, hit_ids: IdArray, hit_noise: DoubleArray) -> None:
         self.level = level
         self._until_s = until_s
-        self._key = key
+        self.key = key
         self.hit_ids = hit_ids
         self.hit_noise = hit_noise
 
     def own(self, ids: IdArray) -> DoubleArray:
         """The noise of these ids where they are not among the hits: below `level`, so a hit's is the larger one."""
-        wait = _uniform(_steps(ids) + np.uint64(_mix(self._key ^ _OWN)))
+        wait = _uniform(_steps(ids) + np.uint64(_mix(self.key ^ _OWN)))
         np.log(wait, out=wait)
         np.subtract(self._until_s, wait, out=wait)
         np.log(wait, out=wait)

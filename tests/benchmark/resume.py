@@ -1,8 +1,9 @@
 """Does an answer that moves to another node go on as it would have? Counts the answers that do not.
 
 `python -m tests.benchmark.resume [--resumes 1000] [--size 200m] [--precision fp32 int4]` prints one JSON line for each
-cell of a table: precision, greedy or seeded sampling at temperature 1, how the ids so far are taken up, `prefill`
-or `replay`, and how a token is drawn, by the engine's own Gumbel-max or, to compare, by inverse CDF. One engine writes the answers, another one gets a prompt with the answer's first k ids and continues; k is
+cell of a table: precision, greedy or seeded sampling at temperature 1, how the ids so far are taken up, `prefill` or
+`replay`, and how a token is drawn, by the engine's own Gumbel-max or, to compare, by inverse CDF. One engine writes the
+answers, another one gets a prompt with the answer's first k ids and continues; k is
 random. Both run 16 sequences at once, so that no step has the same company as the one it is to repeat. An answer has
 diverged when any later id differs.
 
@@ -26,11 +27,12 @@ import numpy as np
 import trio
 
 from nodes.engine import sampler
+from nodes.engine.draw import FloatArray
 from nodes.engine.engine import Engine, load_engine
 from nodes.engine.engine_statistics import FAILED
 from nodes.engine.errors import EngineFault
 from nodes.engine.model_loader import read_model_folder
-from nodes.engine.draw import FloatArray
+from nodes.engine.noise import KeyNoise
 from nodes.engine.sampling import SamplingParams
 from nodes.model_tools.random_llama import SIZES
 from tests.benchmark.engine import models
@@ -64,10 +66,10 @@ def params_of(sampling: Sampling, index: int) -> SamplingParams:
     return SamplingParams(temperature=1.0, seed=index, is_seeded=True, max_tokens=ANSWER_TOKENS, ignore_eos=True)
 
 
-def inverse_cdf(row: FloatArray, peak: float, params: SamplingParams, key: int) -> int:
+def inverse_cdf(row: FloatArray, peak: float, params: SamplingParams, noise: KeyNoise) -> int:
     """What most engines draw with: the first token at which the summed probabilities reach a random number."""
     sums = np.exp((row.astype(np.float64) - peak) / params.temperature).cumsum()
-    return int(sums.searchsorted(key / 2.0**64 * sums[-1], side="right"))
+    return int(sums.searchsorted(noise.key / 2.0**64 * sums[-1], side="right"))
 
 
 async def read(engine: Engine, answer: Answer, ids_so_far: Sequence[int], resume: Resume | None) -> tuple[int, ...]:
