@@ -88,8 +88,8 @@ class Noise:
 
 
 class KeyNoise:
-    """The noise of one draw, whose noise_key is `key`. hit_ids: in no order, some of them twice, with hit_noise, at least `level`, for each; of
-    those of one id the largest counts."""
+    """The noise of one draw, whose noise_key is `key`. hit_ids: in no order, some of them twice, with hit_noise, at
+    least `level`, for each; of those of one id the largest counts."""
 
     __slots__ = ("_until_s", "hit_ids", "hit_noise", "key", "level")
 
