@@ -1,14 +1,14 @@
 """Draws one token from a row of logits: Gumbel-max over what temperature, min_p, top_k and top_p leave.
 
 Every draw gives the token that scoring all tokens and sorting all of them would give; what follows is only how to look
-at few. Logits are float32, scores `(logit - peak) / temperature + noise` float64.
+at few. Logits are float32, scores `(logit - peak) / temperature + noise` float64; between equal scores the lowest id
+wins. min_p, top_k and top_p all keep a beginning of the tokens in one order: likeliest first, of equal ones lower ids.
 
-Gumbel-max: a token far from the top wins only with large noise. The likeliest few are scored, and then only those
-others whose noise makes up for at least the least distance that they have (noise.where_noisy).
+Gumbel-max: the best score can be guessed from the row's total. Only tokens with large noise reach it, which are known
+without looking (noise.KeyNoise), and tokens so near to the peak that usual noise suffices.
 
-Nucleus (top_p; Holtzman et al. 2020: the fewest tokens, likeliest first, that reach it): a sample of the row tells
-about where it ends; what lies above, with a margin and checked against the row's total, is drawn from. The winner is
-of the nucleus if the tokens before it do not reach top_p; else the draw is repeated among those before it.
+top_p: where few tokens hold the nucleus they are sorted. Else the best of all tokens is the best of the nucleus if it
+is of it (nucleus.Nucleus.has), as it mostly is; if it is not, the next best is asked for, of those that come before it.
 """
 
 from __future__ import annotations
@@ -18,45 +18,40 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from nodes.engine.noise import HashArray, IdArray, gumbel_noise, id_steps, where_noisy
+from nodes.engine.noise import DoubleArray, IdArray, KeyNoise
+from nodes.engine.nucleus import Nucleus
 from nodes.engine.sampling import SamplingParams
 
 FloatArray = npt.NDArray[np.float32]
-BoolArray = npt.NDArray[np.bool_]
 
-SHORTLIST = 24.0  # in units of the temperature; the sampler's docstring says what is lost
-_FEW = 256  # so many tokens are scored at once without further thought: about 10 us
-_HEAD_WIDTHS = (4.0, 2.0, 1.0)  # below the peak, in units of the temperature: where the likeliest few are looked for
+_FEW = 512  # so many tokens are sorted and scored without further thought: about 30 us
 _GUESS = 1.5  # the best score is that far below its median in 1 draw of 90, which then takes a second look
-_BAND_WIDTHS = (4.0, 8.0, 16.0)  # likewise, where the k largest are looked for
-_SPARSE_SHARE = 8  # a shortlist below an eighth of the row is gathered, a longer one costs less in place
-_PROBE = 512  # logits that tell where the nucleus ends
-_PROBE_SLACK = 0.2  # of the tail, kept beside the nucleus because a probe is inexact
+_WIDER = 4.0  # by which the second look goes deeper
+_ROUNDING = 1e-6  # far above that of a score, in units of the temperature
+_BAND_WIDTHS = (4.0, 8.0, 16.0)  # below the peak, in units of the temperature: where the k largest are looked for
 
 
-def draw(row: FloatArray, peak: float, params: SamplingParams, key: int) -> int:
+def draw(row: FloatArray, peak: float, params: SamplingParams, noise: KeyNoise) -> int:
     """A token id. row: [vocabulary], its largest value `peak` finite. params.temperature is positive."""
     temperature = params.temperature
-    floor = np.float32(peak - SHORTLIST * temperature)
-    if params.min_p > 0.0:
-        floor = max(floor, np.float32(peak + temperature * math.log(min(params.min_p, 1.0))))
     ids: IdArray | None = None  # None: all of the row
     if 0 < params.top_k < len(row):
         ids = largest(row, peak, params.top_k, temperature)
-        ids = ids[row[ids] >= floor]
-    else:
-        is_inside = row >= floor
-        if params.min_p > 0.0 or np.count_nonzero(is_inside) * _SPARSE_SHARE <= len(row):
-            ids = np.flatnonzero(is_inside)
-    steps = id_steps(len(row))
-    values = row
+    if params.min_p > 0.0:
+        floor = np.float32(peak + temperature * math.log(min(params.min_p, 1.0)))
+        ids = np.flatnonzero(row >= floor) if ids is None else ids[row[ids] >= floor]
+    if ids is None and len(row) <= _FEW:
+        ids = np.arange(len(row))
     if ids is not None:
-        values, steps = row[ids], steps[ids]
-    if params.top_p < 1.0:
-        index = _draw_nucleus(values, steps, peak, floor, params, key)
-    else:
-        index = _gumbel_max(values, steps, peak, floor, temperature, key)
-    return index if ids is None else int(ids[index])
+        if len(ids) <= _FEW:
+            return _draw_few(row, ids, peak, params, noise, None)
+        kept = np.full(len(row), -np.inf, np.float32)
+        kept[ids] = row[ids]
+        row = kept
+    nucleus = Nucleus(row, peak, temperature, params.top_p)
+    if params.top_p < 1.0 and (ids := nucleus.few(_FEW)) is not None:
+        return _draw_few(row, ids, peak, params, noise, nucleus)
+    return _draw_many(row, peak, params, noise, nucleus)
 
 
 def largest(row: FloatArray, peak: float, count: int, unit: float) -> IdArray:
@@ -79,80 +74,93 @@ def largest(row: FloatArray, peak: float, count: int, unit: float) -> IdArray:
     return ids[kept]
 
 
-def _gumbel_max(
-    values: FloatArray, steps: HashArray, peak: float, floor: np.float32, temperature: float, key: int
+def _draw_few(
+    row: FloatArray, ids: IdArray, peak: float, params: SamplingParams, noise: KeyNoise, nucleus: Nucleus | None
 ) -> int:
-    """The index of the largest score among values of at least `floor`; the lowest of equal ones."""
-    if len(values) <= _FEW:
-        scores = _scores(values, steps, peak, floor, temperature, key)
-        return int(scores.argmax())
-    head, bound = _head(values, peak, temperature)
-    mass = float(np.exp((values[head] - np.float32(peak)) * np.float32(1.0 / temperature)).sum())
-    least = math.log(mass) - _GUESS
-    while True:
-        indices = np.concatenate((head, where_noisy(key, steps, least - bound)))  # some twice, to no harm
-        scores = _scores(values[indices], steps[indices], peak, floor, temperature, key)
-        best = float(scores.max())
-        if best >= least:
-            return int(indices[scores == best].min())
-        least = best
+    """From these, ascending, which are the likeliest of the row. nucleus: of the whole row, where the others count
+    too for what top_p is a part of."""
+    values = row[ids]
+    if params.top_p >= 1.0:
+        last = int(ids[values == values.min()][-1])
+        return _best(row, ids, _distances(values, peak, params.temperature), last, peak, params, noise)
+    order = np.argsort(-values, kind="stable")
+    ids, distances = ids[order], _distances(values[order], peak, params.temperature)
+    sums = np.exp(distances).cumsum()
+    least, most = (0.0, 0.0) if nucleus is None else nucleus.mass_beside(ids)
+    certain, end = _end(sums, params.top_p, least), _end(sums, params.top_p, most)
+    best = _best(row, ids[:end], distances[:end], int(ids[end - 1]), peak, params, noise)
+    if nucleus is not None and certain < end and _is_before(row, int(ids[certain - 1]), best):
+        end = _end(sums, params.top_p, float(nucleus.exact(row).sum() - sums[-1]))
+        best = _best(row, ids[:end], distances[:end], int(ids[end - 1]), peak, params, noise)
+    return best
 
 
-def _head(values: FloatArray, peak: float, temperature: float) -> tuple[IdArray, float]:
-    """Indices of some of the likeliest values, a few hundred at most, and what no other's distance from the peak, in
-    units of the temperature, exceeds."""
-    for width in _HEAD_WIDTHS:
-        lowest = np.float32(peak - width * temperature)
-        is_near = values >= lowest
-        if np.count_nonzero(is_near) <= 2 * _FEW:
-            return np.flatnonzero(is_near), (float(lowest) - peak) / temperature
-    return np.flatnonzero(is_near)[:_FEW], 0.0
-
-
-def _scores(
-    values: FloatArray, steps: HashArray, peak: float, floor: np.float32, temperature: float, key: int
-) -> npt.NDArray[np.float64]:
-    """Minus infinity for values below `floor`."""
-    scores = values.astype(np.float64)
-    scores -= peak
-    scores /= temperature
-    scores += gumbel_noise(key, steps)
-    scores[values < floor] = -np.inf
-    return scores
-
-
-def _draw_nucleus(
-    values: FloatArray, steps: HashArray, peak: float, floor: np.float32, params: SamplingParams, key: int
+def _best(
+    row: FloatArray,
+    ids: IdArray,
+    distances: DoubleArray,
+    last: int,
+    peak: float,
+    params: SamplingParams,
+    noise: KeyNoise,
 ) -> int:
-    weights = np.subtract(values, np.float32(peak))
-    if params.temperature != 1.0:
-        with np.errstate(over="ignore"):  # to minus infinity, whose weight is 0
-            weights *= np.float32(1.0 / params.temperature)
-    np.exp(weights, out=weights)
-    total = float(weights.sum())
-    needed = params.top_p * total
-    indices, near = _likely(weights, total, params.top_p)
+    """The one with the best score of these, which are all up to `last` in the order."""
+    if len(ids) == 1:
+        return int(ids[0])
+    scores = distances + noise.own(ids)
+    hit_values, least_value = row[noise.hit_ids], row[last]
+    hits = np.flatnonzero(hit_values >= least_value)
+    if len(hits):
+        values, hit_ids = hit_values[hits], noise.hit_ids[hits]
+        hit_scores = _distances(values, peak, params.temperature) + noise.hit_noise[hits]
+        hit_scores[(values == least_value) & (hit_ids > last)] = -np.inf
+        ids, scores = np.concatenate((ids, hit_ids)), np.concatenate((scores, hit_scores))
+    return int(ids[scores == scores.max()].min())
+
+
+def _end(sums: DoubleArray, top_p: float, beside: float) -> int:
+    """How many tokens the nucleus has. sums: of the masses of the likeliest; beside: of all others."""
+    return min(int(sums.searchsorted(top_p * (float(sums[-1]) + beside))) + 1, len(sums))
+
+
+def _draw_many(row: FloatArray, peak: float, params: SamplingParams, noise: KeyNoise, nucleus: Nucleus) -> int:
+    # The nucleus has the likeliest token, whose mass is 1, and at least top_p of all.
+    least = math.log(max(params.top_p * nucleus.total, 1.0)) - _GUESS
+    cut: int | None = None  # no token from this one on is of the nucleus
     while True:
-        winner = _gumbel_max(values[indices], steps[indices], peak, floor, params.temperature, key)
-        is_before = near > near[winner]
-        is_before[:winner] |= near[:winner] == near[winner]
-        mass = float(near[is_before].sum())
-        if mass < needed or mass == 0.0:
-            return int(indices[winner])
-        indices, near = indices[is_before], near[is_before]
+        ids, scores = _reaching(row, peak, params.temperature, noise, least)
+        for index in np.lexsort((ids, -scores)):
+            token_id = int(ids[index])
+            if cut is not None and not _is_before(row, token_id, cut):
+                continue
+            if params.top_p >= 1.0 or nucleus.has(token_id):
+                return token_id
+            cut = token_id
+        least -= _WIDER
 
 
-def _likely(weights: FloatArray, total: float, top_p: float) -> tuple[IdArray, FloatArray]:
-    """Indices, ascending, of the nucleus and of some of the tokens that follow, and their weights."""
-    stride = max(1, len(weights) // _PROBE)
-    probe = np.sort(weights[::stride])
-    wider = min(top_p + _PROBE_SLACK * (1.0 - top_p), top_p * (1.0 + _PROBE_SLACK)) if stride > 1 else top_p
-    end = int(probe.cumsum().searchsorted(np.float32((1.0 - wider) * total / stride)))
-    likely = np.flatnonzero(weights >= probe[min(end, len(probe) - 1)])
-    near = weights[likely]
-    if float(near.sum()) >= top_p * total:
-        return likely, near
-    # Those below (1 - top_p) / n of the total sum to less than 1 - top_p of it, so the others hold the nucleus. The
-    # total is rounded: a thousandth is more than it can be wrong.
-    likely = np.flatnonzero(weights >= np.float32(0.999 * (1.0 - top_p) * total / len(weights)))
-    return likely, weights[likely]
+def _is_before(row: FloatArray, token_id: int, other: int) -> bool:
+    return bool(row[token_id] > row[other] or (row[token_id] == row[other] and token_id < other))
+
+
+def _reaching(
+    row: FloatArray, peak: float, temperature: float, noise: KeyNoise, least: float
+) -> tuple[IdArray, DoubleArray]:
+    """All ids whose score is at least `least`, in no order, and their scores. Some ids twice, then with their score and
+    a lower one."""
+    ids = noise.hit_ids
+    scores = _distances(row[ids], peak, temperature) + noise.hit_noise
+    if least < noise.level:  # tokens that are no hits can reach it
+        near = np.flatnonzero(row >= np.float32(peak + temperature * (least - noise.level - _ROUNDING)))
+        near_scores = _distances(row[near], peak, temperature) + noise.own(near)
+        ids, scores = np.concatenate((ids, near)), np.concatenate((scores, near_scores))
+    is_reaching = scores >= least
+    return ids[is_reaching], scores[is_reaching]
+
+
+def _distances(values: FloatArray, peak: float, temperature: float) -> DoubleArray:
+    """From the peak, in units of the temperature; float64."""
+    distances = values.astype(np.float64)
+    distances -= peak
+    distances /= temperature
+    return distances

@@ -1,34 +1,29 @@
-"""The engine of one model: an engine thread that owns session and KV, and the streams by which trio tasks read from it.
+"""The engine of one model: what trio tasks ask of it, and the streams by which they read.
 
-The thread plans, runs, samples and commits one tick after the other, posts all events of a tick to the trio thread at
-once, and sleeps while no sequence is there. The scheduler is shared: the lock around it is held for bookkeeping only,
-never while the model runs, so submitting and cancelling wait for tens of microseconds at most. Streams are touched by
-the trio thread alone.
+Everything here is the trio thread's. The engine thread (nodes.engine.engine_thread) runs the model, and posts what came
+of each tick; here that becomes text, events and figures, while the model runs again.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
-from functools import partial
 from typing import Literal
 
 import trio
 
-from nodes.engine.courier import Courier
 from nodes.engine.engine_statistics import FAILED, LOADING, READY, STUCK, EngineStatistics, State
+from nodes.engine.engine_thread import EngineThread, Tick
 from nodes.engine.errors import EngineError, EngineFault, EngineStopped, PromptTooLong, QueueFull, TokenUnknown
 from nodes.engine.estimate import FirstTokenEstimate, estimate_first_token
-from nodes.engine.executor import Execution, Executor, Session
+from nodes.engine.executor import Session
 from nodes.engine.grammar import GrammarCompiler, GrammarMatcher
 from nodes.engine.meter import Meter
 from nodes.engine.model_loader import LoadedModel, ModelFolder, load_model
 from nodes.engine.sampling import GrammarSpec, Matcher, SamplingParams
-from nodes.engine.scheduler import Failed, Outcome, Plan, Progress, Scheduler
+from nodes.engine.scheduler import Failed, Outcome, Scheduler, text_fault
 from nodes.engine.sequence import Sequence
 from nodes.engine.session import Provider, load_session
 from nodes.engine.stream import EngineStream
@@ -52,8 +47,6 @@ WATCH_INTERVAL_S = 0.5
 # A watch that comes so much too late says that the whole process stood still, as a suspended machine does, and that a
 # step began before that cannot be judged by the clock.
 PAUSE_S = 1.0
-# Steps that break one after the other until the engine gives up: what is left of a device after that is not worth it.
-FAULTS_MAX = 3
 
 
 def load_engine(
@@ -92,7 +85,7 @@ def load_engine(
 class Engine:
     """Generates for up to session.slots sequences together; `queue_limit` more may wait.
 
-    Everything but the engine thread's own work is to be called on the trio thread. now: the clock of deadlines.
+    To be called on the trio thread. now: the clock of deadlines.
     """
 
     def __init__(
@@ -114,19 +107,11 @@ class Engine:
         self._streams: dict[Sequence, EngineStream] = {}  # at most slots + queue_limit
         self._estimates: dict[Sequence, tuple[float, float]] = {}  # until the first token: when submitted, estimate
         self._answer_tokens = float(ANSWER_TOKENS_DEFAULT)
-        self._courier = Courier()
-        self._thread_ended = trio.Event()
-        # The lock of _wake guards these three. It is held for bookkeeping only.
-        self._wake = threading.Condition()
         self._scheduler = Scheduler(session.slots, queue_limit, mixes_rows=session.is_exact)
-        self._executor = Executor(session)
+        self._thread = EngineThread(session, self._scheduler, now)
+        self._wake = self._thread.wake  # its lock guards the scheduler, and is held for bookkeeping only
         self._grammars = GrammarCompiler(model.tokenizer.to_json(), session.vocabulary_size, model.eos_ids)
         self._meter = Meter()
-        self._is_stopping = False
-        # The engine thread writes these, and only it.
-        self._step_began: float | None = None  # on the engine's clock, None between steps
-        self._faults = 0  # since a step went well
-        self._faults_total = 0
 
     @property
     def fingerprint(self) -> str:
@@ -144,9 +129,7 @@ class Engine:
         every stream gets EngineFault and submit() refuses. So it is, for as long as it takes, when a step does not
         return: the state is then `stuck`.
         """
-        self._courier.start(trio.lowlevel.current_trio_token())
-        thread = threading.Thread(target=self._run_thread, name="engine", daemon=True)
-        thread.start()
+        self._thread.start(self._deliver, self._fail)
         self._state, self._is_running = READY, True
         task_status.started()
         try:
@@ -159,11 +142,9 @@ class Engine:
                 self._watch(watched_from)
         finally:
             self._is_running = False
-            with self._wake:
-                self._is_stopping = True
-                self._wake.notify()
+            self._thread.stop()
             with trio.move_on_after(STOP_TIMEOUT_S, shield=True) as scope:
-                await self._thread_ended.wait()
+                await self._thread.ended.wait()
             if scope.cancelled_caught:
                 logger.error("a step of the engine did not end; its thread is left behind")
             self._end_streams(EngineStopped("the engine was stopped before the answer was complete"))
@@ -278,7 +259,7 @@ class Engine:
                 cache_hits_total=self._scheduler.cache.hits,
                 cache_query_tokens_total=self._scheduler.cache.query_tokens,
                 cache_hit_tokens_total=self._scheduler.cache.hit_tokens,
-                step_faults_total=self._faults_total,
+                step_faults_total=self._thread.faults_total,
             )
 
     def _is_replayed(self, params: SamplingParams, resume: Resume) -> bool:
@@ -287,7 +268,7 @@ class Engine:
         return resume == "replay"
 
     def _estimate_first_token(self) -> FirstTokenEstimate:
-        """With the lock held."""
+        """With the scheduler's lock held."""
         load, meter = self._scheduler.load(), self._meter
         remaining = self._scheduler.remaining_tokens(self._answer_tokens)
         return estimate_first_token(
@@ -305,7 +286,7 @@ class Engine:
         wait_s = estimate.wait_s / max(self._queue_limit, 1)
         return min(max(wait_s, RETRY_AFTER_MIN_S), RETRY_AFTER_MAX_S)
 
-    # On the trio thread, for streams and for what the engine thread posts.
+    # For streams, and for what the engine thread posts.
 
     def _close(self, sequence: Sequence) -> None:
         """The reader of the sequence is gone: free its place. Any number of times."""
@@ -315,25 +296,42 @@ class Engine:
                 self._scheduler.cancel(sequence)
                 self._wake.notify()
 
-    def _deliver(self, outcomes: SequenceOf[Outcome]) -> None:
-        for outcome in outcomes:
-            stream = self._streams.get(outcome.sequence)
+    def _deliver(self, tick: Tick) -> None:
+        if tick.step_s is not None:
+            self._measure(tick)
+        for outcome in tick.outcomes:
+            sequence = outcome.sequence
+            stream = self._streams.get(sequence)
             if stream is None:
                 continue  # closed by its reader after the step began
-            if (estimate := self._estimates.pop(outcome.sequence, None)) is not None:
-                submitted, estimated_s = estimate
-                if isinstance(outcome, Progress):
-                    with self._wake:
-                        self._meter.first_token(estimated_s, self.now() - submitted)
+            estimate = self._estimates.pop(sequence, None)
             if isinstance(outcome, Failed):
-                del self._streams[outcome.sequence]
+                del self._streams[sequence]
                 stream.end(outcome.error)
-            elif not stream.offer(outcome.event):
-                self._close(outcome.sequence)
-            elif outcome.event.finish_reason is not None:
-                del self._streams[outcome.sequence]
+                continue
+            if estimate is not None:
+                submitted, estimated_s = estimate
+                self._meter.first_token(estimated_s, self.now() - submitted)
+            try:
+                event = outcome.event()
+            except BaseException as exc:  # of the tokenizer, whose panics are no Exception: one request's fault
+                self._close(sequence)
+                stream.end(text_fault(exc))
+                continue
+            if not stream.offer(event):
+                self._close(sequence)
+            elif event.finish_reason is not None:
+                del self._streams[sequence]
                 stream.end(None)
-                self._answer_tokens += (outcome.event.completion_tokens - self._answer_tokens) / 16
+                self._answer_tokens += (event.completion_tokens - self._answer_tokens) / 16
+
+    def _measure(self, tick: Tick) -> None:
+        assert tick.step_s is not None
+        if tick.decoded:
+            self._meter.decoded(tick.decoded, tick.decode_s)
+        if tick.prefilled:
+            self._meter.prefilled(tick.prefilled, tick.prefill_s)
+        self._meter.stepped(_generated(tick.outcomes), tick.step_s, tick.ended)
 
     def _end_streams(self, error: EngineError) -> None:
         """End everything. The engine thread has ended, or will without another tick."""
@@ -346,9 +344,8 @@ class Engine:
 
     def _watch(self, watched_from: float) -> None:
         """Say when a step does not return, and when it has after all. Time before watched_from does not count."""
-        began = self._step_began
-        with self._wake:
-            median_s = self._meter.median_step_s()
+        began = self._thread.step_began
+        median_s = self._meter.median_step_s()
         limit_s = max(STUCK_MIN_S, STUCK_STEPS * median_s) if median_s else STUCK_FIRST_S
         is_stuck = began is not None and self.now() - max(began, watched_from) > limit_s
         if is_stuck and self._state is READY:
@@ -366,68 +363,7 @@ class Engine:
         self._state = FAILED
         self._end_streams(EngineFault("the engine failed in the middle of the answer"))
 
-    # On the engine thread.
 
-    def _run_thread(self) -> None:
-        try:
-            while self._tick():
-                pass
-        except BaseException:  # panics of Rust code are no Exception: readers must not wait for ever, whatever broke
-            logger.exception("the engine has failed: %d steps broke one after the other", self._faults)
-            self._courier.post(self._fail)
-        finally:
-            self._executor.close()
-            self._courier.post(self._thread_ended.set)
-            self._courier.close()
-
-    def _tick(self) -> bool:
-        """Wait until there is something to do and do one tick of it. False once the engine is to stop."""
-        with self._wake:
-            plan = self._scheduler.plan(self.now())
-            while not (plan.has_steps or plan.expired or self._is_stopping):
-                self._wake.wait()
-                plan = self._scheduler.plan(self.now())
-            if self._is_stopping:
-                return False
-        outcomes: list[Outcome] = list(plan.expired)
-        if plan.has_steps:
-            self._step_began = self.now()
-            outcomes += self._execute(plan)
-            self._step_began = None
-        if outcomes:
-            self._courier.post(partial(self._deliver, outcomes))
-        return True
-
-    def _execute(self, plan: Plan) -> list[Outcome]:
-        started = time.perf_counter()
-        done = self._executor.execute(plan, self._scheduler.kv)
-        if done.fault is not None:
-            return self._recover(plan, done, done.fault)
-        self._faults = 0
-        with self._wake:
-            outcomes = self._scheduler.commit(plan, done.tokens, done.first_token)
-            meter = self._meter
-            if plan.decode:
-                meter.decoded(len(plan.decode), done.decode_s)
-            if plan.prefill is not None:
-                meter.prefilled(len(plan.prefill.token_ids), done.prefill_s)
-            generated = sum(len(outcome.event.token_ids) for outcome in outcomes if isinstance(outcome, Progress))
-            meter.stepped(generated, time.perf_counter() - started, self.now())
-        return outcomes
-
-    def _recover(self, plan: Plan, done: Execution, fault: Exception) -> list[Outcome]:
-        """A step raised: end whose step it was, and let the others go on. Raises the fault again after too many."""
-        self._faults += 1
-        self._faults_total += 1
-        if self._faults >= FAULTS_MAX:
-            raise fault
-        logger.error("a step of the engine failed; its requests end, the others go on", exc_info=fault)
-        self._session.recover()
-        error = EngineFault("the engine failed in the middle of the answer")
-        with self._wake:
-            if done.are_rows_lost:
-                return self._scheduler.fail_placed(error)
-            outcomes: list[Outcome] = []
-            if done.tokens:  # the decode step went well, the chunk after it did not
-                outcomes += self._scheduler.commit(replace(plan, prefill=None), done.tokens, None)
-            return outcomes + self._scheduler.fail(done.broken, error)
+def _generated(outcomes: SequenceOf[Outcome]) -> int:
+    """Tokens that reached their sequences; one that ends an answer is not part of it."""
+    return sum(not isinstance(outcome, Failed) and outcome.token_id is not None for outcome in outcomes)

@@ -1,12 +1,19 @@
-"""Noise without a generator: a hash of (seed, position, token id) turned into standard Gumbel variables.
+"""Noise without a generator: standard Gumbel variables, one per token id, as a pure function of (seed, position).
 
-A sequence that goes on elsewhere draws the same noise, and the noise of few tokens costs no more than theirs. The noise
-rises with the hash, so which tokens have noise above a bound is decided on integers, before any logarithm is taken.
+A sequence that goes on elsewhere draws the same noise, and which of many ids have large noise is known without looking
+at each. A Gumbel variable is -log(E), E exponential: the time until a thing first happens that happens once a second on
+the average. So let it happen to all ids together, `vocabulary` times a second, each time to one of them at random; who
+was hit first when is all there is to know. Of the beginning, until ARRIVALS_MEAN hits or so, all hits are drawn: these
+are the ids whose noise is at least `level`, about ARRIVALS_MEAN of them. Who was not hit by then waits on for an
+exponential time of its own, which is drawn for that id alone when somebody asks (Maddison, Tarlow and Minka 2014, "A*
+Sampling", see the Gumbel process so).
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections.abc import Sequence as SequenceOf
 from functools import lru_cache
 
 import numpy as np
@@ -16,15 +23,19 @@ DoubleArray = npt.NDArray[np.float64]
 IdArray = npt.NDArray[np.int64]
 HashArray = npt.NDArray[np.uint64]
 
+ARRIVALS_MEAN = 256  # or one for each id of a small vocabulary
+
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15  # SplitMix64 (Steele, Lea and Flood 2014): increment and the two multipliers
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
-_MIX_1_64, _MIX_2_64 = np.uint64(_MIX_1), np.uint64(_MIX_2)
+_OWN = 0xD1B54A32D192ED03  # tells the noise of single ids from the hits
+_GAMMA_64, _MIX_1_64, _MIX_2_64 = np.uint64(_GAMMA), np.uint64(_MIX_1), np.uint64(_MIX_2)
 _SHIFT_30, _SHIFT_27, _SHIFT_31, _SHIFT_12 = (np.uint64(bits) for bits in (30, 27, 31, 12))
-_BLOCK = 32_768  # ids hashed at once: two buffers of 256 KB stay in the second-level cache
-_TABLES_MAX = 8  # vocabularies in one process; 1.2 MB each at 152k
-_MARGIN = 1e-6  # far above the rounding of two logarithms, so no token is lost to it
+_UNIT = 2.0**-52
+_LATE = 2.0**-40  # added to the time of a hit, below its resolution, so that no hit comes at 0
+_VOCABULARIES_MAX = 8  # in one process
+_KEYS_AT_ONCE = 16  # whose numbers, 5 KB each, stay in the first-level caches or near
 
 
 def noise_key(seed: int, position: int, choice: int = 0) -> int:
@@ -35,63 +46,106 @@ def noise_key(seed: int, position: int, choice: int = 0) -> int:
     return _mix(key ^ (position & _MASK))
 
 
-@lru_cache(_TABLES_MAX)
-def id_steps(vocabulary: int) -> HashArray:
-    """What each token id in [0, vocabulary) contributes to the hash. Read-only."""
-    steps = np.arange(1, vocabulary + 1, dtype=np.uint64)
-    steps *= np.uint64(_GAMMA)
-    steps.flags.writeable = False
+class Noise:
+    """The noise of a vocabulary's ids. level: ids with noise above it are among the hits. Shared and unchangeable."""
+
+    __slots__ = ("_counts", "_steps", "_until_s", "_vocabulary", "level")
+
+    def __init__(self, vocabulary: int) -> None:
+        mean = min(ARRIVALS_MEAN, vocabulary)
+        self._vocabulary = vocabulary
+        self._until_s = mean / vocabulary
+        self._counts = _poisson(mean)
+        self._steps = _steps(np.arange(len(self._counts)))
+        self.level = -math.log(self._until_s)
+
+    def of_keys(self, keys: SequenceOf[int]) -> list[KeyNoise]:
+        """The noise of each of these draws. A few together cost little more than one."""
+        found = []
+        for start in range(0, len(keys), _KEYS_AT_ONCE):
+            some = keys[start : start + _KEYS_AT_ONCE]
+            counts = [bisect_left(self._counts, (_mix(key ^ _MIX_2) >> 11) * 2.0**-53) for key in some]
+            # An id and a time at once: the number's integer part and, of no less than 34 bits, what follows.
+            at = _uniform(self._steps[: max(counts)] + np.array(some, np.uint64)[:, None])
+            at *= self._vocabulary
+            ids = at.astype(np.int64)
+            np.minimum(ids, self._vocabulary - 1, out=ids)  # the product may be rounded up
+            at -= ids
+            at += _LATE
+            at *= self._until_s
+            np.log(at, out=at)
+            np.negative(at, out=at)
+            for key, count, key_ids, key_noise in zip(some, counts, ids, at, strict=True):
+                found.append(KeyNoise(self.level, self._until_s, key, key_ids[:count], key_noise[:count]))
+        return found
+
+    def all(self, key: int) -> DoubleArray:
+        """Of every id: what the others give in parts."""
+        drawn = self.of_keys([key])[0]
+        noise = drawn.own(np.arange(self._vocabulary))
+        np.maximum.at(noise, drawn.hit_ids, drawn.hit_noise)
+        return noise
+
+
+class KeyNoise:
+    """The noise of one draw, whose noise_key is `key`. hit_ids: in no order, some of them twice, with hit_noise, at
+    least `level`, for each; of those of one id the largest counts."""
+
+    __slots__ = ("_until_s", "hit_ids", "hit_noise", "key", "level")
+
+    def __init__(self, level: float, until_s: float, key: int, hit_ids: IdArray, hit_noise: DoubleArray) -> None:
+        self.level = level
+        self._until_s = until_s
+        self.key = key
+        self.hit_ids = hit_ids
+        self.hit_noise = hit_noise
+
+    def own(self, ids: IdArray) -> DoubleArray:
+        """The noise of these ids where they are not among the hits: below `level`, so a hit's is the larger one."""
+        wait = _uniform(_steps(ids) + np.uint64(_mix(self.key ^ _OWN)))
+        np.log(wait, out=wait)
+        np.subtract(self._until_s, wait, out=wait)
+        np.log(wait, out=wait)
+        return np.negative(wait, out=wait)
+
+
+@lru_cache(_VOCABULARIES_MAX)
+def noise_of(vocabulary: int) -> Noise:
+    """That of ids in [0, vocabulary)."""
+    return Noise(vocabulary)
+
+
+def _poisson(mean: int) -> list[float]:
+    """Probabilities that a Poisson variable is at most 0, 1, 2 ... until nothing is left that 53 bits could tell."""
+    deviations = 9 * math.sqrt(mean) + 40
+    terms = (math.exp(k * math.log(mean) - mean - math.lgamma(k + 1)) for k in range(int(mean + deviations)))
+    sums, total = [], 0.0
+    for term in terms:
+        total += term
+        sums.append(total)
+    return sums
+
+
+def _steps(numbers: IdArray) -> HashArray:
+    """What each number contributes to a hash."""
+    steps = numbers.astype(np.uint64)
+    steps += np.uint64(1)
+    steps *= _GAMMA_64
     return steps
 
 
-def gumbel_noise(key: int, steps: HashArray) -> DoubleArray:
-    """Standard Gumbel variables, float64, one per id. Finite: between -3.7 and 36.8. steps: some of id_steps()."""
-    bits = steps + np.uint64(key)
-    _hash(bits, np.empty_like(bits))
+def _uniform(bits: HashArray) -> DoubleArray:
+    """Hash these, which are overwritten, into (0, 1): 52 bits and a half, so neither bound is reached."""
+    bits ^= bits >> _SHIFT_30
+    bits *= _MIX_1_64
+    bits ^= bits >> _SHIFT_27
+    bits *= _MIX_2_64
     bits ^= bits >> _SHIFT_31
-    bits >>= _SHIFT_12  # 52 bits and a half are exact in float64, so uniform is never 0 and never 1
+    bits >>= _SHIFT_12
     uniform = bits.astype(np.float64)
     uniform += 0.5
-    uniform *= 2.0**-52
-    np.log(uniform, out=uniform)
-    np.negative(uniform, out=uniform)
-    np.log(uniform, out=uniform)
-    return np.negative(uniform, out=uniform)
-
-
-def where_noisy(key: int, steps: HashArray, bound: float) -> IdArray:
-    """Indices, ascending, into steps: all whose noise is at least `bound`, and perhaps some whose noise is less."""
-    least = np.uint64(_least_hash(bound))
-    key_64 = np.uint64(key)
-    size = min(_BLOCK, len(steps))
-    bits_buffer, shifted_buffer = np.empty(size, np.uint64), np.empty(size, np.uint64)
-    found = []
-    for start in range(0, len(steps), _BLOCK):
-        block = steps[start : start + _BLOCK]
-        bits, shifted = bits_buffer[: len(block)], shifted_buffer[: len(block)]
-        np.add(block, key_64, out=bits)
-        _hash(bits, shifted)
-        indices = np.flatnonzero(bits >= least)
-        found.append(indices + start if start else indices)
-    return found[0] if len(found) == 1 else np.concatenate(found)
-
-
-def _hash(bits: HashArray, shifted: HashArray) -> None:
-    """SplitMix64's finaliser, in place, but for its last step, which leaves the highest 31 bits as they are."""
-    np.right_shift(bits, _SHIFT_30, out=shifted)
-    np.bitwise_xor(bits, shifted, out=bits)
-    np.multiply(bits, _MIX_1_64, out=bits)
-    np.right_shift(bits, _SHIFT_27, out=shifted)
-    np.bitwise_xor(bits, shifted, out=bits)
-    np.multiply(bits, _MIX_2_64, out=bits)
-
-
-def _least_hash(bound: float) -> int:
-    """No hash below it gives noise of `bound` or more. Only its highest 31 bits are set: those _hash() has right."""
-    if bound < -4.0:  # there is no such noise
-        return 0
-    uniform = math.exp(-math.exp(_MARGIN - bound))
-    return max(0, int(uniform * 2.0**52) - 2) >> 21 << 33
+    uniform *= _UNIT
+    return uniform
 
 
 def _mix(value: int) -> int:

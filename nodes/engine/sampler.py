@@ -13,30 +13,24 @@ for it:
 Where the grammar allows nothing but the end, the end it is, whatever min_tokens says.
 
 Greedy takes the largest logit. Otherwise Gumbel-max (Gumbel 1954; Maddison et al. 2014): the token with the largest
-`logit / T + g` is distributed as softmax(logits / T) when g are independent standard Gumbel variables. Here g is a hash
-of (seed, position, token id) and of which of several answers it is: there is no generator whose state would have to
-travel with a sequence, and logits that differ a little, as between CPU and GPU, change the token only where two scores
-nearly tie.
-
-Only a shortlist can win: tokens within SHORTLIST x T of the largest logit. A token outside has less than
-exp(-SHORTLIST) of the most likely one's probability, so all of them together would be drawn with a probability below
-vocabulary x exp(-24): 1e-6 a token at 32k, 6e-6 at 152k, and that only were all of them just outside. Between equal
-scores the lowest id wins.
+`logit / T + g` is distributed as softmax(logits / T) when g are independent standard Gumbel variables. Here g is a pure
+function of (seed, position, token id) and of which of several answers it is (nodes.engine.noise): there is no generator
+whose state would have to travel with a sequence, and logits that differ a little, as between CPU and GPU, change the
+token only where two scores nearly tie. Between equal scores the lowest id wins.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 import numpy.typing as npt
 
-from nodes.engine.draw import SHORTLIST, draw
+from nodes.engine.draw import draw
 from nodes.engine.logprobs import RowLogprobs
-from nodes.engine.noise import noise_key
-from nodes.engine.sampling import TEMPERATURE_MIN, Sampled, SamplingState
-
-__all__ = ["INVALID", "SHORTLIST", "sample"]
+from nodes.engine.noise import KeyNoise, noise_key, noise_of
+from nodes.engine.sampling import Sampled, SamplingState
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -48,27 +42,34 @@ def sample(logits: FloatArray, states: SequenceOf[SamplingState]) -> list[Sample
 
     logits: float32 [rows, vocabulary], may be overwritten. A grammar's mask is computed here where it was not before.
     """
-    return [_sample_row(row, state) for row, state in zip(logits, states, strict=True)]
+    drawing = [state for state in states if state.draws]
+    if not drawing:
+        return [_sample_row(row, state, None) for row, state in zip(logits, states, strict=True)]
+    keys = [noise_key(state.params.seed, state.position, state.params.choice) for state in drawing]
+    noise = iter(noise_of(logits.shape[1]).of_keys(keys))
+    return [
+        _sample_row(row, state, next(noise) if state.draws else None) for row, state in zip(logits, states, strict=True)
+    ]
 
 
-def _sample_row(row: FloatArray, state: SamplingState) -> Sampled:
-    params = state.params
+def _sample_row(row: FloatArray, state: SamplingState, noise: KeyNoise | None) -> Sampled:
+    """noise: None takes the likeliest."""
     best = int(row.argmax())
     peak = float(row[best])
-    if not np.isfinite(peak):
+    if not math.isfinite(peak):
         return Sampled(INVALID)
     logprobs = None
-    if params.logprobs is not None:
-        logprobs = RowLogprobs(row, peak, params.logprobs, is_row_kept=not state.changes_logits)
+    if state.params.logprobs is not None:
+        logprobs = RowLogprobs(row, peak, state.params.logprobs, is_row_kept=not state.changes_logits)
     if state.changes_logits:
         if not _change(row, state):
             return Sampled(INVALID)
         best = int(row.argmax())
         peak = float(row[best])
-        if not np.isfinite(peak):
+        if not math.isfinite(peak):
             return Sampled(INVALID)
-    if params.temperature >= TEMPERATURE_MIN:
-        best = draw(row, peak, params, noise_key(params.seed, state.position, params.choice))
+    if noise is not None:
+        best = draw(row, peak, state.params, noise)
     return Sampled(best, None if logprobs is None else logprobs.token(best))
 
 

@@ -80,9 +80,11 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sampled:
-    """One chosen token; logprobs where they were asked for. token_id is sampler.INVALID where the logits are none."""
+    """One chosen token; logprobs where they were asked for. token_id is sampler.INVALID where the logits are none.
+
+    Not changed once made; not frozen, because one is made for each token and freezing triples what that costs."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None
@@ -107,12 +109,14 @@ class SamplingState:
     """Params and position of one sequence, and what its earlier tokens mean for the next.
 
     end_ids: int64, those that end the answer. changes_logits: params or grammar ask for other logits than the model's.
+    draws: its tokens are drawn, not the likeliest.
     """
 
     __slots__ = (
         "_prompt_tokens",
         "bias",
         "changes_logits",
+        "draws",
         "end_ids",
         "generated",
         "matcher",
@@ -132,6 +136,7 @@ class SamplingState:
         alone, and fresh."""
         assert params.grammar is None or matcher is not None, "a grammar without its matcher"
         self.params = params
+        self.draws = params.temperature >= TEMPERATURE_MIN
         self.matcher = matcher
         self.generated = 0
         self.end_ids = np.array([] if self.ignores_eos else sorted(eos_ids), np.int64)
@@ -167,3 +172,11 @@ class SamplingState:
             self.penalties.count(token_id)
         if self.matcher is not None:
             self.matcher.accept(token_id)
+
+    def accept_all(self, token_ids: SequenceOf[int]) -> None:
+        """What accept() does for one after the other."""
+        if self.penalties is None and self.matcher is None:
+            self.generated += len(token_ids)
+        else:
+            for token_id in token_ids:
+                self.accept(token_id)

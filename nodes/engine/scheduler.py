@@ -18,7 +18,7 @@ from nodes.engine.fair_queue import FairQueue
 from nodes.engine.kv_slots import BLOCK_TOKENS, KvSlots, Move
 from nodes.engine.sampler import INVALID
 from nodes.engine.sampling import Sampled
-from nodes.engine.sequence import EngineEvent, Phase, Sequence
+from nodes.engine.sequence import Phase, Progress, Sequence
 
 # One chunk takes about as long as one decode step of a full batch, so prefilling halves the others' rate, not more.
 PREFILL_CHUNK_TOKENS = BLOCK_TOKENS
@@ -42,14 +42,6 @@ class Failed:
 
     sequence: Sequence
     error: EngineError
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """The sequence has a token more, or has finished."""
-
-    sequence: Sequence
-    event: EngineEvent
 
 
 Outcome = Progress | Failed
@@ -104,6 +96,9 @@ class Scheduler:
         self._waiting = FairQueue()  # bounded by submit()
         self._queued_tokens = 0
         self._leaving = 0  # sequences that are over and whose slots the next plan() gives back
+        # The last plan, where it holds on until somebody waits or leaves, or until this time: most plans are like it.
+        self._steady: Plan | None = None
+        self._steady_until = 0.0
 
     def submit(self, sequence: Sequence) -> Sequence | None:
         """Queue a new sequence. Returns the one that waited and has ended because its asker held most of a full queue,
@@ -130,6 +125,8 @@ class Scheduler:
 
     def plan(self, now: float) -> Plan:
         """The next tick. Slots are taken and given back here and nowhere else."""
+        if self._steady is not None and not self._leaving and not self._waiting and now < self._steady_until:
+            return self._steady
         expired: list[Failed] = []
         moves = self._release_ended(now, expired)
         moves += self._settle_prefilled(now, expired)
@@ -139,7 +136,12 @@ class Scheduler:
             expired.append(Failed(sequence, DeadlinePassed("the deadline passed before a slot became free")))
         if self.kv.prefilling is None and self._waiting and self.kv.free:
             moves += self._place(self._waiting.pop())
-        return Plan(moves, self.kv.decoding(), self._next_chunk(), expired)
+        decoding = self.kv.decoding()
+        self._steady = None
+        if decoding and self.kv.prefilling is None:
+            self._steady = Plan(decode=decoding)
+            self._steady_until = min(sequence.deadline for sequence in decoding)
+        return Plan(moves, decoding, self._next_chunk(), expired)
 
     def commit(self, plan: Plan, tokens: SequenceOf[Sampled], first_token: Sampled | None) -> list[Outcome]:
         """Record that the plan was executed.
@@ -176,7 +178,7 @@ class Scheduler:
         for sequence in self._placed():
             self._end(sequence)
         self.kv.clear()
-        self._leaving = 0
+        self._leaving, self._steady = 0, None
         return outcomes
 
     def abandon(self) -> None:
@@ -185,7 +187,7 @@ class Scheduler:
             self._end(sequence)
         self._waiting.clear()
         self.kv.clear()
-        self._leaving = 0
+        self._leaving, self._steady = 0, None
 
     def load(self) -> SchedulerLoad:
         placeable = min(len(self._waiting), self._free)
@@ -238,17 +240,17 @@ class Scheduler:
             outcomes.append(Failed(sequence, EngineFault(reason)))
             return
         try:
-            event = sequence.accept(sampled)
+            progress = sequence.accept(sampled)
         except BaseException as exc:  # of the tokenizer, whose panics are no Exception: one request's fault is its own
             self._leave(sequence)
-            outcomes.append(Failed(sequence, EngineFault(f"the answer's text cannot be made: {type(exc).__name__}")))
+            outcomes.append(Failed(sequence, text_fault(exc)))
             return
         self._waiting.charge(sequence.fairness_id, generated_tokens=1)
-        if event.finish_reason is None:
+        if progress.finish_reason is None:
             self.kv.next_ids[slot] = sampled.token_id
         else:
             self._leave(sequence)
-        outcomes.append(Progress(sequence, event))
+        outcomes.append(progress)
 
     def _release_ended(self, now: float, expired: list[Failed]) -> list[Move]:
         leaving = [slot for slot, sequence in enumerate(self.kv.decoding()) if self._is_over(sequence, now, expired)]
@@ -296,3 +298,8 @@ class Scheduler:
         if sequence.phase is not Phase.ENDED:
             sequence.phase = Phase.ENDED
             self._queued_tokens -= len(sequence.prefill_ids) - sequence.prefilled
+
+
+def text_fault(error: BaseException) -> EngineFault:
+    """error: what the text decoder raised."""
+    return EngineFault(f"the answer's text cannot be made: {type(error).__name__}")

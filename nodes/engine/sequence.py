@@ -22,12 +22,12 @@ from nodes.engine.sampling import Matcher, Sampled, SamplingParams, SamplingStat
 FinishReason = Literal["stop", "length"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EngineEvent:
     """Tokens of one sequence and the text they complete; text may be empty. The last event has a finish_reason.
 
     completion_tokens: of the whole answer so far, these included. cached_tokens: prompt tokens whose KV rows were there
-    already. logprobs: one for each token, where they were asked for."""
+    already. logprobs: one for each token, where they were asked for. Not changed once made; not frozen, as Progress."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -50,11 +50,46 @@ class EngineEvent:
         )
 
 
+@dataclass(slots=True)
+class Progress:
+    """The sequence has a token more, or has finished; not changed any more. event() is what its reader gets.
+
+    token_id: None for an end-of-sequence token. text: None where event() makes it. Not frozen, because one is made for
+    each token and freezing triples what that costs."""
+
+    sequence: Sequence
+    token_id: int | None
+    finish_reason: FinishReason | None
+    completion_tokens: int
+    logprobs: TokenLogprobs | None
+    text: str | None
+
+    def event(self) -> EngineEvent:
+        """Once for each, in the order in which they came, by one thread. Raises what the text decoder raises."""
+        sequence, token_id = self.sequence, self.token_id
+        text = self.text
+        if text is None:
+            text = "" if token_id is None else sequence.decoder.feed(token_id)
+        return EngineEvent(
+            text,
+            () if token_id is None else (token_id,),
+            self.finish_reason,
+            len(sequence.prompt_ids),
+            self.completion_tokens,
+            min(sequence.cached_tokens, len(sequence.prompt_ids)),
+            () if self.logprobs is None else (self.logprobs,),
+        )
+
+
 class TextDecoder(Protocol):
     """Turns ids into text one at a time."""
 
     def feed(self, token_id: int) -> str:
         """The characters that this id completes; "" while a character is incomplete."""
+        ...
+
+    def skip(self, token_ids: SequenceOf[int]) -> None:
+        """Be where feed() would come with these, where nobody wants the text."""
         ...
 
 
@@ -74,14 +109,17 @@ class Sequence:
     generated_ids: of the answer, made before; replays: by decode steps. fairness_id: whose request it is. text_blocks:
     hashes of the conversation's beginning, see prefix_digest. matcher: of the params' grammar, fresh. accept() must not
     be called after the end.
+
+    Only a stop string makes the end depend on the text. Without one accept() leaves the text to Progress.event(), on
+    another thread: then that one alone uses the decoder, else the thread of accept() alone.
     """
 
     __slots__ = (
-        "_decoder",
         "_eos_ids",
         "_stop",
         "cached_tokens",
         "deadline",
+        "decoder",
         "fairness_id",
         "generated_ids",
         "has_valid_rows",
@@ -129,11 +167,11 @@ class Sequence:
         left = capacity - len(prompt_ids)
         self.token_limit = left if params.max_tokens is None else min(left, params.max_tokens)
         self.sampling = SamplingState(params, prompt_ids, eos_ids, matcher=matcher)
-        self._decoder = decoder
+        self.decoder = decoder
         self._eos_ids = frozenset() if self.sampling.ignores_eos else eos_ids
         self._stop = StopMatcher(params.stop)
-        for token_id in generated_ids:
-            self._take(token_id)
+        if generated_ids:
+            self._resume(generated_ids)
 
     @property
     def params(self) -> SamplingParams:
@@ -152,62 +190,65 @@ class Sequence:
     def ended_before(self) -> EngineEvent | None:
         """The last event of an answer that was complete when it came here; None when it goes on."""
         if self._stop.is_matched:
-            return self._event("", (), "stop")
+            return self._progress(None, "stop", None, "").event()
         if len(self.generated_ids) >= self.token_limit:
-            return self._event(self._stop.flush(), (), "length")
+            return self._progress(None, "length", None, self._stop.flush()).event()
         return None
 
-    def accept(self, sampled: Sampled) -> EngineEvent:
-        """Take the token sampled for `position`. The event that its reader gets."""
-        token_id = sampled.token_id
+    def accept(self, sampled: Sampled) -> Progress:
+        """Take the token sampled for `position`."""
+        token_id, stop = sampled.token_id, self._stop
         if token_id in self._eos_ids:
-            return self._event(self._stop.flush(), (), "stop")
-        text = self._take(token_id)
-        self.replayed += 1
-        logprobs = () if sampled.logprobs is None else (sampled.logprobs,)
-        if self._stop.is_matched:
-            return self._event(text, (token_id,), "stop", logprobs)
-        if len(self.generated_ids) >= self.token_limit:
-            return self._event(text + self._stop.flush(), (token_id,), "length", logprobs)
-        return self._event(text, (token_id,), None, logprobs)
-
-    def _take(self, token_id: int) -> str:
-        """Add a token to the answer; the text that is now certain."""
+            return self._progress(None, "stop", None, stop.flush() if stop.is_needed else None)
         self.generated_ids.append(token_id)
         self.sampling.accept(token_id)
-        text = self._decoder.feed(token_id)
+        self.replayed += 1
+        finish_reason: FinishReason | None = "length" if len(self.generated_ids) >= self.token_limit else None
+        if not stop.is_needed:
+            return self._progress(token_id, finish_reason, sampled.logprobs, None)
+        text = self.decoder.feed(token_id)
         # Text before min_tokens neither is nor begins a stop string.
-        return self._stop.feed(text) if len(self.generated_ids) > self.params.min_tokens else text
+        if len(self.generated_ids) > self.params.min_tokens:
+            text = stop.feed(text)
+        if stop.is_matched:
+            finish_reason = "stop"
+        elif finish_reason is not None:
+            text += stop.flush()
+        return self._progress(token_id, finish_reason, sampled.logprobs, text)
 
-    def _event(
+    def _resume(self, token_ids: SequenceOf[int]) -> None:
+        """Stand where accept() would have come with these."""
+        self.generated_ids += token_ids
+        self.sampling.accept_all(token_ids)
+        if not self._stop.is_needed:
+            self.decoder.skip(token_ids)
+            return
+        free = min(self.params.min_tokens, len(token_ids))
+        self.decoder.skip(token_ids[:free])
+        self._stop.feed("".join(map(self.decoder.feed, token_ids[free:])))
+
+    def _progress(
         self,
-        text: str,
-        token_ids: tuple[int, ...],
+        token_id: int | None,
         finish_reason: FinishReason | None,
-        logprobs: tuple[TokenLogprobs, ...] = (),
-    ) -> EngineEvent:
-        return EngineEvent(
-            text,
-            token_ids,
-            finish_reason,
-            len(self.prompt_ids),
-            len(self.generated_ids),
-            min(self.cached_tokens, len(self.prompt_ids)),
-            logprobs,
-        )
+        logprobs: TokenLogprobs | None,
+        text: str | None,
+    ) -> Progress:
+        return Progress(self, token_id, finish_reason, len(self.generated_ids), logprobs, text)
 
 
 class StopMatcher:
     """Passes text through up to the first stop string; text that could begin one is held back until that is decided.
 
     First is the one that completes first, then the longer one: so how the text is cut does not change the result.
-    Held back is always less than the longest stop string.
+    Held back is always less than the longest stop string. is_needed: there is a stop string.
     """
 
-    __slots__ = ("_held", "_stops", "is_matched")
+    __slots__ = ("_held", "_stops", "is_matched", "is_needed")
 
     def __init__(self, stops: SequenceOf[str]) -> None:
         assert all(stops), "an empty stop string"
+        self.is_needed = bool(stops)
         self._stops = tuple(stops)
         self._held = ""
         self.is_matched = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 
 import tokenizers
@@ -15,6 +16,9 @@ ENCODE_INLINE_BYTES_MAX = 16 * 1024
 # memory and 2.5 us an id: 4 MB of digits took 1.1 GB and 10 s, to be refused by a context of 512.
 CHARS_PER_TOKEN_USUAL_MAX = 8
 PIECE_CHARS = 16 * 1024
+# Of an answer that is resumed: ids at its end that tell where the decoder stands, and how many in a row it takes.
+SKIPPED_IDS = 128
+SETTLED_IDS = 3
 
 
 class TokenizerInvalid(Exception):
@@ -89,6 +93,32 @@ class StreamDecoder:
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
+
+    def skip(self, token_ids: SequenceOf[int]) -> None:
+        """Be where feed() would come with these, of which nobody wants the text; in a time that does not grow with
+        their number, as a rule.
+
+        The library's state after an id that completes text is the ids since the one before that did so. After a few in
+        a row that each complete text, however it stood before them, it is the last of them. Bytes as tokens do not
+        count: they are characters or not according to those before them."""
+        ids = list(token_ids)
+        if len(ids) > SKIPPED_IDS:
+            before, settled = self._stream, 0
+            self._stream = DecodeStream(skip_special_tokens=True)
+            for token_id in ids[-SKIPPED_IDS:]:
+                text = self.feed(token_id)
+                if settled < SETTLED_IDS:
+                    is_clean = text and "\N{REPLACEMENT CHARACTER}" not in text
+                    settled = settled + 1 if is_clean and not self._is_byte(token_id) else 0
+            if settled == SETTLED_IDS:
+                return
+            self._stream = before
+        for token_id in ids:
+            self.feed(token_id)
+
+    def _is_byte(self, token_id: int) -> bool:
+        token = self._tokenizer.id_to_token(token_id)
+        return token is None or token.startswith("<0x")
 
     def feed(self, token_id: int) -> str:
         try:

@@ -32,6 +32,7 @@ from nodes.engine.engine import Engine, load_engine
 from nodes.engine.engine_statistics import FAILED
 from nodes.engine.errors import EngineFault
 from nodes.engine.model_loader import read_model_folder
+from nodes.engine.noise import KeyNoise
 from nodes.engine.sampling import SamplingParams
 from nodes.model_tools.random_llama import SIZES
 from tests.benchmark.engine import models
@@ -65,10 +66,10 @@ def params_of(sampling: Sampling, index: int) -> SamplingParams:
     return SamplingParams(temperature=1.0, seed=index, is_seeded=True, max_tokens=ANSWER_TOKENS, ignore_eos=True)
 
 
-def inverse_cdf(row: FloatArray, peak: float, params: SamplingParams, key: int) -> int:
+def inverse_cdf(row: FloatArray, peak: float, params: SamplingParams, noise: KeyNoise) -> int:
     """What most engines draw with: the first token at which the summed probabilities reach a random number."""
     sums = np.exp((row.astype(np.float64) - peak) / params.temperature).cumsum()
-    return int(sums.searchsorted(key / 2.0**64 * sums[-1], side="right"))
+    return int(sums.searchsorted(noise.key / 2.0**64 * sums[-1], side="right"))
 
 
 async def read(engine: Engine, answer: Answer, ids_so_far: Sequence[int], resume: Resume | None) -> tuple[int, ...]:

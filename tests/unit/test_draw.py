@@ -10,8 +10,8 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from nodes.engine.draw import SHORTLIST, draw, largest
-from nodes.engine.noise import gumbel_noise, id_steps, noise_key
+from nodes.engine.draw import draw, largest
+from nodes.engine.noise import noise_key, noise_of
 from nodes.engine.sampling import SamplingParams
 
 FloatArray = npt.NDArray[np.float32]
@@ -28,11 +28,15 @@ def naive_nucleus(scores: npt.NDArray[np.float64], is_kept: npt.NDArray[np.bool_
     return order[: 1 + int((before < top_p).sum())]
 
 
+def drawn(row: FloatArray, params: SamplingParams, key: int) -> int:
+    return draw(row, float(row.max()), params, noise_of(len(row)).of_keys([key])[0])
+
+
 def naive_draw(row: FloatArray, params: SamplingParams, key: int) -> int:
     peak = float(row.max())
     with np.errstate(over="ignore"):
         scores = (row.astype(np.float64) - peak) / params.temperature
-    is_kept = row >= np.float32(peak - SHORTLIST * params.temperature)
+    is_kept = np.ones(len(row), bool)
     if params.min_p > 0:
         is_kept &= scores >= np.log(params.min_p)
     if params.top_k > 0:
@@ -43,7 +47,7 @@ def naive_draw(row: FloatArray, params: SamplingParams, key: int) -> int:
         is_best = np.zeros(len(row), bool)
         is_best[naive_nucleus(scores, is_kept, params.top_p)] = True
         is_kept &= is_best
-    scores = scores + gumbel_noise(key, id_steps(len(row)))
+    scores = scores + noise_of(len(row)).all(key)
     scores[~is_kept] = -np.inf
     return int(scores.argmax())
 
@@ -51,11 +55,11 @@ def naive_draw(row: FloatArray, params: SamplingParams, key: int) -> int:
 def check(row: FloatArray, params: SamplingParams, keys: Sequence[int]) -> None:
     before = row.copy()
     for key in keys:
-        assert draw(row, float(row.max()), params, key) == naive_draw(row, params, key)
+        assert drawn(row, params, key) == naive_draw(row, params, key)
     assert (row == before).all()
 
 
-SIZES = st.sampled_from([1, 2, 50, 257, 1_500, 6_000])
+SIZES = st.sampled_from([1, 2, 50, 513, 1_500, 6_000])
 SEEDS = st.integers(0, 2**32)
 SPREADS = st.sampled_from([0.01, 0.5, 3.0, 8.0, 40.0])
 TEMPERATURES = st.floats(0.02, 30)
@@ -116,7 +120,7 @@ def test_equal_and_excluded_logits_change_nothing(seed: int, size: int, top_k: i
 def test_top_k_of_one_is_greedy(seed: int, size: int, spread: float, temperature: float) -> None:
     row = np.round(random_row(seed, size, spread))
     params = SamplingParams(temperature=temperature, top_k=1)
-    assert draw(row, float(row.max()), params, KEYS[0]) == int(row.argmax())
+    assert drawn(row, params, KEYS[0]) == int(row.argmax())
 
 
 @pytest.mark.parametrize(
@@ -125,14 +129,14 @@ def test_top_k_of_one_is_greedy(seed: int, size: int, spread: float, temperature
 @pytest.mark.parametrize("size", [50, 6_000])
 def test_the_narrowest_bounds_leave_the_likeliest_token(params: SamplingParams, size: int) -> None:
     row = random_row(3, size, 0.1)
-    assert {draw(row, float(row.max()), params, key) for key in KEYS} == {int(row.argmax())}
+    assert {drawn(row, params, key) for key in KEYS} == {int(row.argmax())}
 
 
 def test_extreme_logits_are_compared_without_a_warning() -> None:
     row = np.full(6_000, np.finfo(np.float32).min)
     row[5_000:] = 3.0
     params = SamplingParams(temperature=1e-4, top_p=0.9)
-    assert draw(row, 3.0, params, KEYS[0]) >= 5_000
+    assert drawn(row, params, KEYS[0]) >= 5_000
 
 
 @given(seed=SEEDS, size=SIZES, spread=SPREADS, count=st.integers(1, 400), unit=st.floats(0.01, 10))

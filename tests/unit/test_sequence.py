@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +22,9 @@ class LetterDecoder:
     def feed(self, token_id: int) -> str:
         return chr(ord("a") + token_id)
 
+    def skip(self, token_ids: Iterable[int]) -> None:
+        """Nothing to remember."""
+
 
 def sequence(**params: object) -> Sequence:
     return Sequence(
@@ -36,7 +41,7 @@ def feed(target: Sequence, text: str) -> list[EngineEvent]:
     """Feed letters until one of them ends the sequence."""
     events = []
     for letter in text:
-        events.append(target.accept(Sampled(ord(letter) - ord("a"))))
+        events.append(target.accept(Sampled(ord(letter) - ord("a"))).event())
         if events[-1].finish_reason is not None:
             break
     return events

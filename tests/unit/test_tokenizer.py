@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+import tokenizers
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models
 
 from nodes.engine.errors import PromptTooLong
-from nodes.engine.tokenizer import Tokenizer, TokenizerInvalid
+from nodes.engine.tokenizer import SKIPPED_IDS, Tokenizer, TokenizerInvalid
 from nodes.model_tools.random_llama import IM_END, small_tokenizer
 
 VOCABULARY = 512
@@ -38,6 +41,49 @@ def test_a_character_is_held_back_until_it_is_whole() -> None:
     decoder = TOKENIZER.decoder()
     pieces = [decoder.feed(token_id) for token_id in TOKENIZER.encode("a😀")]
     assert pieces == ["a", "", "", "", "😀"]
+
+
+def byte_fallback_tokenizer() -> Tokenizer:
+    """As Llama 2's and Gemma's: words begin with a mark, the first one's is no space, other characters are bytes."""
+    vocabulary = {"<unk>": 0} | {f"<0x{byte:02X}>": 1 + byte for byte in range(256)}
+    for piece in ("▁", "a", "b", "▁a", "▁ab", "é", "▁▁"):
+        vocabulary[piece] = len(vocabulary)
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return Tokenizer(tokenizer)
+
+
+TOKENIZERS = {"byte level": TOKENIZER, "byte fallback": byte_fallback_tokenizer()}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(seed=st.integers(0, 2**32), count=st.integers(1, 180), smoothness=st.sampled_from([0.0, 0.3, 0.8, 1.0]))
+@settings(deadline=None, max_examples=80)
+def test_after_ids_that_are_skipped_a_decoder_goes_on_as_if_it_had_been_fed_them(
+    kind: str, seed: int, count: int, smoothness: float
+) -> None:
+    """smoothness: the share of ids that are no bytes. Without any nothing tells where the decoder stands."""
+    tokenizer, rng = TOKENIZERS[kind], random.Random(seed)
+
+    def some(count: int) -> list[int]:
+        words = range(257, tokenizer.vocabulary_size)
+        return [rng.choice(words) if rng.random() < smoothness else rng.randrange(257) for _ in range(count)]
+
+    ids, later = some(count), some(40)
+    singly, skipping = tokenizer.decoder(), tokenizer.decoder()
+    for token_id in ids:
+        singly.feed(token_id)
+    skipping.skip(ids)
+    assert [skipping.feed(token_id) for token_id in later] == [singly.feed(token_id) for token_id in later]
+
+
+def test_skipping_many_ids_decodes_the_last_ones_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, fed = TOKENIZER.decoder(), []
+    monkeypatch.setattr(type(decoder), "feed", lambda self, token_id: fed.append(token_id) or "a")
+    decoder.skip(TOKENIZER.encode("many words " * 1_000))
+    assert len(fed) == SKIPPED_IDS
 
 
 def test_special_tokens_are_recognised_and_not_shown() -> None:
