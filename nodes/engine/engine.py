@@ -214,7 +214,7 @@ class Engine:
             self._wake.notify()
         if displaced is not None:
             full = QueueFull(self._queue_limit, self._queue_limit, self._retry_after_s(estimate))
-            self._deliver([Failed(displaced, full)])
+            self._deliver(Tick([Failed(displaced, full)]))
         self._streams[sequence] = stream
         if not generated_ids:
             self._estimates[sequence] = (self.now(), estimate.seconds(len(prompt_ids) - found))
