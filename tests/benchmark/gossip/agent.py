@@ -21,10 +21,12 @@ import secrets
 import socket
 import sys
 import time
+from functools import partial
 
 import trio
 
-from mesh.forwarder import Forwarder, IncomingStream
+from mesh import state_exchange
+from mesh.forwarder import Forwarder
 from mesh.gossip import Effect, Gossip, GossipConfig, MemberChanged
 from mesh.seal import BOOT_ID_BYTES, Keyring, parse_key
 from mesh.udp import GossipSocket, bind
@@ -145,10 +147,6 @@ async def obey_stdin(gossip_socket: GossipSocket) -> None:
                 raise SystemExit(f"a command of more than {LINE_BYTES_MAX} bytes")
 
 
-async def refuse(stream: IncomingStream) -> None:
-    """Nobody opens streams in these benchmarks: the links carry pings alone. Returning ends the stream."""
-
-
 def address_of(text: str) -> Address:
     host, _, port = text.rpartition(":")
     return Address(host, int(port))
@@ -162,7 +160,7 @@ async def run(name: str, address: Address, seeds: tuple[Address, ...], key: str,
         node_id=name,
         boot_id=boot_id,
         keyring=keyring,
-        serve=refuse,
+        serve=lambda stream: state_exchange.answer(stream, gossip),
         on_peer_lost=lambda node_id: gossip_socket.link_failed(node_id),
     )
     # The wall clock stands in for the counter of a data directory: it is greater at each start as well.
@@ -173,7 +171,13 @@ async def run(name: str, address: Address, seeds: tuple[Address, ...], key: str,
     gossip.watch = watch
     bound = bind(address.host, address.port)
     listening = socket.create_server((address.host, address.port))
-    gossip_socket = GossipSocket(gossip, bound, ping_link=forwarder.ping, on_change=say_change)
+    gossip_socket = GossipSocket(
+        gossip,
+        bound,
+        ping_link=forwarder.ping,
+        ask_link=partial(state_exchange.ask, forwarder),
+        on_change=say_change,
+    )
     gossip_socket.set_load(NodeLoad(Readiness.READY))
     try:
         async with trio.open_nursery() as nursery:

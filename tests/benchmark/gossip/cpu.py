@@ -26,7 +26,7 @@ from pathlib import Path
 
 import trio
 
-from mesh.gossip import Effect, Gossip, GossipConfig, PingLink, SendDatagram
+from mesh.gossip import Effect, ExchangeState, Gossip, GossipConfig, PingLink, SendDatagram
 from mesh.seal import BOOT_ID_BYTES, Keyring, parse_key
 from mesh.udp import READ_BYTES, address_of, bind
 from mesh.view import Address, MemberStatus, ModelInfo, NodeProfile
@@ -64,6 +64,7 @@ class Peers:
             core.set_load(LOAD, now)
             core.set_profile(PROFILE, now)
             self.cores.append(core)
+        self._index_of = {address_of(bound): index for index, bound in enumerate(self.sockets)}
         self._due = [(now, index) for index in range(count)]
         heapify(self._due)
         self._due_at = [now] * count
@@ -112,10 +113,22 @@ class Peers:
                     continue  # a full buffer: lost, as datagrams may be
             elif isinstance(effect, PingLink):
                 core.link_answered(effect.node_id, now)
+            elif isinstance(effect, ExchangeState):
+                self._exchange(index, effect, now)
         due = core.next_wakeup()
         if due != self._due_at[index]:
             self._due_at[index] = due
             heappush(self._due, (due, index))
+
+    def _exchange(self, index: int, effect: ExchangeState, now: float) -> None:
+        """Among the peers a call; the real node is not asked."""
+        core = self.cores[index]
+        asked = self._index_of.get(effect.address)
+        if asked is None:
+            core.exchange_failed(effect.node_id)
+        else:
+            answer = self.cores[asked].answer_exchange(effect.question)
+            self._perform(index, core.take_exchange(effect.node_id, answer, now), now)
 
 
 @contextmanager
