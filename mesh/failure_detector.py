@@ -23,6 +23,8 @@ PROBES_MAX = 16  # at one time; one a second, each ended within a few
 RELAYS_MAX = 64  # pings on behalf of others at one time; beyond it the oldest is dropped without an answer
 SUSPICION_STEADY_MEMBERS = 10  # up to so many, refutations take no longer than between two
 HASTY_MAX = 16  # members to be probed before their turn; beyond it they wait for their turn
+CONFIRMERS = 6  # of all who hear of a suspicion; twice what confirms it in full, some are wanting
+STALEST_OF = 64  # members of which the one longest unheard is probed
 # Of the direct timeout: who pings for another says so before that other's own verdict.
 NACK_FRACTION = 0.8
 
@@ -59,6 +61,7 @@ class FailureDetector:
         self.awareness = 0
         self._config = config
         self._table = table
+        self._rng = rng
         self._pace = Pace(config, table)
         self._cycle = PeerCycle(table, rng)
         self._sequence = rng.randrange(2**32)  # so that an answer to a former process fits no probe of this one
@@ -98,7 +101,7 @@ class FailureDetector:
 
     def _next_in_turn(self, now: float) -> Member | None:
         """Every other time the member longest unheard, if its publication is overdue; else the next of the cycle."""
-        stalest = self._table.stalest()
+        stalest = self._stalest_of_some()
         self._was_stalest = (
             not self._was_stalest
             and stalest is not None
@@ -107,6 +110,14 @@ class FailureDetector:
             and self._may_probe(stalest)
         )
         return stalest if self._was_stalest else self._cycle.next()
+
+    def _stalest_of_some(self) -> Member | None:
+        """The member longest unheard, in a large mesh among a random part: who has learnt of many at one time knows
+        them all in the same order as others, and all would probe the first of them at once."""
+        live = self._table.live
+        if len(live) <= STALEST_OF:
+            return self._table.stalest()
+        return min(self._rng.sample(live, STALEST_OF), key=lambda member: member.advanced_at)
 
     def _may_probe(self, member: Member) -> bool:
         return member.node_id not in self._probed_at and len(self._probes) < PROBES_MAX
@@ -235,6 +246,14 @@ class FailureDetector:
         if expires_at < self._watched.get(member.node_id, math.inf):
             self._watched[member.node_id] = expires_at
             heapq.heappush(self._expiries, (expires_at, member.node_id))
+
+    def wants_to_confirm(self, member: Member) -> bool:
+        """Whether this node, which just heard that the member is suspected, should ask it at once and not in its turn.
+
+        In a large mesh few would ask it before the suspicion runs out, so of all who hear CONFIRMERS do by chance: they
+        confirm, or tell it to refute. In a small one all ask whom they have not heard anyway."""
+        count = len(self._table.live)
+        return count > STALEST_OF and self._rng.random() < CONFIRMERS / count and self.hasten(member.node_id)
 
     @property
     def watched_count(self) -> int:

@@ -403,6 +403,8 @@ class Gossip:
             self._view_is_old = True
         if member.status is MemberStatus.SUSPECT and change & (Change.STATUS | Change.ACCUSED | Change.ADVANCED):
             self._detector.watch(member)
+            if change & Change.STATUS and self._detector.wants_to_confirm(member):
+                self._haste_at = now
         if not member.is_live and change & (Change.STATUS | Change.NEW):
             self._contacts.died(now)
         if member.is_live and member.warm_version > member.profile_version:

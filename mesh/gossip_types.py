@@ -15,9 +15,9 @@ class GossipConfig:
     # How often a node publishes its load, which is also its sign of life. Over 0; shorter is fresher and costs packets
     # in proportion. Routers believe a load for three of these.
     publish_interval_s: float = 1.0
-    # Up to so many members they all publish each publish_interval_s; with more the interval grows with the root of
-    # their number, and overdue_s and evidence_age_s with it: 2 s at 1,000. What one node is sent holds about as many
-    # records a second.
+    # Up to so many members they all publish each publish_interval_s; with more the interval grows with their number,
+    # and overdue_s with it: 4 s at 1,000; that for loads that changed grows with the root, 2 s at 1,000. What one node
+    # is sent holds about as many records a second.
     steady_members: int = 250
     # How often one member is probed. Over verdict_timeout_s. Shorter finds the dead sooner: about half of it at n=3.
     probe_interval_s: float = 1.0
@@ -34,9 +34,9 @@ class GossipConfig:
     indirect_count: int = 3
     # The shortest a suspicion lasts among up to 10: the time to refute. Over the longest stall to be forgiven less
     # evidence_age_s; at 2 s, stalls of 3 s were deaths. Each tenfold of members makes it longer by suspicion_growth of
-    # itself, 0 or more: 6.6 s at 1,000.
+    # itself, 0 or more: 5.4 s at 1,000.
     suspicion_min_s: float = 3.0
-    suspicion_growth: float = 0.6
+    suspicion_growth: float = 0.4
     # The longest a suspicion lasts, in terms of the shortest, while nobody confirms it. At least 1.
     suspicion_max_factor: float = 2.0
     # Independent confirmations that bring a suspicion down to its shortest. 1 or 2 (a record carries three accusers).

@@ -26,6 +26,7 @@ class OwnState:
         self._next_bulk = b""
         self._is_urgent = False
         self._urgent_at = float("-inf")
+        self._published_at = float("-inf")
 
     def set_load(self, load: NodeLoad, now: float) -> None:
         """Raises ValueError for a load that no datagram holds; the former one stays."""
@@ -33,6 +34,8 @@ class OwnState:
         self.member.load = load
         if is_urgent(self._published_load, load):
             self.hurry(now)
+        elif self._next_hot != self.member.hot:
+            self.publish_at = min(self.publish_at, max(now, self._published_at + self._pace.change_interval_s))
 
     def set_profile(self, profile: NodeProfile, now: float) -> bool:
         """True where it differs from the former one.
@@ -71,6 +74,7 @@ class OwnState:
             member.bulk_version = member.bulk_version_heard = member.version
         member.touched()
         self._published_load = member.load
+        self._published_at = now
         interval_s = self._pace.publish_interval_s
         on_time = self.publish_at + interval_s
         self.publish_at = on_time if on_time > now else now + interval_s

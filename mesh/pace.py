@@ -20,12 +20,19 @@ class Pace:
 
     @property
     def slowness(self) -> float:
-        """1.0 up to steady_members, then the root of how many times as many they are: 2 at four times as many."""
-        return max(1.0, math.sqrt((len(self._table.live) + 1) / self._config.steady_members))
+        """1.0 up to steady_members, then how many times as many there are."""
+        return max(1.0, (len(self._table.live) + 1) / self._config.steady_members)
 
     @property
     def publish_interval_s(self) -> float:
+        """Between two publications of a load that did not change: what is older than a few of these is stale."""
         return self._config.publish_interval_s * self.slowness
+
+    @property
+    def change_interval_s(self) -> float:
+        """Between two publications of a load that did. It grows with the root: changes are told before all others, so
+        they arrive even where there are more of them than one node is sent."""
+        return self._config.publish_interval_s * math.sqrt(self.slowness)
 
     @property
     def overdue_s(self) -> float:
@@ -33,4 +40,6 @@ class Pace:
 
     @property
     def evidence_age_s(self) -> float:
-        return self._config.evidence_age_s * self.slowness
+        """It grows with the fourth root only: a dead member must be found in time, and what is a false suspicion for
+        it is refuted by any newer version."""
+        return self._config.evidence_age_s * math.sqrt(math.sqrt(self.slowness))

@@ -205,15 +205,30 @@ def suspected(count: int, accusers: int) -> FailureDetector:
         pytest.param(10, 1, 6.0, id="unconfirmed"),
         pytest.param(10, 2, 6.0 - 3.0 * 0.6309, id="confirmed once"),
         pytest.param(10, 3, 3.0, id="confirmed twice"),
-        pytest.param(100, 3, 4.8, id="a hundred nodes, confirmed twice"),
-        pytest.param(100, 1, 9.6, id="a hundred nodes, unconfirmed"),
-        pytest.param(1_000, 3, 6.6, id="a thousand nodes, confirmed twice"),
+        pytest.param(100, 3, 4.2, id="a hundred nodes, confirmed twice"),
+        pytest.param(100, 1, 8.4, id="a hundred nodes, unconfirmed"),
+        pytest.param(1_000, 3, 5.4, id="a thousand nodes, confirmed twice"),
     ],
 )
 def test_a_suspicion_lasts_by_size_and_confirmations(count: int, accusers: int, lasts_s: float) -> None:
     made = suspected(count, accusers)
     assert made.due_deaths(10.0 + lasts_s - 0.001) == []
     assert [m.node_id for m in made.due_deaths(10.0 + lasts_s + 0.001)] == ["b"]
+
+
+def test_of_a_thousand_who_hear_of_a_suspicion_a_few_ask_the_suspect_at_once() -> None:
+    made = suspected(1_000, 1)
+    member = made._table.members["b"]
+    asked = 0
+    for _ in range(1_000):
+        asked += made.wants_to_confirm(member)
+        made._hasty.clear()
+    assert 1 <= asked <= 20  # six of a thousand in the mean
+
+
+def test_in_a_small_mesh_nobody_asks_a_suspect_out_of_turn() -> None:
+    made = suspected(30, 1)
+    assert not any(made.wants_to_confirm(made._table.members["b"]) for _ in range(1_000))
 
 
 def test_a_confirmation_shortens_a_running_suspicion() -> None:

@@ -22,12 +22,17 @@ def pace(members: int) -> Pace:
     return Pace(GossipConfig(), table)
 
 
-@pytest.mark.parametrize(("members", "slowness"), [(1, 1.0), (30, 1.0), (250, 1.0), (1_000, 2.0), (4_000, 4.0)])
-def test_publications_slow_down_with_the_root_of_the_members(members: int, slowness: float) -> None:
-    assert pace(members).publish_interval_s == pytest.approx(slowness * GossipConfig().publish_interval_s)
+@pytest.mark.parametrize(
+    ("members", "publish_s", "change_s"), [(1, 1, 1), (30, 1, 1), (250, 1, 1), (1_000, 4, 2), (4_000, 16, 4)]
+)
+def test_publications_slow_down_with_the_members_and_changes_with_their_root(
+    members: int, publish_s: float, change_s: float
+) -> None:
+    assert pace(members).publish_interval_s == pytest.approx(publish_s)
+    assert pace(members).change_interval_s == pytest.approx(change_s)
 
 
 def test_what_is_late_is_judged_by_the_interval() -> None:
     config, slow = GossipConfig(), pace(1_000)
-    assert slow.overdue_s == pytest.approx(2 * config.overdue_s)
-    assert slow.evidence_age_s == pytest.approx(2 * config.evidence_age_s)
+    assert slow.overdue_s == pytest.approx(4 * config.overdue_s)
+    assert config.evidence_age_s < slow.evidence_age_s < slow.publish_interval_s

@@ -31,7 +31,7 @@ def acquaint(world: World) -> None:
     records = [inside.own_row(node.core).record(with_warm=True) for node in world.running]
     for node in world.running:
         table = inside.table(node.core)
-        for record in records:
+        for record in world.rng.sample(records, len(records)):
             plan = table.plan(record) if record.node_id != node.core.node_id else None
             if plan is not None:
                 table.apply(plan, node.clock(world.now), told_by="")

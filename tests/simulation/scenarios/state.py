@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from statistics import median
 
 from mesh.view import NodeLoad, NodeStatus, Readiness
 from tests.simulation import inside
@@ -14,7 +15,7 @@ from tests.simulation.world import World
 
 FRESH_S = 10.0  # how long loads are watched
 WARM_UP_S = 5.0  # before that
-CHANGES = 5  # of one load at a time, whose way is followed
+CHANGES = 10  # nodes whose load changes, and is followed
 WATCHED_MAX = 30  # nodes whose tables are looked at for freshness: to look costs more than to run
 
 
@@ -102,7 +103,7 @@ def _keep_changing(world: World, name: str, load: Callable[[str, int], NodeLoad]
 
 
 def load_change(world: World, node_count: int) -> Figures:
-    """Single loads change by a little, not urgently, in a mesh that is otherwise quiet: until 99 % know."""
+    """A few loads change by a little, not urgently, in a mesh that is otherwise quiet: until 99 % know."""
     return _change(world, node_count)
 
 
@@ -120,16 +121,23 @@ def _change(world: World, node_count: int) -> Figures:
         settle(world, node_count)
     bytes_before = sum(n.core.statistics().bytes_sent for n in world.running)
     began = world.now
-    times = []
-    for i in range(CHANGES):
-        name = f"n{(1 + 7 * i) % node_count}"
+    names = world.rng.sample(list(world.nodes), min(CHANGES, node_count))
+    versions: dict[str, int] = {}
+    for i, name in enumerate(names):
         world.set_load(name, ready_load(name, 1_000 + i, queued=1 + i))
-        version = inside.own_row(world.nodes[name].core).load_version + 1
-        times.append(world.run_while(lambda: knowing_share(world, name, version) < 0.99, SETTLE_S))  # noqa: B023
-        world.run_for(0.3)
+        versions[name] = inside.own_row(world.nodes[name].core).load_version + 1
+    times: dict[str, float] = {}
+
+    def is_on_its_way() -> bool:
+        for name, version in versions.items():
+            if name not in times and knowing_share(world, name, version) >= 0.99:
+                times[name] = world.now - began
+        return len(times) < len(names)
+
+    world.run_while(is_on_its_way, SETTLE_S)
     bytes_sent = sum(n.core.statistics().bytes_sent for n in world.running) - bytes_before
     return {
-        "known_to_99%_median_s": sorted(times)[len(times) // 2],
-        "known_to_99%_max_s": max(times),
+        "known_to_99%_median_s": median(times.values()),
+        "known_to_99%_max_s": max(times.values()),
         "bytes_out_per_node_s": bytes_sent / node_count / (world.now - began),
     }
