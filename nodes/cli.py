@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import BaseModel
 
 from nodes import cli_mesh
 from nodes.cli_models import models_app
@@ -201,8 +202,11 @@ def config_check(config: Annotated[Path | None, typer.Argument(help="TOML file",
         raise typer.Exit(EXIT_USAGE) from exc
     for key in sorted(type(checked).model_fields):
         value = getattr(checked, key)
-        if value is not None and key not in SECRET_KEYS:
+        if value is not None and key not in SECRET_KEYS and not isinstance(value, BaseModel):
             print(f"{key} = {_toml(value)}")
+    print("\n[gossip]")
+    for key, value in checked.gossip.model_dump().items():
+        print(f"{key} = {_toml(value)}")
 
 
 def _toml(value: object) -> str:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from mesh.seal import DEVELOPMENT_KEY, parse_key
 from mesh.view import Address
+from nodes.gossip_settings import GossipSettings
 
 ENV_PREFIX = "AI_CLUSTER_"
 # Variables of this prefix that other commands read; a node does not refuse them.
@@ -27,6 +28,7 @@ ADMIN_TOKEN_CHARS_MIN = 16  # fewer could be guessed over HTTP
 # What gossip tells of a node's models fits one section of a datagram.
 MODELS_MAX = 6
 MODEL_NAME_BYTES_MAX = 64
+GOSSIP_PREFIX = "gossip_"  # AI_CLUSTER_GOSSIP_PROBE_INTERVAL_S is probe_interval_s of the table gossip
 VALUE_CHARS_SHOWN = 100  # of a bad value in its error line
 BUILTIN_MODEL = Path(__file__).parent / "models" / "demo"
 BUILTIN_MODEL_NAME = "demo"
@@ -133,6 +135,10 @@ class NodeConfig(BaseModel):
         4 * 1024 * 1024, ge=1024, le=6 * 1024 * 1024, description="largest HTTP request body accepted, bytes"
     )
 
+    gossip: GossipSettings = Field(
+        default_factory=lambda: GossipSettings(), description="table of times and numbers of the gossip protocol"
+    )
+
     def node_id(self) -> str:
         return self.name or f"{socket.gethostname()[:50]}:{self.mesh.port}"
 
@@ -212,6 +218,10 @@ def load_config(file: Path | None, environment: Mapping[str, str], flags: Mappin
         ("on the command line", flags),
     ):
         for key, value in entries.items():
+            if key.startswith(GOSSIP_PREFIX):  # of the environment, which has no tables
+                values["gossip"] = {**values.get("gossip", {}), key.removeprefix(GOSSIP_PREFIX): value}
+                origin["gossip"] = source
+                continue
             if key not in NodeConfig.model_fields:
                 raise ConfigInvalid(_unknown_key(key, source))
             values[key], origin[key] = value, source
@@ -221,8 +231,16 @@ def load_config(file: Path | None, environment: Mapping[str, str], flags: Mappin
         fault = exc.errors()[0]
         key = str(fault["loc"][0])
         reason = str(fault.get("ctx", {}).get("error", "")) or _lower_first(fault["msg"])
-        shown = "" if key in SECRET_KEYS else f" = {repr(values.get(key))[:VALUE_CHARS_SHOWN]}"
-        raise ConfigInvalid(f"{key}{shown} {origin.get(key, '')}: {reason}") from exc
+        value, source = values.get(key), origin.get(key, "")
+        if key == "gossip":
+            if len(fault["loc"]) == 1:  # two of its keys contradict each other
+                raise ConfigInvalid(f"gossip {source}: {reason}") from exc
+            inner = str(fault["loc"][1])
+            if fault["type"] == "extra_forbidden":
+                raise ConfigInvalid(_unknown_key(inner, f"in [gossip] {source}", GossipSettings)) from exc
+            key, value = f"gossip.{inner}", value.get(inner) if isinstance(value, dict) else value
+        shown = "" if key in SECRET_KEYS else f" = {repr(value)[:VALUE_CHARS_SHOWN]}"
+        raise ConfigInvalid(f"{key}{shown} {source}: {reason}") from exc
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
@@ -243,8 +261,8 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _unknown_key(key: str, source: str) -> str:
-    close = difflib.get_close_matches(key, NodeConfig.model_fields, n=1)
+def _unknown_key(key: str, source: str, of: type[BaseModel] | None = None) -> str:
+    close = difflib.get_close_matches(key, (of or NodeConfig).model_fields, n=1)
     hint = f"; did you mean {close[0]}?" if close else "; docs/configuration.md lists the keys"
     shown = ENV_PREFIX + key.upper() if source == "in the environment" else key
     return f"unknown configuration key {shown} {source}{hint}"

@@ -21,7 +21,7 @@ import trio
 from mesh import state_exchange
 from mesh.errors import HandshakeRefused, MalformedDatagram, PeerUnavailable
 from mesh.forwarder import Forwarder, IncomingStream
-from mesh.gossip import Gossip, GossipConfig
+from mesh.gossip import Gossip
 from mesh.router import Router
 from mesh.seal import BOOT_ID_BYTES
 from mesh.state import decode_load, encode_load
@@ -117,7 +117,7 @@ class Node:
         advertised = advertised_address(config, bound)
         self._seeds = tuple(seed for seed in config.join if seed not in (advertised, bound))
         self._gossip = Gossip(
-            GossipConfig(),
+            config.gossip.config(),
             self._node_id,
             generation,
             advertised,

@@ -11,7 +11,7 @@ from nodes.config import SECRET_KEYS, NodeConfig
 runner = CliRunner()
 
 # Keys that are no flag: secrets that would show in process lists, and what only a parent process sets.
-NOT_FLAGS = SECRET_KEYS | {"stop_with_stdin"}
+NOT_FLAGS = SECRET_KEYS | {"stop_with_stdin", "gossip"}
 
 
 def test_every_configuration_key_is_a_flag_of_serve_and_every_flag_a_key() -> None:

@@ -1,8 +1,10 @@
 import base64
+import dataclasses
 from pathlib import Path
 
 import pytest
 
+from mesh.gossip_types import GossipConfig
 from mesh.seal import DEVELOPMENT_KEY
 from mesh.state import encode_load, encode_profile
 from mesh.view import Address, ModelInfo, ModelLoad, NodeLoad, NodeProfile, Readiness
@@ -16,6 +18,7 @@ from nodes.config import (
     parse_address,
 )
 from nodes.engine.model_loader import FINGERPRINT_HEX_CHARS
+from nodes.gossip_settings import GossipSettings
 
 
 def test_flags_win_over_environment_and_environment_over_file(tmp_path: Path) -> None:
@@ -145,3 +148,33 @@ def test_an_entry_without_models_cannot_be_given_one() -> None:
 def test_every_key_is_on_the_configuration_page() -> None:
     page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
     assert [key for key in NodeConfig.model_fields if f"`{key}`" not in page] == []
+
+
+def test_every_gossip_key_is_on_the_configuration_page_and_in_the_protocols_parameters() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+    assert [key for key in GossipSettings.model_fields if f"`{key}`" not in page] == []
+    assert GossipSettings().config() == GossipConfig()
+    assert set(GossipSettings.model_fields) == {field.name for field in dataclasses.fields(GossipConfig)}
+
+
+def test_the_gossip_table_is_read_from_file_and_environment(tmp_path: Path) -> None:
+    file = tmp_path / "node.toml"
+    file.write_text("[gossip]\nprobe_interval_s = 2.0\npacket_burst = 90\n")
+    gossip = load_config(file, {"AI_CLUSTER_GOSSIP_PROBE_INTERVAL_S": "1.5"}, {}).gossip.config()
+    assert (gossip.probe_interval_s, gossip.packet_burst, gossip.stall_s) == (1.5, 90, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        pytest.param("probe_intervall_s = 2.0", ["probe_intervall_s", "did you mean probe_interval_s"], id="typo"),
+        pytest.param("confirmations = 3", ["gossip.confirmations = 3", "less than or equal to 2"], id="out of bounds"),
+        pytest.param("verdict_timeout_s = 0.3", ["at least 2 times direct_timeout_s"], id="a contradiction"),
+    ],
+)
+def test_a_bad_gossip_key_is_named(tmp_path: Path, table: str, words: list[str]) -> None:
+    file = tmp_path / "node.toml"
+    file.write_text(f"[gossip]\n{table}\n")
+    with pytest.raises(ConfigInvalid) as caught:
+        load_config(file, {}, {})
+    assert [word for word in words if word not in str(caught.value)] == []
