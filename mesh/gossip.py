@@ -231,11 +231,11 @@ class Gossip:
             self._outbox.rumours.add_urgent(self.node_id, with_warm=True)
             self._view_is_wrong = True
 
-    def set_bulk(self, bulk: bytes) -> None:
-        """Publish these bytes beside the load, with the next publication; to all of the mesh, as they are.
+    def set_bulk(self, bulk: bytes, now: float) -> None:
+        """Publish these bytes beside the load, as often as a load that changes; to all of the mesh, as they are.
 
         Raises ValueError for more than BULK_BYTES_MAX; the former ones stay."""
-        self._state.set_bulk(bulk)
+        self._state.set_bulk(bulk, now)
 
     def add_seed(self, address: Address, now: float) -> None:
         """Call this address as a configured seed is called, first with the next tick, which is due at once then."""
@@ -399,7 +399,7 @@ class Gossip:
             self._urgent_at = min(self._urgent_at, max(now, self._urgent_told_at + self._config.urgent_spacing_s))
             self._view_is_wrong = True
         else:
-            rumours.add_load(member.node_id, is_changed=member.hot != former_hot)
+            rumours.add_load(member.node_id, is_changed=member.hot != former_hot or bool(change & Change.BULK))
             self._view_is_old = True
         if member.status is MemberStatus.SUSPECT and change & (Change.STATUS | Change.ACCUSED | Change.ADVANCED):
             self._detector.watch(member)

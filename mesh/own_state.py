@@ -35,7 +35,7 @@ class OwnState:
         if is_urgent(self._published_load, load):
             self.hurry(now)
         elif self._next_hot != self.member.hot:
-            self.publish_at = min(self.publish_at, max(now, self._published_at + self._pace.change_interval_s))
+            self._publish_change(now)
 
     def set_profile(self, profile: NodeProfile, now: float) -> bool:
         """True where it differs from the former one.
@@ -53,11 +53,16 @@ class OwnState:
         self.hurry(now)
         return True
 
-    def set_bulk(self, bulk: bytes) -> None:
-        """Goes out with the next publication. Raises ValueError for more than a peer link carries."""
+    def set_bulk(self, bulk: bytes, now: float) -> None:
+        """Raises ValueError for more than a peer link carries; the former one stays."""
         if len(bulk) > BULK_BYTES_MAX:
             raise ValueError(f"a bulk section of {len(bulk)} bytes exceeds {BULK_BYTES_MAX}")
         self._next_bulk = bulk
+        if bulk != self.member.bulk:
+            self._publish_change(now)
+
+    def _publish_change(self, now: float) -> None:
+        self.publish_at = min(self.publish_at, max(now, self._published_at + self._pace.change_interval_s))
 
     def hurry(self, now: float) -> None:
         """Publish at once, but for the spacing of urgent publications."""

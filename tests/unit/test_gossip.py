@@ -470,7 +470,7 @@ def test_a_bulk_section_reaches_every_peer_and_its_last_state_stays(size: int) -
     mesh = Wire(a, b, c)
     mesh.run(2.0)
     for fill in (b"x", b"y"):
-        a.set_bulk(fill * size)
+        a.set_bulk(fill * size, mesh.now)
         mesh.run(3.0)
         assert {mesh.member(node, "a").bulk for node in (a, b, c)} == {fill * size}
     late = gossip("d", seeds=(address("b"),), now=mesh.now)
@@ -481,9 +481,9 @@ def test_a_bulk_section_reaches_every_peer_and_its_last_state_stays(size: int) -
 
 def test_a_bulk_section_that_no_link_carries_is_refused_and_the_former_stays() -> None:
     a = gossip("a")
-    a.set_bulk(b"small")
+    a.set_bulk(b"small", 0.0)
     with pytest.raises(ValueError, match="262145 bytes exceeds 262144"):
-        a.set_bulk(bytes(wire.BULK_BYTES_MAX + 1))
+        a.set_bulk(bytes(wire.BULK_BYTES_MAX + 1), 0.0)
     a.tick(1.0)
     assert a.view(1.0).me.bulk == b"small"
 
