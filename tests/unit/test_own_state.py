@@ -14,7 +14,7 @@ from mesh.wire import Record
 
 def state(members: int) -> OwnState:
     """Of a node that published at time 0 among so many."""
-    own = own_member("own", 1, Address("10.0.0.1", 7946), 0.0)
+    own = own_member("own", 1, Address("10.0.0.1", 7946), b"", 0.0)
     table = MemberTable(own)
     for i in range(members - 1):
         plan = table.plan(Record(f"n{i}", 1, 1, MemberStatus.ALIVE, Address("10.0.0.2", 7946)))
