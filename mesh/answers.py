@@ -13,7 +13,7 @@ from mesh.failure_detector import FailureDetector
 from mesh.gossip_types import GossipConfig
 from mesh.membership import Member, MemberTable
 from mesh.outbox import Outbox
-from mesh.view import Address
+from mesh.view import Address, MemberStatus
 
 JOIN_SAMPLE = 12  # members named to a joining node, more than its answer has room for; an exchange brings the rest
 
@@ -45,6 +45,8 @@ class Answers:
         True where the sender answered the call of a seed, and so knows a mesh that this node does not."""
         message, outbox, members = packet.message, self._outbox, self._table.members
         sender = members.get(packet.sender)
+        if outlived := self._outlived(packet.records):
+            outbox.send_delta(source, outlived, now)
         match message:
             case wire.Ping(sequence, target):
                 # A ping for another was meant for who had this address before.
@@ -121,6 +123,19 @@ class Answers:
         if sender is not None and _knows_better(packet.records, sender):
             named.insert(0, Lacking(sender, with_warm=False, with_bulk=False))
         self._outbox.answer_join(source, sequence, named, now)
+
+    def _outlived(self, records: Iterable[wire.Record]) -> list[Lacking]:
+        """Members that the sender doubts at a version that a newer one known here refutes. In a large mesh it may not
+        hear of that by itself before it takes them for dead."""
+        doubted = [r for r in records if r.status in (MemberStatus.SUSPECT, MemberStatus.DEAD)]
+        known = [(r, self._table.members.get(r.node_id)) for r in doubted if r.node_id != self._table.own.node_id]
+        return [
+            Lacking(m, with_warm=False, with_bulk=False)
+            for r, m in known
+            if m is not None
+            and m.status is MemberStatus.ALIVE
+            and (m.generation, m.version) > (r.generation, r.version)
+        ]
 
     def _overruled(self, records: Iterable[wire.Record]) -> list[Lacking]:
         """Members that the sender of a Delta holds for alive and that are known here to be gone."""

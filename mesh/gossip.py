@@ -6,7 +6,6 @@ It joins the parts: the member table, the failure detector, the own state, the d
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Iterable
 from types import MappingProxyType
 from typing import assert_never
@@ -16,7 +15,7 @@ from mesh.admission import Admission
 from mesh.answers import Answers
 from mesh.anti_entropy import DigestTurns
 from mesh.contacts import Contacts
-from mesh.errors import MalformedDatagram, SealRejected
+from mesh.errors import MalformedDatagram
 from mesh.failure_detector import FailureDetector
 from mesh.gossip_types import (
     DuplicateNode,
@@ -35,7 +34,8 @@ from mesh.membership import NEWS, Change, Member, MemberTable, PeerCycle, Plan, 
 from mesh.outbox import Outbox
 from mesh.own_state import OwnState
 from mesh.pace import Pace
-from mesh.seal import DatagramSealer, Keyring, Opened
+from mesh.reception import Reception
+from mesh.seal import DatagramSealer, Keyring
 from mesh.view import Address, ClusterView, MemberStatus, MemberView, NodeLoad, NodeProfile
 
 __all__ = [
@@ -94,9 +94,10 @@ class Gossip:
         self._digests = DigestTurns(config, self._table, rng, now)
         self._exchanges = exchange.ExchangeTurns(config, self._table, rng, now)
         self._sealer = DatagramSealer(keyring, boot_id)
-        self._admission = Admission(keyring.derive(keyring.primary_id, b"cookie|" + boot_id), now)
         self._outbox = Outbox(config, self._table, self._sealer, now)
         self._answers = Answers(config, self._table, self._detector, self._contacts, self._digests, self._outbox, rng)
+        admission = Admission(keyring.derive(keyring.primary_id, b"cookie|" + boot_id), now)
+        self._reception = Reception(self._sealer, admission, self._table, self._detector, self._contacts, self._answers)
         self._cycle = PeerCycle(self._table, rng)
         self._round_at = now + config.round_interval_s
         self._urgent_at = float("inf")
@@ -110,9 +111,6 @@ class Gossip:
         self._view: ClusterView | None = None
         self._view_is_wrong = False  # something changed that must show at once
         self._view_is_old = False  # loads and versions advanced
-        self._received: Counter[str] = Counter()
-        self._rejects: Counter[str] = Counter()
-        self._bytes_received = self._strangers = 0
         self._probes = self._suspicions = self._deaths = self._stalls = self._exchanged = 0
         self.set_profile(NodeProfile(), now)
 
@@ -269,24 +267,11 @@ class Gossip:
         """Take in one datagram, whatever its bytes. One that is rejected changes nothing but its count."""
         if self._has_left:
             return []
-        try:
-            opened, packet = self._open(datagram)
-            plans = [self._table.plan(record) for record in packet.records if record.node_id != self.node_id]
-            if not opened.is_admitted and not self._is_proven(opened, packet.message, source):
-                return self._answer_stranger(opened, packet, source, now)
-            if self._admission.is_flooding(opened.boot_id, now):
-                raise SealRejected("flood")
-        except SealRejected as exc:
-            self._rejects[exc.reason] += 1
-            return []
-        except MalformedDatagram:
-            self._rejects["malformed"] += 1
-            return []
-        if not opened.is_admitted:
-            self._sealer.admit(opened)
+        arrival = self._reception.let_in(datagram, source, now)
+        if arrival is None:
+            return self._outbox.drain()
+        packet = arrival.packet
         self._forgive_stall(now)
-        self._received[wire.MESSAGE_LABELS[type(packet.message)]] += 1
-        self._bytes_received += len(datagram)
         if isinstance(packet.message, wire.Conflict):
             self._be_refused(packet.message, now)
         elif packet.sender == self.node_id:
@@ -294,11 +279,11 @@ class Gossip:
             if source != self._own.address:
                 self._report_duplicate(self.node_id, source, now)
                 self._answers.answer_second_process(packet, self._own, source, now)
-        elif self._identity.is_second_process(packet, opened.boot_id, source, now):
+        elif self._identity.is_second_process(packet, arrival.boot_id, source, now):
             self._report_duplicate(packet.sender, source, now)
             self._answers.answer_second_process(packet, self._table.members[packet.sender], source, now)
         else:
-            self._take(plans, packet.sender, now)
+            self._take(arrival.plans, packet.sender, now)
             for record in packet.records:
                 if record.node_id == self.node_id:
                     self._hear_about_self(record, source, now)
@@ -332,7 +317,7 @@ class Gossip:
             records = exchange.decode_answer(answer)
             plans = [self._table.plan(record) for record in records if record.node_id != self.node_id]
         except MalformedDatagram:
-            self._rejects["malformed"] += 1
+            self._reception.rejects["malformed"] += 1
             return []
         self._exchanged += 1
         self._take(plans, node_id, now)
@@ -351,35 +336,6 @@ class Gossip:
         if self._identity.refused(conflict.known_ms, now) and not self._is_fenced:
             self._is_fenced = True
             self._outbox.emit(Fenced(conflict.address))
-
-    def _open(self, datagram: bytes) -> tuple[Opened, wire.Packet]:
-        """Raises SealRejected or MalformedDatagram."""
-        if len(datagram) > wire.DATAGRAM_BYTES_MAX:
-            raise SealRejected("oversized")
-        opened = self._sealer.open(datagram)
-        packet = wire.decode(opened.payload)
-        if isinstance(packet.message, wire.Join) and not packet.message.is_compatible:
-            raise SealRejected("protocol version")
-        return opened, packet
-
-    def _is_proven(self, opened: Opened, message: wire.Message, source: Address) -> bool:
-        """True where a datagram holds what only a process that is alive now can know: an answer to a question of this
-        node."""
-        match message:
-            case wire.CookieEcho(cookie):
-                return cookie == self._admission.cookie(opened.boot_id, source)
-            case wire.Ack(sequence, target):
-                return self._detector.is_asked(sequence, target)
-            case wire.Delta(join_sequence) | wire.Conflict(join_sequence=join_sequence):
-                return self._contacts.is_called(join_sequence)
-            case _:
-                return False
-
-    def _answer_stranger(self, opened: Opened, packet: wire.Packet, source: Address, now: float) -> list[Effect]:
-        self._strangers += 1
-        if self._admission.may_send_cookie(now):
-            self._answers.answer_stranger(packet, self._admission.cookie(opened.boot_id, source), source, now)
-        return self._outbox.drain()
 
     def _merge(self, plan: Plan, told_by: str, now: float) -> None:
         """Take in what a record changes: pass it on, watch it, report it."""
@@ -489,13 +445,13 @@ class Gossip:
         """Counts as of now, independent of later ones."""
         return GossipStatistics(
             packets_sent=MappingProxyType(dict(self._outbox.sent)),
-            packets_received=MappingProxyType(dict(self._received)),
+            packets_received=MappingProxyType(dict(self._reception.received)),
             packets_withheld=self._outbox.withheld,
             packets_unlimited=self._outbox.unlimited,
             bytes_sent=self._outbox.bytes_sent,
-            bytes_received=self._bytes_received,
-            rejects=MappingProxyType(dict(self._rejects)),
-            strangers=self._strangers,
+            bytes_received=self._reception.bytes_received,
+            rejects=MappingProxyType(dict(self._reception.rejects)),
+            strangers=self._reception.strangers,
             probes=self._probes,
             suspicions=self._suspicions,
             refutations=self._state.refutations,

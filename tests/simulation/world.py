@@ -162,7 +162,7 @@ class World:
             sealer = StandInSealer(boot_id)
         if node.dialect is not None:
             sealer = DialectSealer(sealer, node.dialect)
-        core._sealer = core._outbox._sealer = sealer
+        core._sealer = core._outbox._sealer = core._reception._sealer = sealer
 
     def set_dialect(self, name: str, dialect: Dialect) -> None:
         """From its next start on the node speaks another version of the protocol."""

@@ -233,6 +233,17 @@ def test_a_suspicion_of_a_former_version_is_answered_with_the_present_one() -> N
     assert a.statistics().refutations == 0
 
 
+@pytest.mark.parametrize("status", [MemberStatus.SUSPECT, MemberStatus.DEAD])
+def test_who_doubts_a_member_at_a_former_version_is_told_the_newer_one(status: MemberStatus) -> None:
+    a = gossip("a")
+    a.receive(sealed(wire.Rumour(), record("c", 9)), address("b"), 0.0)
+    doubt = a.receive(sealed(wire.Rumour(), record("c", 8, status=status), boot=b"c" * 16), address("b"), 0.1)
+    told = [r for to, p in packets_of(doubt) if to == address("b") for r in p.records if r.node_id == "c"]
+    assert [(r.version, r.status) for r in told] == [(9, MemberStatus.ALIVE)]
+    at_the_same = a.receive(sealed(wire.Rumour(), record("c", 9, status=status), boot=b"d" * 16), address("b"), 0.2)
+    assert not [r for _, p in packets_of(at_the_same) if isinstance(p.message, wire.Delta) for r in p.records]
+
+
 # --- evidence ---
 
 
