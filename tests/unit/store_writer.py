@@ -21,11 +21,16 @@ TASKS = 4
 PAIRS = 40
 
 
+def say(*words: str) -> None:
+    """One line in one write, short enough for the pipe to have it whole or not at all; print() may need several."""
+    os.write(sys.stdout.fileno(), f"{' '.join(words)}\n".encode())
+
+
 async def commit_until_killed(folder: Path, life: int) -> None:
     rng = Random(life)
     async with open_store(folder) as store:
         durable = DurableReplica(Replica("writer", life, await store.records()), store)
-        print("open", os.getpid(), flush=True)
+        say("open", str(os.getpid()))
 
         async def edit(task: int) -> None:
             for i in range(1_000_000):
@@ -42,8 +47,7 @@ async def commit_until_killed(folder: Path, life: int) -> None:
                     continue
                 await durable.commit(drafts)
                 await store.put(usage=[UsageRow("writer", life, f"task {task}", Totals(i, i, i))])
-                # Short enough for one write to the pipe, which is there whole or not at all.
-                print(*(f"{d.record_id}:{d.clock}:{d.is_deleted:d}" for d in drafts), f"{task}:{i}", flush=True)
+                say(*(f"{d.record_id}:{d.clock}:{d.is_deleted:d}" for d in drafts), f"{task}:{i}")
 
         async with trio.open_nursery() as nursery:
             for task in range(TASKS):
@@ -59,7 +63,7 @@ def main(folder: Path) -> None:
             finally:
                 os._exit(1)  # never back into the loop of its parent
         _, status = os.waitpid(pid, 0)
-        print("killed by", os.WTERMSIG(status), flush=True)
+        say("killed by", str(os.WTERMSIG(status)))
 
 
 if __name__ == "__main__":
