@@ -27,6 +27,7 @@ NODE_ID_BYTES_MAX = 64  # as in gossip; bounds what a stranger can make us log
 REFUSALS = frozenset({"unknown key", "wrong key", "other cluster", "protocol version", "fenced"})
 UNSPECIFIED = "unspecified"  # a refusal in words of a later version
 OTHER_NODE = "other node"
+FENCED = "fenced"  # the peer has the responder's own name
 
 _HELLO, _REFUSED = 1, 2
 
@@ -108,6 +109,8 @@ class Handshake:
             return self._session(peer, self._own.nonce + peer.nonce), b""
         if refusal is not None:
             raise HandshakeRefused(refusal)
+        if peer.node_id == self._own.node_id:
+            raise HandshakeRefused(FENCED)  # this very process does not dial itself
         # Answered under the key that the peer chose: while keys are rotated it may not be our first.
         own = self._own
         answer = Hello(VERSION_MIN, VERSION_MAX, own.cluster_hash, peer.key_id, own.node_id, own.boot_id, own.nonce)

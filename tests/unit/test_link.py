@@ -131,6 +131,7 @@ def test_a_responder_says_why_it_refuses_and_both_ends_close(keys: list[bytes], 
             replace(HELLO, version_min=-1, version_max=0), KEYRING, "protocol version", id="only older versions"
         ),
         pytest.param(HELLO, Keyring([OTHER_KEY]), "wrong key", id="the id of a key it does not hold"),
+        pytest.param(replace(HELLO, node_id="b"), KEYRING, "fenced", id="the responder's own name"),
     ],
 )
 def test_a_hello_that_does_not_fit_is_refused(hello: Hello, keyring: Keyring, reason: str) -> None:
