@@ -305,7 +305,7 @@ class Node:
                 else:
                     return
             if refusals:
-                message = _refused(refusals, self._config.cluster_name)
+                message = _refused(refusals, self._node_id, self._config.cluster_name)
                 if is_start:
                     raise ConfigInvalid(message)
                 if message != told:
@@ -417,14 +417,17 @@ class Node:
         return await self._metrics.render(snapshot, accept)
 
 
-def _refused(refusals: Mapping[Address, str], cluster_name: str) -> str:
+def _refused(refusals: Mapping[Address, str], node_id: str, cluster_name: str) -> str:
     """One line for all seeds that answered and declined."""
     seeds = ", ".join(f"{address} ({reason})" for address, reason in refusals.items())
     fix = "delete <data_dir>/keyring, if there is one, and give this node the mesh's own key with --cluster-key-file"
     if set(refusals.values()) == {"other cluster"}:
         fix = f"this node's --cluster-name is {cluster_name!r}; give it the mesh's"
     elif set(refusals.values()) == {"fenced"}:
-        return f"every seed that answers runs under this node's own name: {seeds}; give each node a --name of its own"
+        return (
+            f"every seed that answers runs under this node's own name, {node_id!r}: {seeds}; "
+            "give each node a --name and a --data-dir of its own"
+        )
     elif set(refusals.values()) == {"protocol version"}:
         fix = "run versions of AI Cluster that share a protocol version"
     return f"every seed that answers refuses this node's cluster key handshake: {seeds}; {fix}"
