@@ -21,7 +21,8 @@ from mesh.wire import COUNT_MAX, pack_address
 # others together, and a burst when a mesh starts.
 PEER_RATE = 64.0
 PEER_BURST = 256
-PEERS_MAX = 16_384  # processes whose rate is known; as many as members
+PEERS_MAX = 16_384  # processes whose rate and place are known; as many as members
+PLACES_MAX = 4  # addresses of one process: two of IPv4, two of IPv6
 # Cookies sent to strangers a second and at once: every pair of nodes of a starting mesh meets once.
 COOKIE_RATE = 100.0
 COOKIE_BURST = 200
@@ -33,12 +34,27 @@ class Admission:
     def __init__(self, secret: bytes, now: float) -> None:
         self._secret = secret
         self._cookies = PacketBudget(COOKIE_RATE, COOKIE_BURST, math.inf, now)
+        # By boot id the addresses it has proven, or others have vouched for; the longest silent first.
+        self._places: OrderedDict[bytes, tuple[Address, ...]] = OrderedDict()
         self._paces: OrderedDict[bytes, PacketBudget] = OrderedDict()  # by boot id, longest silent first
 
     def cookie(self, boot_id: bytes, source: Address) -> int:
         """What this process at this address must echo. Never 0."""
         digest = hmac.digest(self._secret, boot_id + pack_address(source), "sha256")
         return int.from_bytes(digest[:8], "big") & COUNT_MAX | 1
+
+    def is_at(self, boot_id: bytes, source: Address) -> bool:
+        """The process is known at that address. From elsewhere even what it sealed may have been meant for another, and
+        answers to it may flood who never asked."""
+        return source in self._places.get(boot_id, ())
+
+    def note(self, boot_id: bytes, address: Address) -> None:
+        """The process is at that address, too."""
+        places = tuple(place for place in self._places.get(boot_id, ()) if place != address)
+        self._places[boot_id] = (*places, address)[-PLACES_MAX:]
+        self._places.move_to_end(boot_id)
+        if len(self._places) > PEERS_MAX:
+            self._places.popitem(last=False)
 
     def may_send_cookie(self, now: float) -> bool:
         return self._cookies.take(now)

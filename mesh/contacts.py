@@ -39,6 +39,7 @@ class Contacts:
         self._seeds = [Seed(a) for a in dict.fromkeys(seeds) if a != table.own.address]
         self._configured_count = len(self._seeds)
         self._sequence = rng.randrange(2**32)  # so that an answer to a former process fits no call of this one
+        self._found: dict[Address, Address] = {}  # of seeds given by name; at most one each
         self._calls: OrderedDict[int, Address] = OrderedDict()  # unanswered ones by sequence, oldest first
         self._dead_at = float("inf")
         self._dead_order: list[str] = []
@@ -87,7 +88,13 @@ class Contacts:
 
     def call_to(self, address: Address) -> int:
         """The sequence of the latest call to an address that waits for its answer; 0 for none."""
-        return next((sequence for sequence, called in reversed(self._calls.items()) if called == address), 0)
+        found = self._found
+        return next((s for s, called in reversed(self._calls.items()) if address in (called, found.get(called))), 0)
+
+    def found(self, seed: Address, address: Address) -> None:
+        """A seed given by host name was called at this address."""
+        if any(known.address == seed for known in self._seeds):
+            self._found[seed] = address
 
     def died(self, now: float) -> None:
         """Somebody was found dead: call soon, because a restart follows a crash."""
@@ -98,13 +105,13 @@ class Contacts:
         """One of the dead after the other, in turns over all of them."""
         members, config = self._table.members, self._config
         if not self._dead_order:
-            self._dead_order = [i for i in self._table.tombstones if members[i].status is MemberStatus.DEAD]
+            self._dead_order = list(self._table.dead)
         if not self._dead_order:
             self._dead_at = float("inf")  # until somebody dies
             return
         is_recent = now - self._died_at < config.recent_death_s
         interval_s = config.dead_recent_interval_s if is_recent else config.dead_interval_s
-        self._dead_at = now + max(config.dead_spacing_s, interval_s / max(1, len(self._table.tombstones)))
+        self._dead_at = now + max(config.dead_spacing_s, interval_s / max(1, len(self._table.dead)))
         member = members.get(self._dead_order.pop())
         if member is not None and member.status is MemberStatus.DEAD:
             outbox.send_join(member.address, self._new_call(member.address), now, member)

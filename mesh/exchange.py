@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import msgpack
 
 from mesh.anti_entropy import is_behind, lacking_of
 from mesh.errors import MalformedDatagram
 from mesh.gossip_types import GossipConfig
-from mesh.membership import MEMBERS_MAX, Member, MemberTable
+from mesh.membership import MEMBERS_MAX, Member, MemberTable, id_hash
 from mesh.view import MemberStatus
 from mesh.wire import (
     BULK_BYTES_MAX,
     NODE_ID_BYTES_MAX,
     DigestEntry,
     Record,
+    count,
     pack_digest_entry,
     text,
     unpack_digest_entry,
@@ -29,7 +31,7 @@ from mesh.wire import (
 )
 
 ANSWER_BYTES_MAX = 3 * 1024 * 1024  # below what one event of a peer link carries; what is left out is asked for again
-QUESTION_BYTES_MAX = 1024 * 1024  # entries of MEMBERS_MAX members
+QUESTION_BYTES_MAX = 2 * 1024 * 1024  # entries of MEMBERS_MAX members under the longest names
 UNDER_WAY_MAX = 2  # questions of one node at one time
 UNDER_WAY_S = 10.0  # after this a question counts as lost
 LACKING_MAX = 64  # members whose bulk section is missed at one time; the others are found by the periodic exchange
@@ -87,25 +89,27 @@ class ExchangeTurns:
 
 
 def encode_question(table: MemberTable) -> bytes:
-    """What this node holds of every member, itself included."""
-    entries = [pack_digest_entry(member.digest_entry()) for member in table.members.values()]
+    """What this node holds of every member, itself included, under their names: of two with one hash both count."""
+    entries = [[m.node_id, *pack_digest_entry(m.digest_entry())[1:]] for m in table.members.values()]
     encoded: bytes = msgpack.packb([table.own.node_id, entries])
     return encoded
 
 
-def answer(table: MemberTable, question: bytes) -> bytes:
-    """The records that the asker lacks. Raises MalformedDatagram."""
-    asker, entries = _read_question(question)
-    held = {entry.id_hash: entry for entry in entries}
+def answer(table: MemberTable, question: bytes, now: float) -> bytes:
+    """The records that the asker lacks; behind that of one who is gone, for how many seconds. Raises
+    MalformedDatagram."""
+    asker, held = _read_question(question)
     records: list[bytes] = []
     room_bytes = ANSWER_BYTES_MAX
     for member in table.members.values():
-        theirs = held.get(member.id_hash, DigestEntry(member.id_hash, 0, 0, MemberStatus.ALIVE, 0))
+        theirs = held.get(member.node_id, DigestEntry(member.id_hash, 0, 0, MemberStatus.ALIVE, 0))
         ours = member.digest_entry()
-        is_missing = member.id_hash not in held or theirs.bulk_version < ours.bulk_version
+        is_missing = member.node_id not in held or theirs.bulk_version < ours.bulk_version
         if member.node_id == asker or not (is_missing or is_behind(theirs, ours, 1)):
             continue
         record = lacking_of(theirs, member).encoded(is_datagram=False)
+        if (gone_since := table.tombstones.get(member.node_id)) is not None:
+            record += msgpack.packb(max(0, int(now - gone_since)))
         room_bytes -= len(record)
         if room_bytes < 0:
             break
@@ -113,22 +117,35 @@ def answer(table: MemberTable, question: bytes) -> bytes:
     return b"".join(records)
 
 
-def decode_answer(data: bytes) -> list[Record]:
+@dataclass(frozen=True, slots=True)
+class Told:
+    """One record of an answer. gone_s: for how long the member has been known to be gone, None for a live one."""
+
+    record: Record
+    gone_s: int | None = None
+
+
+def decode_answer(data: bytes) -> list[Told]:
     """Raises MalformedDatagram."""
     if len(data) > ANSWER_BYTES_MAX:
         raise MalformedDatagram(f"an answer of {len(data)} bytes exceeds {ANSWER_BYTES_MAX}")
     unpacker = msgpack.Unpacker(strict_map_key=True, max_buffer_size=ANSWER_BYTES_MAX)
     unpacker.feed(data)
-    records = []
+    told: list[Told] = []
     try:
         while unpacker.tell() < len(data):
-            records.append(unpack_record(unpacker.unpack(), BULK_BYTES_MAX))
+            item = unpacker.unpack()
+            if told and type(item) is int:
+                told[-1] = Told(told[-1].record, count(item))
+            else:
+                told.append(Told(unpack_record(item, BULK_BYTES_MAX)))
     except (msgpack.UnpackException, ValueError) as exc:
         raise MalformedDatagram(f"an answer of {len(data)} bytes is no msgpack: {exc!r}") from exc
-    return records
+    return told
 
 
-def _read_question(question: bytes) -> tuple[str, list[DigestEntry]]:
+def _read_question(question: bytes) -> tuple[str, dict[str, DigestEntry]]:
+    """Who asks, and what it holds, by node id."""
     if len(question) > QUESTION_BYTES_MAX:
         raise MalformedDatagram(f"a question of {len(question)} bytes exceeds {QUESTION_BYTES_MAX}")
     try:
@@ -139,4 +156,10 @@ def _read_question(question: bytes) -> tuple[str, list[DigestEntry]]:
         raise MalformedDatagram("a question is a name and an array of entries")
     if len(fields[1]) > MEMBERS_MAX:
         raise MalformedDatagram(f"a question of {len(fields[1])} entries exceeds {MEMBERS_MAX}")
-    return text(fields[0], NODE_ID_BYTES_MAX), [unpack_digest_entry(entry) for entry in fields[1]]
+    held: dict[str, DigestEntry] = {}
+    for entry in fields[1]:
+        if not isinstance(entry, list) or not entry:
+            raise MalformedDatagram("an entry is an array that begins with a node id")
+        node_id = text(entry[0], NODE_ID_BYTES_MAX)
+        held[node_id] = unpack_digest_entry([id_hash(node_id), *entry[1:]])
+    return text(fields[0], NODE_ID_BYTES_MAX), held

@@ -96,7 +96,8 @@ class Gossip:
         self._sealer = DatagramSealer(keyring, boot_id)
         self._outbox = Outbox(config, self._table, self._sealer, now)
         self._answers = Answers(config, self._table, self._detector, self._contacts, self._digests, self._outbox, rng)
-        admission = Admission(keyring.derive(keyring.primary_id, b"cookie|" + boot_id), now)
+        secret = keyring.derive(keyring.primary_id, b"cookie|" + boot_id, salt=rng.randbytes(32))
+        admission = Admission(secret, now)
         self._reception = Reception(self._sealer, admission, self._table, self._detector, self._contacts, self._answers)
         self._cycle = PeerCycle(self._table, rng)
         self._round_at = now + config.round_interval_s
@@ -239,6 +240,10 @@ class Gossip:
         """Call this address as a configured seed is called, first with the next tick, which is due at once then."""
         self._contacts.add(address)
 
+    def seed_found(self, seed: Address, address: Address) -> None:
+        """A call to a seed given by host name went to this address."""
+        self._contacts.found(seed, address)
+
     def forget(self, node_id: str, now: float) -> bool:
         """Make a DEAD member one that LEFT, here and by rumour everywhere: it no longer counts and is not called again.
         A newer life of it is believed as before. False, with nothing changed, for one that is not DEAD or not known."""
@@ -304,9 +309,9 @@ class Gossip:
 
     # --- comparing everything over a peer link ---
 
-    def answer_exchange(self, question: bytes) -> bytes:
+    def answer_exchange(self, question: bytes, now: float) -> bytes:
         """A peer's question, and what to answer. Raises MalformedDatagram."""
-        return exchange.answer(self._table, question)
+        return exchange.answer(self._table, question, now)
 
     def take_exchange(self, node_id: str, answer: bytes, now: float) -> list[Effect]:
         """What a member answered. A malformed answer changes nothing but its count."""
@@ -314,15 +319,23 @@ class Gossip:
         if self._has_left:
             return []
         try:
-            records = exchange.decode_answer(answer)
-            plans = [self._table.plan(record) for record in records if record.node_id != self.node_id]
+            told = exchange.decode_answer(answer)
+            plans = [self._table.plan(t.record) for t in told if t.record.node_id != self.node_id]
         except MalformedDatagram:
             self._reception.rejects["malformed"] += 1
             return []
         self._exchanged += 1
-        self._take(plans, node_id, now)
+        gone_s = {t.record.node_id: t.gone_s for t in told if t.gone_s is not None}
+        for plan in plans:
+            if plan is not None and plan.change & Change.NEW and plan.record.node_id in gone_s:
+                # Remembered no longer than by who told of it, and told to nobody, or it never would be forgotten.
+                age_s = gone_s[plan.record.node_id]
+                if age_s < self._config.tombstone_s:
+                    self._view_is_wrong |= self._table.bury(plan, now - age_s, now)
+            else:
+                self._take([plan], node_id, now)
         member = self._table.members.get(node_id)
-        for record in records:
+        for record in [t.record for t in told]:
             if record.node_id == self.node_id and member is not None:
                 self._hear_about_self(record, member.address, now)
         return self._outbox.drain()
@@ -347,7 +360,7 @@ class Gossip:
         if member is None:
             return
         if plan.record.boot_id and plan.record.boot_id == member.boot_id:
-            self._sealer.admit_process(member.boot_id)
+            self._reception.vouch(member.boot_id, member.address)
         rumours = self._outbox.rumours
         if change & NEWS or change & Change.ACCUSED:
             is_told_in_full = bool(change & (Change.NEW | Change.GENERATION | Change.PROFILE))
@@ -380,6 +393,8 @@ class Gossip:
             self._merge(plan, "", now)
 
     def _hear_about_self(self, record: wire.Record, source: Address, now: float) -> None:
+        if record.generation >= wire.GENERATION_MAX or record.version >= wire.VERSION_MAX:
+            return  # no process lived or published so often, and there would be no outdoing it
         claim = self._identity.judge(record, now)
         match claim:
             case Claim.KNOWN:

@@ -211,6 +211,7 @@ class MemberTable:
         self.members: dict[str, Member] = {own.node_id: own}
         self.live: list[Member] = []
         self.tombstones: OrderedDict[str, float] = OrderedDict()  # DEAD and LEFT: since when, oldest first
+        self.dead: dict[str, None] = {}  # of the tombstones those that are called again: DEAD and not LEFT
         self.id_of_hash: dict[int, str] = {own.id_hash: own.node_id}  # of two equal hashes the later one
         self.refused = 0  # new members that found the table full
         self._live_index: dict[str, int] = {}
@@ -313,18 +314,23 @@ class MemberTable:
                 self._stalest.move_to_end(member.node_id)
         if was_live != member.is_live:
             self._place(member, now)
+        elif member.status is MemberStatus.LEFT:
+            self.dead.pop(member.node_id, None)
 
     def _place(self, member: Member, now: float) -> None:
         """Put a row among the living or among the tombstones, where it was not before."""
         node_id = member.node_id
         if member.is_live:
             self.tombstones.pop(node_id, None)
+            self.dead.pop(node_id, None)
             self._live_index[node_id] = len(self.live)
             self.live.append(member)
             self._stalest[node_id] = None
             insort(self._hashes, (member.id_hash, node_id))
             return
         self.tombstones[node_id] = now
+        if member.status is MemberStatus.DEAD:
+            self.dead[node_id] = None
         index = self._live_index.pop(node_id, None)
         if index is not None:
             last = self.live.pop()
@@ -338,13 +344,29 @@ class MemberTable:
 
     def forget(self, before: float) -> bool:
         """Drop tombstones made before that time. True if any was."""
-        count = len(self.tombstones)
-        while self.tombstones and next(iter(self.tombstones.values())) < before:
-            self._forget_oldest()
-        return len(self.tombstones) < count
+        expired = [node_id for node_id, since in self.tombstones.items() if since < before]
+        for node_id in expired:
+            self._forget(node_id)
+        return bool(expired)
+
+    def bury(self, plan: Plan, since: float, now: float) -> bool:
+        """Take in a member not known before that has been gone since then. False where that is too long ago to be
+        remembered beside others, or the table is full."""
+        oldest = next(iter(self.tombstones.values()), since)
+        if len(self.tombstones) >= TOMBSTONES_MAX and since < oldest:
+            return False
+        member = self.apply(plan, now, told_by="")
+        if member is None or member.is_live:
+            return False
+        self.tombstones[member.node_id] = since
+        return True
 
     def _forget_oldest(self) -> None:
-        node_id, _ = self.tombstones.popitem(last=False)
+        self._forget(next(iter(self.tombstones)))
+
+    def _forget(self, node_id: str) -> None:
+        del self.tombstones[node_id]
+        self.dead.pop(node_id, None)
         member = self.members.pop(node_id)
         if self.id_of_hash.get(member.id_hash) == node_id:
             del self.id_of_hash[member.id_hash]
@@ -418,7 +440,8 @@ def join_accusers(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def id_hash(node_id: str) -> int:
-    """32 bits that stand for a node id in digests and accusations. Equal ones cost a needless record, nothing else."""
+    """32 bits that stand for a node id in digests and accusations. Of two equal ones digests see the later alone; the
+    exchange over peer links goes by names."""
     return zlib.crc32(node_id.encode()) & HASH_MAX
 
 

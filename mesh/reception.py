@@ -53,14 +53,18 @@ class Reception:
     def let_in(self, datagram: bytes, source: Address, now: float) -> Arrival | None:
         """None for one that is rejected, which changes nothing but its count, or a stranger's, which is answered."""
         try:
-            opened, packet = self._open(datagram)
-            own_id = self._table.own.node_id
-            plans = [self._table.plan(record) for record in packet.records if record.node_id != own_id]
-            if not opened.is_admitted and not self._is_proven(opened, packet.message, source):
+            opened = self._open(datagram)
+            if opened.is_admitted and self._admission.is_flooding(opened.boot_id, now):
+                raise SealRejected("flood")
+            packet = wire.decode(opened.payload)
+            if isinstance(packet.message, wire.Join) and not packet.message.is_compatible:
+                raise SealRejected("protocol version")
+            is_known = opened.is_admitted and self._admission.is_at(opened.boot_id, source)
+            if not is_known and not self._is_proven(opened, packet.message, source):
                 self._meet_stranger(opened, packet, source, now)
                 return None
-            if self._admission.is_flooding(opened.boot_id, now):
-                raise SealRejected("flood")
+            own_id = self._table.own.node_id
+            plans = [self._table.plan(record) for record in packet.records if record.node_id != own_id]
         except SealRejected as exc:
             self.rejects[exc.reason] += 1
             return None
@@ -69,19 +73,22 @@ class Reception:
             return None
         if not opened.is_admitted:
             self._sealer.admit(opened)
+        if not is_known:
+            self._admission.note(opened.boot_id, source)
         self.received[wire.MESSAGE_LABELS[type(packet.message)]] += 1
         self.bytes_received += len(datagram)
         return Arrival(opened.boot_id, packet, plans)
 
-    def _open(self, datagram: bytes) -> tuple[Opened, wire.Packet]:
-        """Raises SealRejected or MalformedDatagram."""
+    def _open(self, datagram: bytes) -> Opened:
+        """Raises SealRejected."""
         if len(datagram) > wire.DATAGRAM_BYTES_MAX:
             raise SealRejected("oversized")
-        opened = self._sealer.open(datagram)
-        packet = wire.decode(opened.payload)
-        if isinstance(packet.message, wire.Join) and not packet.message.is_compatible:
-            raise SealRejected("protocol version")
-        return opened, packet
+        return self._sealer.open(datagram)
+
+    def vouch(self, boot_id: bytes, address: Address) -> None:
+        """An admitted peer says that this process lives at that address."""
+        self._sealer.admit_process(boot_id)
+        self._admission.note(boot_id, address)
 
     def _is_proven(self, opened: Opened, message: wire.Message, source: Address) -> bool:
         """True where a datagram holds what only a process that is alive now can know: an answer to a question of this

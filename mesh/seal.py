@@ -30,7 +30,7 @@ BOOT_ID_BYTES = 16  # random per process, so that a counter that begins at 0 aga
 TAG_BYTES = 16  # AES-GCM
 HEADER = struct.Struct(f">B{KEY_ID_BYTES}s{BOOT_ID_BYTES}sQ")  # seal version, key id, boot id, counter
 OVERHEAD_BYTES = HEADER.size + TAG_BYTES  # 45: what sealing adds to a payload
-# Datagrams of one boot may overtake each other by this many; at 16 a second that is a minute.
+# Datagrams of one boot may overtake each other by this many: at 40 a second to all peers, 25 s.
 REPLAY_WINDOW = 1_024
 # Admitted processes remembered, each about 1 KiB; as many as members. Beyond it the longest silent is a stranger again.
 BOOTS_MAX = 16_384

@@ -31,9 +31,9 @@ def is_question(request: bytes) -> bool:
 
 
 async def answer(stream: IncomingStream, gossip: Gossip) -> None:
-    """Answer the question that a peer's stream is."""
+    """Answer the question that a peer's stream is. Gossip's clock is trio's."""
     try:
-        data = gossip.answer_exchange(stream.request.removeprefix(_PREFIX))
+        data = gossip.answer_exchange(stream.request.removeprefix(_PREFIX), trio.current_time())
     except MalformedDatagram as exc:
         raise StreamRefused(CODE_MALFORMED, str(exc)) from exc
     await stream.send(data)

@@ -221,7 +221,9 @@ class GossipSocket:
                 found = await trio.socket.getaddrinfo(
                     address.host, address.port, family=self._socket.family, type=socket.SOCK_DGRAM
                 )
-                self._send(Address(str(found[0][4][0]), address.port), data)
+                numeric = Address(str(found[0][4][0]), address.port)
+                self._gossip.seed_found(address, numeric)
+                self._send(numeric, data)
         except OSError:  # the name does not resolve: nobody answers, and the core says so
             self._send_errors += 1
         finally:

@@ -30,7 +30,10 @@ SECTION_BYTES_MAX = 896  # one section and its claim always fit one datagram, ev
 BULK_INLINE_BYTES_MAX = 512  # of a bulk section in a datagram: beside it there is room for the load and other news
 BULK_BYTES_MAX = 256 * 1024  # a bulk section, which crosses on peer links where it fits no datagram
 ACCUSERS_MAX = 3  # one who suspects and k=2 independent confirmations (Lifeguard)
-COUNT_MAX = 2**63 - 1  # generations, versions, sequences
+COUNT_MAX = 2**63 - 1  # sequences, counts
+# Of generations and versions: more than any life has, with room in their 64 bits to go past what is heard.
+GENERATION_MAX = 2**48
+VERSION_MAX = 2**62
 HASH_MAX = 2**32 - 1  # ids as 32-bit hashes, in digests and accusations
 ADDRESSES_MAX = 16_384  # remembered in both forms, about 300 bytes each: to convert one costs more than the record
 DIGEST_ENTRIES_MAX = 80  # of at most 40 bytes; usual ones are 13 to 18, so a full digest fits one datagram
@@ -367,15 +370,15 @@ def unpack_record(value: Any, bulk_bytes_max: int = SECTION_BYTES_MAX) -> Record
         accusers = tuple(sorted({count(h, HASH_MAX) for h in hashes}))
     return Record(
         node_id=text(fields[0], NODE_ID_BYTES_MAX),
-        generation=count(fields[1]),
-        version=count(fields[2]),
+        generation=count(fields[1], GENERATION_MAX),
+        version=count(fields[2], VERSION_MAX),
         status=status,
         address=unpack_address(fields[4]),
-        warm_version=count(fields[5]),
+        warm_version=count(fields[5], VERSION_MAX),
         hot=_section(fields[6]),
         warm=_section(fields[7]),
         accusers=accusers,
-        bulk_version=count(_field(fields, 9) or 0),
+        bulk_version=count(_field(fields, 9) or 0, VERSION_MAX),
         bulk=_section(_field(fields, 10), bulk_bytes_max),
         boot_id=_boot_id(_field(fields, 11)),
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+from mesh.wire import GENERATION_MAX
 from nodes.config import ADMIN_TOKEN_CHARS_MIN, ConfigInvalid
 
 try:
@@ -17,7 +18,6 @@ except ImportError:  # no flock outside POSIX; there two nodes in one folder go 
 
 
 # More starts than a node sees; gossip carries it in 64 bits, with room to go past what a peer remembers.
-GENERATION_MAX = 2**48
 ADMIN_TOKEN_FILE = "admin-token"  # noqa: S105 (a file name)
 ADMIN_TOKEN_BYTES = 32  # random: nobody guesses 256 bits
 SECRET_MODE = 0o600

@@ -216,14 +216,14 @@ class GossipSettings(BaseModel):
     packet_rate: float = Field(
         default=_DEFAULT.packet_rate,
         ge=1,
-        le=10_000,
+        le=60,
         description="Packets a second this node sends, sustained: everyone_max, and as many as probes and answers "
         "need.",
     )
     packet_burst: int = Field(
         default=_DEFAULT.packet_burst,
         ge=1,
-        le=100_000,
+        le=250,
         description="Packets at once.",
     )
     byte_rate: float = Field(

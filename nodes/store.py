@@ -75,7 +75,7 @@ class _Put:
     record_rows: list[tuple[str, bool, int, str, int, bytes]]
     usage_rows: list[tuple[str, int, str, int, int, int]]
     is_done: bool = False
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 @asynccontextmanager
@@ -123,7 +123,14 @@ class Store:
             async with self._writing:
                 if not put.is_done:
                     puts, self._waiting = self._waiting, []
-                    await trio.to_thread.run_sync(self._write_all, puts, limiter=self._limiter)
+                    try:
+                        await trio.to_thread.run_sync(self._write_all, puts, limiter=self._limiter)
+                    except BaseException as exc:  # no thread, no memory: nobody's put may count as written
+                        for unwritten in puts:
+                            if not unwritten.is_done:
+                                unwritten.error, unwritten.is_done = exc, True
+                        raise
+        assert put.is_done
         if put.error is not None:
             raise StoreFailed(f"{self._file}: not kept, {put.error}; {_DISK_FIX}, and try again") from put.error
 

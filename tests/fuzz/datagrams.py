@@ -45,6 +45,8 @@ def new_node() -> Gossip:
     node.tick(0.0)
     for boot_id in PEER_BOOTS:
         node._sealer.admit(Opened(boot_id, 0, b"", is_admitted=False))  # else nothing of theirs would be taken
+        for source in SOURCES:
+            node._reception._admission.note(boot_id, source)
     return node
 
 

@@ -267,7 +267,7 @@ class World:
         self.request(
             node,
             address,
-            lambda target: target.core.answer_exchange(question),
+            lambda target: target.core.answer_exchange(question, target.clock(self.now)),
             answered,
             lambda: node.core.exchange_failed(node_id),
         )

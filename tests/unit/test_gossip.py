@@ -54,6 +54,8 @@ def gossip(
     made = Gossip(GossipConfig(), name, generation, at or address(name), seeds, KEYS, boot_id, rng, now)
     for known in KNOWN_BOOTS:
         made._sealer.admit(Opened(known, 0, b"", is_admitted=False))
+        for place in (*map(address, "bcd"), NOBODY):
+            made._reception._admission.note(known, place)
     made.set_load(READY, now)
     made.set_profile(PROFILE, now)
     return made
@@ -85,7 +87,7 @@ class Wire:
         if target is None or effect.address in self.cut or node._own.address in self.cut:
             node.exchange_failed(effect.node_id)
         else:
-            answer = target.answer_exchange(effect.question)
+            answer = target.answer_exchange(effect.question, self.now)
             self.perform(node, node.take_exchange(effect.node_id, answer, self.now))
 
     def run(self, duration_s: float) -> None:
@@ -297,7 +299,7 @@ def test_a_ping_request_is_passed_on_and_its_answer_returned() -> None:
     a, c = gossip("a"), gossip("c")
     asked = a.receive(sealed(wire.PingRequest(9, "c", address("c")), record("b")), address("b"), 1.0)
     [ping] = [e for e in asked if isinstance(e, SendDatagram)]
-    c._sealer.admit(Opened(a._sealer._boot_id, 0, b"", is_admitted=False))
+    c._reception.vouch(a._sealer._boot_id, address("a"))
     [ack] = [e for e in c.receive(ping.data, address("a"), 1.0) if isinstance(e, SendDatagram)]
     returned = packets_of(a.receive(ack.data, address("c"), 1.0))
     [(to, packet)] = [(to, p) for to, p in returned if isinstance(p.message, wire.Ack)]
@@ -517,7 +519,7 @@ def test_arbitrary_questions_and_answers_of_an_exchange_change_nothing(data: byt
     a.tick(0.0)
     before = everything(a, 1.0)
     with contextlib.suppress(MalformedDatagram):
-        a.answer_exchange(data)
+        a.answer_exchange(data, 0.5)
     with contextlib.suppress(MalformedDatagram):
         exchange.decode_answer(data)
         return
@@ -635,6 +637,67 @@ def test_a_recording_changes_nothing_and_its_answer_is_no_larger(message: wire.M
         assert sum(len(e.data) for e in answers) <= len(datagram)
         assert all(e.address == address("s") for e in answers)
     assert (a.view(0.5), a.next_wakeup()) == before
+
+
+def test_a_datagram_meant_for_another_draws_no_answer_at_a_forged_address() -> None:
+    a = gossip("a")
+    victim = Address("203.0.113.1", 53)
+    stolen = sealed(wire.Join(7), record("b"))
+    answers = [e for e in a.receive(stolen, victim, 1.0) if isinstance(e, SendDatagram)]
+    assert sum(len(e.data) for e in answers) <= len(stolen)
+    assert set(a.view(1.0).members) == {"a"}
+
+
+def test_a_seed_given_by_name_is_joined_by_its_first_call() -> None:
+    by_name = Address("seed.example", 7946)
+    a, b = gossip("a"), gossip("b", seeds=(by_name,))
+    mesh = Wire(a)
+    mesh.nodes[address("b")] = b
+    [call] = [e for e in b.tick(0.0) if isinstance(e, SendDatagram)]
+    b.seed_found(by_name, address("a"))
+    mesh.perform(b, [SendDatagram(address("a"), call.data)])
+    assert set(b.view(0.0).members) == {"a", "b"} == set(a.view(0.0).members)
+
+
+def test_the_dead_are_forgotten_although_nodes_forget_at_different_times() -> None:
+    a, b, c = gossip("a"), gossip("b", seeds=(address("a"),)), gossip("c", seeds=(address("a"),))
+    mesh = Wire(a, b, c)
+    mesh.run(2.0)
+    del mesh.nodes[address("c")]
+    mesh.run(20.0)
+    for turn in range(300):  # of ten minutes: longer than two tombstones last, one after the other
+        now = mesh.now + turn * 600.0
+        for one, other in ((a, b), (b, a)):
+            one._table.forget(now - GossipConfig().tombstone_s + 40_000.0 * (one is a))
+            question = exchange.encode_question(one._table)
+            one.take_exchange(other.node_id, other.answer_exchange(question, now), now)
+    assert "c" not in a._table.members
+    assert "c" not in b._table.members
+
+
+def test_the_dead_are_called_no_sooner_because_many_have_left() -> None:
+    a = gossip("a")
+    left = [record(f"l{i}", status=MemberStatus.LEFT) for i in range(60)]
+    for start in range(0, 60, 15):
+        a._take([a._table.plan(r) for r in left[start : start + 15]], "b", 0.0)
+    a._take([a._table.plan(record("d", status=MemberStatus.DEAD))], "b", 0.0)
+    calls = 0
+    now = 0.0
+    while now < 60.0:
+        now = max(now, a.next_wakeup())
+        calls += sum(isinstance(p.message, wire.Join) for _, p in packets_of(a.tick(now), boot=b"reader".ljust(16)))
+    assert 6 <= calls <= 31
+
+
+@pytest.mark.parametrize(("generation", "version"), [(wire.GENERATION_MAX, 5), (1, wire.VERSION_MAX)])
+def test_a_claim_that_cannot_be_outdone_does_not_silence_the_node(generation: int, version: int) -> None:
+    a = gossip("a")
+    a.tick(0.0)
+    claim = record("a", version, generation=generation, status=MemberStatus.DEAD)
+    a.receive(sealed(wire.Rumour(), record("b"), claim), address("b"), 0.5)
+    a.tick(1.0)
+    own = a._own.record(with_warm=False, with_bulk=False)
+    assert wire.decode(wire.encode(wire.Packet("a", wire.Rumour(), (own,)))).records == (own,)
 
 
 def test_two_nodes_that_never_met_do_so_by_one_ping() -> None:

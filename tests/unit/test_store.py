@@ -120,6 +120,34 @@ async def test_puts_that_come_together_share_a_transaction(tmp_path: Path, monke
         assert len(await store.records()) == 50
 
 
+async def test_no_put_counts_as_written_when_the_writer_could_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes: list[str] = []
+
+    async def put(store: Store, record_id: str) -> None:
+        try:
+            await store.put([live(record_id, 1)])
+        except (RuntimeError, StoreFailed) as exc:
+            outcomes.append(type(exc).__name__)
+        else:
+            outcomes.append("written")
+
+    async def no_thread(*_: object, **__: object) -> None:
+        await trio.sleep(0)
+        monkeypatch.undo()
+        raise RuntimeError("can't start new thread")
+
+    async with open_store(tmp_path) as store:
+        monkeypatch.setattr(trio.to_thread, "run_sync", no_thread)
+        async with trio.open_nursery() as nursery:
+            for record_id in ("one", "two", "three"):
+                nursery.start_soon(put, store, record_id)
+        found = {record.record_id for record in await store.records()}
+    assert outcomes.count("written") == len(found)
+    assert "RuntimeError" in outcomes
+
+
 async def test_a_put_that_has_begun_ends_before_its_cancellation(tmp_path: Path) -> None:
     async with open_store(tmp_path) as store:
         durable = DurableReplica(Replica("me", 1), store)

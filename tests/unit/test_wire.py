@@ -24,10 +24,11 @@ addresses = st.builds(
 )
 sections = st.none() | st.binary(max_size=60)
 accusers = st.sets(hashes, max_size=wire.ACCUSERS_MAX).map(lambda found: tuple(sorted(found)))
-plain_records = st.builds(Record, ids, counts, counts, statuses, addresses, counts, sections, sections) | st.builds(
-    Record, ids, counts, counts, st.just(MemberStatus.SUSPECT), addresses, counts, sections, sections, accusers
+lives, versions = st.integers(0, wire.GENERATION_MAX), st.integers(0, wire.VERSION_MAX)
+plain_records = st.builds(Record, ids, lives, versions, statuses, addresses, versions, sections, sections) | st.builds(
+    Record, ids, lives, versions, st.just(MemberStatus.SUSPECT), addresses, versions, sections, sections, accusers
 )
-positive = st.integers(1, wire.COUNT_MAX)
+positive = st.integers(1, wire.VERSION_MAX)
 records = plain_records | st.builds(
     lambda record, version, bulk, boot: replace(record, bulk_version=version, bulk=bulk, boot_id=boot),
     plain_records,

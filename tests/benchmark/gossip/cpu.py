@@ -127,7 +127,7 @@ class Peers:
         if asked is None:
             core.exchange_failed(effect.node_id)
         else:
-            answer = self.cores[asked].answer_exchange(effect.question)
+            answer = self.cores[asked].answer_exchange(effect.question, now)
             self._perform(index, core.take_exchange(effect.node_id, answer, now), now)
 
 
