@@ -57,7 +57,7 @@ class Answers:
                     outbox.echo_cookie(source, cookie, 0, now)
                 relay = self._detector.relay_answered(sequence, target)
                 if relay is None:
-                    self._detector.answered(sequence, target)
+                    self._detector.answered(sequence, target, now)
                 else:
                     records = [members[target].encoded(with_warm=False)] if target in members else []
                     outbox.send(relay.origin, wire.Ack(relay.origin_sequence, target), now, records=records)

@@ -59,6 +59,7 @@ class FailureDetector:
 
     def __init__(self, config: GossipConfig, table: MemberTable, rng: random.Random, now: float) -> None:
         self.awareness = 0
+        self.answered_at = float("-inf")  # when a member last answered a probe of this node
         self._config = config
         self._table = table
         self._rng = rng
@@ -145,11 +146,12 @@ class FailureDetector:
         self._hasty[node_id] = None
         return True
 
-    def answered(self, sequence: int, node_id: str) -> bool:
+    def answered(self, sequence: int, node_id: str, now: float) -> bool:
         """An Ack. True if it ended a probe."""
         probe = self._probes.get(sequence)
         if probe is None or probe.node_id != node_id:
             return False
+        self.answered_at = now
         self._end(probe)
         self.adjust_awareness(-1)
         return True

@@ -346,7 +346,7 @@ class Gossip:
 
     def _be_refused(self, conflict: wire.Conflict, now: float) -> None:
         self._report_duplicate(self.node_id, conflict.address, now)
-        if self._identity.refused(conflict.known_ms, now) and not self._is_fenced:
+        if self._identity.refused(conflict.known_ms, self._detector.answered_at, now) and not self._is_fenced:
             self._is_fenced = True
             self._outbox.emit(Fenced(conflict.address))
 

@@ -88,10 +88,15 @@ class Identity:
     def _is_heard(self, member: Member, now: float) -> bool:
         return member.is_live and now - member.advanced_at <= SILENT_S
 
-    def refused(self, known_ms: int, now: float) -> bool:
-        """A peer hears another process under this node's name, and has for so long. True once that has gone on long
-        enough for this process to give up; never where it is the older one."""
-        if known_ms / 1000 <= now - self._started_at and self._table.live:
+    def refused(self, known_ms: int, answered_at: float, now: float) -> bool:
+        """A peer hears another process under this node's name, and has for so long. answered_at: when anybody last
+        answered this process.
+
+        True once that has gone on long enough for this process to give up. The older of the two goes on while anybody
+        takes it for the one, as after a partition in which each side has its own; not once nobody does, as when it
+        stood still so long that the other took its place."""
+        is_older = known_ms / 1000 <= now - self._started_at
+        if is_older and now - answered_at < FENCED_S:
             return False
         if now - self._refused_at > SILENT_S:
             self._refused_since = now

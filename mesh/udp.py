@@ -74,7 +74,8 @@ class GossipSocket:
 
     ping_link: pings a member over its peer link; returning is an answer, MeshError or OSError is none. ask_link: sends
     it a question and returns its answer; fails likewise. on_change: told of each change of membership, after it was
-    logged; on_fenced: that another process has this node's name. These two must not block.
+    logged; on_fenced: that another process has this node's name; on_seed_unanswered: of a seed that is silent. None of
+    these three may block.
     Use set_load, set_profile and link_failed here rather than on the Gossip, so that urgent news leaves at once."""
 
     def __init__(
@@ -85,6 +86,7 @@ class GossipSocket:
         ping_link: Callable[[str, Address], Awaitable[object]],
         ask_link: Callable[[str, Address, bytes], Awaitable[bytes]],
         on_fenced: Callable[[Address], None] | None = None,
+        on_seed_unanswered: Callable[[Address], None] | None = None,
         on_change: Callable[[MemberChanged], None] | None = None,
         clock: Callable[[], float] = trio.current_time,
     ) -> None:
@@ -94,6 +96,7 @@ class GossipSocket:
         self._ping_link = ping_link
         self._ask_link = ask_link
         self._on_fenced = on_fenced
+        self._on_seed_unanswered = on_seed_unanswered
         self._on_change = on_change
         self._clock = clock
         self._waiting: trio.CancelScope | None = None
@@ -194,6 +197,8 @@ class GossipSocket:
                     if self._on_fenced is not None:
                         self._on_fenced(address)
                 case SeedUnanswered(address, attempts):
+                    if self._on_seed_unanswered is not None:
+                        self._on_seed_unanswered(address)
                     logger.warning("seed %s has not answered; it is called again (call %d)", address, attempts)
                 case DuplicateNode(node_id, address):
                     logger.error(

@@ -34,7 +34,7 @@ class GossipSettings(BaseModel):
         default=_DEFAULT.probe_interval_s,
         gt=0,
         le=60,
-        description="How often one member is asked whether it lives. Over verdict_timeout_s; shorter finds the "
+        description="How often one member is asked whether it lives. At least verdict_timeout_s; shorter finds the "
         "dead sooner.",
     )
     direct_timeout_s: float = Field(
@@ -55,13 +55,13 @@ class GossipSettings(BaseModel):
         default=_DEFAULT.overdue_s,
         gt=0,
         le=120,
-        description="A member not heard of for this long is probed before its turn. Over publish_interval_s.",
+        description="A member not heard of for this long is probed before its turn. At least publish_interval_s.",
     )
     evidence_age_s: float = Field(
         default=_DEFAULT.evidence_age_s,
         gt=0,
         le=120,
-        description="A member heard of within this time is not suspected, whatever a probe says. Over "
+        description="A member heard of within this time is not suspected, whatever a probe says. At least "
         "publish_interval_s; longer finds the dead later by as much.",
     )
     indirect_count: int = Field(

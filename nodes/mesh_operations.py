@@ -159,7 +159,11 @@ class MeshOperations:
     def remove(self, key_id: bytes, *, is_forced: bool, is_here_only: bool) -> Operation:
         """Nobody accepts the key any more. Refused while a live member seals with it: nobody would hear that one."""
 
+        holders = 0
+
         def fault(answer: Answer) -> str | None:
+            nonlocal holders
+            holders += key_id.hex() in answer["keys"]
             seals_with_it = answer["primary"] == key_id.hex()
             return f"still seals with key {key_id.hex()}; run keyring use with another key" if seals_with_it else None
 
@@ -168,6 +172,9 @@ class MeshOperations:
                 await report.end(
                     f"key {key_id.hex()} was removed nowhere (--force does it all the same)", is_done=False
                 )
+                return
+            if not is_forced and not holders:
+                await report.end(f"no live member has key {key_id.hex()}; ai-cluster keyring list", is_done=False)
                 return
             await self._everywhere(report, names.KEYRING_REMOVE, {"key_id": key_id}, is_here_only=is_here_only)
             await self._end(

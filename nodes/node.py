@@ -97,6 +97,7 @@ class Node:
         self._readiness = Readiness.LOADING
         self._loop_lag_s = 0.0
         self._fenced = trio.Event()
+        self._seed_is_silent = trio.Event()
         self._fenced_by: Address | None = None
         self._engines: dict[str, Engine] = {}
         self._metrics = Metrics(self._node_id, self._version)
@@ -133,6 +134,7 @@ class Node:
             ping_link=self._forwarder.ping,
             ask_link=partial(state_exchange.ask, self._forwarder),
             on_fenced=self._give_way,
+            on_seed_unanswered=lambda seed: self._seed_is_silent.set(),
             # A peer's models count under their names from its arrival on.
             on_change=lambda change: self._metrics.know_view(self._view()),
         )
@@ -286,7 +288,7 @@ class Node:
             self._readiness = Readiness.READY
 
     async def _check_seeds(self) -> None:
-        """Shake hands with the seeds until one accepts.
+        """Shake hands with the seeds until one accepts, and again when gossip finds one silent: it may refuse the key.
 
         Raises ConfigInvalid when all that answer at the start refuse this node. Later refusals are logged: who takes
         over a seed's address must not be able to stop a node that serves.
@@ -303,7 +305,10 @@ class Node:
                 except PeerUnavailable:
                     continue  # gossip retries it, and its log line says so
                 else:
-                    return
+                    refusals.clear()
+                    self._seed_is_silent = trio.Event()
+                    await self._seed_is_silent.wait()
+                    break
             if refusals:
                 message = _refused(refusals, self._node_id, self._config.cluster_name)
                 if is_start:

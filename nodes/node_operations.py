@@ -9,7 +9,7 @@ from typing import Protocol
 import trio
 
 from mesh.errors import KeyRefused
-from mesh.seal import DEVELOPMENT_KEY, KEY_BYTES, KEY_ID_BYTES, Keyring
+from mesh.seal import DEVELOPMENT_KEY, KEY_BYTES, KEY_ID_BYTES, Keyring, key_id
 from mesh.view import ClusterView, MemberStatus, MemberView
 from nodes.peer_operations import Answer, Arguments, Handler, OperationFailed
 
@@ -95,7 +95,9 @@ class NodeOperations:
         except OSError as exc:
             raise OperationFailed(f"the keyring file cannot be written: {exc.strerror}; nothing was changed") from exc
         if self._keyring.ring.key_ids != before:
-            logger.info("%s", what, extra={"keys": [identity.hex() for identity in self._keyring.ring.key_ids]})
+            changed = argument if len(argument) == KEY_ID_BYTES else key_id(argument)
+            ring = [identity.hex() for identity in self._keyring.ring.key_ids]
+            logger.info("%s", what, extra={"cluster_key": changed.hex(), "keyring": ring})
             self._keyring_changed()
         return self._keys()
 

@@ -49,7 +49,7 @@ def test_every_member_is_probed_once_a_turn() -> None:
         for name in names:
             claim(made._table, name, 10 + second, 5.0 + second)
         probe = first_probe(made, 5.0 + second)
-        made.answered(probe.sequence, probe.node_id)
+        made.answered(probe.sequence, probe.node_id, 0.0)
         probed.append(probe.node_id)
     assert sorted(probed) == names
 
@@ -61,7 +61,7 @@ def test_a_member_whose_publication_is_overdue_is_probed_every_other_time() -> N
         for index in range(40):
             claim(made._table, f"m{index}", 10 + second, 5.0 + second)
         probe = first_probe(made, 5.0 + second)
-        made.answered(probe.sequence, probe.node_id)
+        made.answered(probe.sequence, probe.node_id, 0.0)
         probed.append(probe.node_id)
     assert probed[0::2] == ["quiet"] * 4
     assert "quiet" not in probed[1::2]
@@ -81,10 +81,10 @@ def test_an_unanswered_probe_asks_others_then_accuses() -> None:
 def test_an_answered_probe_accuses_nobody() -> None:
     made = detector("b")
     probe = first_probe(made)
-    assert not made.answered(probe.sequence, "c")
-    assert not made.answered(probe.sequence + 1, "b")
-    assert made.answered(probe.sequence, "b")
-    assert not made.answered(probe.sequence, "b")
+    assert not made.answered(probe.sequence, "c", 0.0)
+    assert not made.answered(probe.sequence + 1, "b", 0.0)
+    assert made.answered(probe.sequence, "b", 0.0)
+    assert not made.answered(probe.sequence, "b", 0.0)
     assert made.due_indirect(9.0) == []
     assert made.due_verdicts(9.0) == []
 
@@ -137,7 +137,7 @@ def test_a_node_that_doubts_itself_waits_longer_for_answers() -> None:
     made.adjust_awareness(3)
     probe = first_probe(made)
     assert (probe.indirect_at, probe.verdict_at) == (6.0, 7.0)
-    made.answered(probe.sequence, "b")
+    made.answered(probe.sequence, "b", 0.0)
     assert made.awareness == 2
     made.adjust_awareness(99)
     assert made.awareness == AWARENESS_MAX

@@ -424,6 +424,21 @@ def test_a_younger_process_under_a_living_name_gives_up_and_the_older_stays() ->
     assert (mesh.member(a, "b").address, mesh.member(a, "b").generation) == (address("b"), 1)
 
 
+def test_a_process_that_stood_still_until_another_took_its_place_gives_up_when_it_wakes() -> None:
+    a, b = gossip("a"), gossip("b", seeds=(address("a"),))
+    mesh = Wire(a, b)
+    mesh.run(5.0)
+    asleep = mesh.nodes.pop(address("b"))
+    elsewhere = Address("10.0.0.99", 7946)
+    mesh.nodes[elsewhere] = gossip("b", seeds=(address("a"),), generation=2, at=elsewhere, now=mesh.now)
+    mesh.run(30.0)
+    assert mesh.member(a, "b").address == elsewhere
+    mesh.nodes[address("b")] = asleep
+    mesh.run(20.0)
+    assert mesh.of_type(Fenced) == [Fenced(elsewhere)]
+    assert (mesh.member(a, "b").address, mesh.member(a, "b").status) == (elsewhere, MemberStatus.ALIVE)
+
+
 def test_a_process_that_joins_through_its_own_namesake_gives_up() -> None:
     a = gossip("a")
     mesh = Wire(a)
