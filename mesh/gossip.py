@@ -101,6 +101,7 @@ class Gossip:
         self._reception = Reception(self._sealer, admission, self._table, self._detector, self._contacts, self._answers)
         self._cycle = PeerCycle(self._table, rng)
         self._round_at = now + config.round_interval_s
+        self._untold: list[str] = []  # of the latest publication, where everybody is told: whom the budget left out
         self._urgent_at = float("inf")
         self._urgent_told_at = float("-inf")
         self._haste_at = float("inf")
@@ -123,7 +124,7 @@ class Gossip:
             return float("inf")
         return min(
             self._state.publish_at,
-            self._round_at if len(self._table.live) > self._config.everyone_max else float("inf"),
+            self._round_at if self._untold or len(self._table.live) > self._config.everyone_max else float("inf"),
             self._urgent_at,
             self._digests.next_at,
             self._exchanges.next_wakeup(),
@@ -181,13 +182,19 @@ class Gossip:
         # Rounds keep step with publications, so that each takes the same time to arrive as the one before.
         self._round_at = now + self._config.round_interval_s
         live, config = self._table.live, self._config
-        peers = live if len(live) <= config.everyone_max else self._cycle.take(config.direct_peers)
-        self._outbox.tell(peers, now, is_urgent=True)
+        if len(live) <= config.everyone_max:
+            self._untold = self._outbox.tell(live, now, is_urgent=True)
+        else:
+            self._outbox.tell(self._cycle.take(config.direct_peers), now, is_urgent=True)
 
     def _tell_round(self, now: float) -> None:
         self._round_at = now + self._config.round_interval_s
         if len(self._table.live) > self._config.everyone_max:
+            self._untold = []
             self._outbox.tell(self._cycle.take(self._config.round_peers), now)
+        else:
+            known = (self._table.members.get(node_id) for node_id in self._untold)
+            self._untold = self._outbox.tell([m for m in known if m is not None and m.is_live], now, is_urgent=True)
 
     def _probe(self, now: float) -> None:
         detector, outbox = self._detector, self._outbox

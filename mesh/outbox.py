@@ -82,11 +82,12 @@ class Outbox:
         self.bytes_sent += len(datagram)
         self._effects.append(SendDatagram(address, datagram))
 
-    def tell(self, peers: Iterable[Member], now: float, *, is_urgent: bool = False) -> None:
-        """News to each, as far as the budget allows beyond what is kept for probes, and for what is more urgent."""
-        for peer in peers:
-            reserve = self._reserve if is_urgent else 2 * self._reserve
-            self.send(peer.address, wire.Rumour(), now, to=peer, reserve=reserve)
+    def tell(self, peers: Iterable[Member], now: float, *, is_urgent: bool = False) -> list[str]:
+        """News to each, as far as the budget allows beyond what is kept for probes, and for what is more urgent.
+
+        Returns the ids of those for whom it did not suffice."""
+        reserve = self._reserve if is_urgent else 2 * self._reserve
+        return [p.node_id for p in peers if not self.send(p.address, wire.Rumour(), now, to=p, reserve=reserve)]
 
     def tell_urgently(self, peers: Iterable[Member], now: float) -> bool:
         """True where it helped and urgent news are left: worth telling the next peers soon."""

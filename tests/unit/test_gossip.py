@@ -354,6 +354,21 @@ def test_a_new_profile_reaches_peers_at_once() -> None:
     assert mesh.member(b, "a").profile.version == "0.2.0"
 
 
+def test_whom_the_packet_budget_leaves_out_is_told_of_a_publication_a_little_later() -> None:
+    config = replace(GossipConfig(), packet_rate=16.0, packet_burst=16)
+    names = [f"{letter}" for letter in "abcdefghijklmnopqrstuv"]
+    nodes = [
+        Gossip(config, n, 1, address(n), (address("a"),), KEYS, n.encode() * 16, random.Random(n), 0.0) for n in names
+    ]
+    mesh = Wire(*nodes)
+    mesh.run(12.0)
+    for turn in range(4):
+        nodes[0].set_load(replace(READY, active_requests=turn, models={"m": ModelLoad(queued=10 * turn)}), mesh.now)
+        mesh.run(2.0)
+        seen = [mesh.member(node, "a").load.active_requests for node in nodes[1:]]
+        assert seen == [turn] * len(seen)
+
+
 def test_sections_that_share_no_datagram_still_both_arrive() -> None:
     models = tuple(ModelInfo(f"a model with a long name, number {i}", "ab" * 16, 2048, 8) for i in range(12))
     loads = {m.name: ModelLoad(1, 2, 3, 4.0, 5.0, 6, 7) for m in models}
