@@ -233,7 +233,8 @@ def load_config(file: Path | None, environment: Mapping[str, str], flags: Mappin
         reason = str(fault.get("ctx", {}).get("error", "")) or _lower_first(fault["msg"])
         value, source = values.get(key), origin.get(key, "")
         if key == "gossip":
-            if len(fault["loc"]) == 1:  # two of its keys contradict each other
+            if len(fault["loc"]) == 1:  # no table, or two of its keys contradict each other
+                reason = reason if isinstance(value, dict) else f"{value!r} is no table; write [gossip] and keys below"
                 raise ConfigInvalid(f"gossip {source}: {reason}") from exc
             inner = str(fault["loc"][1])
             if fault["type"] == "extra_forbidden":

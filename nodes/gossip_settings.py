@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -245,6 +245,15 @@ class GossipSettings(BaseModel):
         description="A tick later than this means that this process stood still: then it blames nobody but itself.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _hold_numbers(cls, values: Any) -> Any:
+        """pydantic takes true for 1, which nobody means here."""
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, bool):
+                raise ValueError(f"{key} = {str(value).lower()} is no number")
+        return values
+
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
         for smaller, larger, factor in (
@@ -253,6 +262,8 @@ class GossipSettings(BaseModel):
             ("publish_interval_s", "overdue_s", 1.0),
             ("publish_interval_s", "evidence_age_s", 1.0),
             ("everyone_max", "packet_rate", 1.0),
+            ("packet_reserve", "packet_burst", 3.0),  # a third each for probes, urgent news and all else
+            ("dead_interval_s", "tombstone_s", 1.0),
         ):
             low, high = getattr(self, smaller), getattr(self, larger)
             if low * factor > high:

@@ -435,4 +435,4 @@ def _refused(refusals: Mapping[Address, str], node_id: str, cluster_name: str) -
         )
     elif set(refusals.values()) == {"protocol version"}:
         fix = "run versions of AI Cluster that share a protocol version"
-    return f"every seed that answers refuses this node's cluster key handshake: {seeds}; {fix}"
+    return f"every seed that answers refuses this node: {seeds}; {fix}"

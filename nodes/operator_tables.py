@@ -13,6 +13,7 @@ Answer = dict[str, Any]
 MATRIX_OBSERVERS_MAX = 12
 _COLOURS = {"alive": "green", "suspect": "yellow", "dead": "red", "left": "dim"}
 UNKNOWN = "unknown"
+GONE = ("dead", "left")
 
 
 def members_table(answer: Answer) -> Table:
@@ -25,7 +26,7 @@ def members_table(answer: Answer) -> Table:
         table.add_row(
             member["node_id"] + ("*" if member["is_self"] else ""),
             _membership(member["membership"]),
-            member["readiness"],
+            UNKNOWN if member["membership"] in GONE else member["readiness"],  # the last word of a life that is over
             "now" if member["is_self"] else f"{member['age_s']:.1f} s ago",
             member["mesh"],
             member["version"] or "-",

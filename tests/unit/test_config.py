@@ -169,6 +169,8 @@ def test_the_gossip_table_is_read_from_file_and_environment(tmp_path: Path) -> N
     [
         pytest.param("probe_intervall_s = 2.0", ["probe_intervall_s", "did you mean probe_interval_s"], id="typo"),
         pytest.param("confirmations = 3", ["gossip.confirmations = 3", "less than or equal to 2"], id="out of bounds"),
+        pytest.param("probe_interval_s = true", ["probe_interval_s = true is no number"], id="no number"),
+        pytest.param("packet_burst = 6", ["packet_burst = 6", "3 times packet_reserve"], id="nothing left to publish"),
         pytest.param("verdict_timeout_s = 0.3", ["at least 2 times direct_timeout_s"], id="a contradiction"),
     ],
 )
