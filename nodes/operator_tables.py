@@ -26,7 +26,7 @@ def members_table(answer: Answer) -> Table:
         table.add_row(
             member["node_id"] + ("*" if member["is_self"] else ""),
             _membership(member["membership"]),
-            UNKNOWN if member["membership"] in GONE else member["readiness"],  # the last word of a life that is over
+            "-" if member["membership"] in GONE else member["readiness"],  # the last word of a life that is over
             "now" if member["is_self"] else f"{member['age_s']:.1f} s ago",
             member["mesh"],
             member["version"] or "-",
