@@ -174,7 +174,9 @@ class MeshOperations:
                 )
                 return
             if not is_forced and not holders:
-                await report.end(f"no live member has key {key_id.hex()}; ai-cluster keyring list", is_done=False)
+                await report.end(
+                    f"no live member has key {key_id.hex()}: nothing was removed; see ai-cluster keyring list"
+                )
                 return
             await self._everywhere(report, names.KEYRING_REMOVE, {"key_id": key_id}, is_here_only=is_here_only)
             await self._end(
