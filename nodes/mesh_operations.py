@@ -174,9 +174,7 @@ class MeshOperations:
                 )
                 return
             if not is_forced and not holders:
-                await report.end(
-                    f"no live member has key {key_id.hex()}: nothing was removed; see ai-cluster keyring list"
-                )
+                await report.end(f"no live member has key {key_id.hex()}: nothing was removed", is_done=True)
                 return
             await self._everywhere(report, names.KEYRING_REMOVE, {"key_id": key_id}, is_here_only=is_here_only)
             await self._end(
