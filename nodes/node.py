@@ -425,7 +425,10 @@ class Node:
 def _refused(refusals: Mapping[Address, str], node_id: str, cluster_name: str) -> str:
     """One line for all seeds that answered and declined."""
     seeds = ", ".join(f"{address} ({reason})" for address, reason in refusals.items())
-    fix = "delete <data_dir>/keyring, if there is one, and give this node the mesh's own cluster key with --cluster-key-file"
+    fix = (
+        "delete <data_dir>/keyring, if there is one, "
+        "and give this node the mesh's own cluster key with --cluster-key-file"
+    )
     if set(refusals.values()) == {"other cluster"}:
         fix = f"this node's --cluster-name is {cluster_name!r}; give it the mesh's"
     elif set(refusals.values()) == {"fenced"}:
