@@ -333,14 +333,16 @@ class Gossip:
             return []
         self._exchanged += 1
         gone_s = {t.record.node_id: t.gone_s for t in told if t.gone_s is not None}
+        others: list[Plan | None] = []
         for plan in plans:
-            if plan is not None and plan.change & Change.NEW and plan.record.node_id in gone_s:
-                # Remembered no longer than by who told of it, and told to nobody, or it never would be forgotten.
-                age_s = gone_s[plan.record.node_id]
-                if age_s < self._config.tombstone_s:
-                    self._view_is_wrong |= self._table.bury(plan, now - age_s, now)
-            else:
-                self._take([plan], node_id, now)
+            if plan is None or not plan.change & Change.NEW or plan.record.node_id not in gone_s:
+                others.append(plan)
+                continue
+            # Remembered no longer than by who told of it, and told to nobody, or it never would be forgotten.
+            age_s = gone_s[plan.record.node_id]
+            if age_s < self._config.tombstone_s and plan.record.node_id not in self._table.members:
+                self._view_is_wrong |= self._table.bury(plan, now - age_s, now)
+        self._take(others, node_id, now)
         member = self._table.members.get(node_id)
         for record in [t.record for t in told]:
             if record.node_id == self.node_id and member is not None:

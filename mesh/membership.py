@@ -210,7 +210,7 @@ class MemberTable:
         self.own = own
         self.members: dict[str, Member] = {own.node_id: own}
         self.live: list[Member] = []
-        self.tombstones: OrderedDict[str, float] = OrderedDict()  # DEAD and LEFT: since when, oldest first
+        self.tombstones: OrderedDict[str, float] = OrderedDict()  # DEAD and LEFT: since when, as they were learnt
         self.dead: dict[str, None] = {}  # of the tombstones those that are called again: DEAD and not LEFT
         self.id_of_hash: dict[int, str] = {own.id_hash: own.node_id}  # of two equal hashes the later one
         self.refused = 0  # new members that found the table full
@@ -350,11 +350,9 @@ class MemberTable:
         return bool(expired)
 
     def bury(self, plan: Plan, since: float, now: float) -> bool:
-        """Take in a member not known before that has been gone since then. False where that is too long ago to be
-        remembered beside others, or the table is full."""
-        oldest = next(iter(self.tombstones.values()), since)
-        if len(self.tombstones) >= TOMBSTONES_MAX and since < oldest:
-            return False
+        """Take in a member not known before that has been gone since then. False where the table is full."""
+        if len(self.tombstones) >= TOMBSTONES_MAX:
+            return False  # what this node saw itself is worth more
         member = self.apply(plan, now, told_by="")
         if member is None or member.is_live:
             return False

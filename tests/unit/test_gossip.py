@@ -531,6 +531,13 @@ def test_a_bulk_section_that_no_link_carries_is_refused_and_the_former_stays() -
     assert a.view(1.0).me.bulk == b"small"
 
 
+def test_an_answer_with_two_records_of_one_member_leaves_the_greater() -> None:
+    a = gossip("a")
+    a.receive(sealed(wire.Rumour(), record("b", 1)), address("b"), 0.1)
+    a.take_exchange("b", wire.encode_record(record("b", 9)) + wire.encode_record(record("b", 5)), 0.2)
+    assert a.view(0.2).members["b"].version == 9
+
+
 def test_who_joins_learns_of_the_dead_too() -> None:
     a, b = gossip("a"), gossip("b", seeds=(address("a"),))
     mesh = Wire(a, b)
