@@ -50,11 +50,14 @@ MODEL_NAME_CHARS_SHOWN = 100  # clients choose the name, and error messages quot
 
 @dataclass(frozen=True, slots=True)
 class RouteRequest:
-    """What is to be placed. prompt_bytes: size of its text. exclude: node ids that failed it already."""
+    """What is to be placed. prompt_bytes: size of its text. exclude: node ids that failed it already. blocks: names of
+    the beginnings of its conversation, shortest first. fingerprint: of the one model it may go to; empty for any."""
 
     model: str
     prompt_bytes: int
     exclude: frozenset[str] = frozenset()
+    blocks: tuple[int, ...] = ()
+    fingerprint: str = ""
 
 
 class OwnDispatch:
@@ -133,6 +136,8 @@ class Router:
         for member, info in owners:
             if member.node_id in request.exclude or not view.is_routable(member):
                 continue
+            if request.fingerprint and info.fingerprint != request.fingerprint:
+                continue
             load, own = self._load_of(member, info, now)
             if load.queued + own.count - load.free_slots >= info.queue_limit:
                 full.append(load)
@@ -142,7 +147,16 @@ class Router:
             raise self._no_capacity(request, owners, full)
         return self._order(candidates)
 
-    def dispatched(self, node_id: str, model: str, prompt_bytes: int, load_version: int) -> OwnDispatch:
+    def dispatched(
+        self,
+        node_id: str,
+        model: str,
+        prompt_bytes: int,
+        load_version: int,
+        *,
+        blocks: tuple[int, ...] = (),
+        generation: int = 0,
+    ) -> OwnDispatch:
         """Count a request towards a node until its report contains it. load_version: of the view it was ranked with."""
         key = (node_id, model)
         ledger = self._ledgers.get(key)

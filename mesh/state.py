@@ -21,6 +21,8 @@ READINESS_CODES = {Readiness.LOADING: 0, Readiness.READY: 1, Readiness.DRAINING:
 _READINESS_OF_CODE = {code: readiness for readiness, code in READINESS_CODES.items()}
 # A queue that grew or shrank by this many since the last publication is news for every router: about one full batch.
 QUEUE_JUMP = 8
+# Fields of a model's row behind those that every version has, in their order; a shorter row leaves them 0.0.
+_APPENDED_RATES = ("step_s", "wait_s", "prompt_token_s", "answer_tokens")
 
 
 def encode_load(load: NodeLoad) -> bytes:
@@ -37,6 +39,10 @@ def encode_load(load: NodeLoad) -> bytes:
             _rate(m.decode_rate),
             _whole(m.step_count),
             _whole(m.queued_tokens),
+            _rate(m.step_s),
+            _rate(m.wait_s),
+            _rate(m.prompt_token_s),
+            _rate(m.answer_tokens),
         ]
         for name, m in load.models.items()
     ]
@@ -63,6 +69,7 @@ def decode_load(section: bytes) -> NodeLoad:
             decode_rate=_read_rate(row[5]),
             step_count=count(row[6]),
             queued_tokens=count(row[7]),
+            **{name: _read_rate(value) for name, value in zip(_APPENDED_RATES, row[8:], strict=False)},
         )
     return NodeLoad(
         readiness=_READINESS_OF_CODE.get(count(fields[0]), Readiness.LOADING),

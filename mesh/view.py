@@ -55,7 +55,10 @@ class NodeStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ModelLoad:
-    """How busy one model is on one node. Rates are tokens per second, measured on the run; 0.0 while unmeasured."""
+    """How busy one model is on one node. Rates are tokens per second, measured on the run; 0.0 while unmeasured.
+
+    step_s: the median tick of its engine. wait_s, prompt_token_s: a request that comes now has its first token after
+    wait_s + prompt tokens x prompt_token_s, as its engine estimates it. answer_tokens: the running mean of answers."""
 
     active: int = 0
     queued: int = 0
@@ -64,6 +67,10 @@ class ModelLoad:
     decode_rate: float = 0.0
     step_count: int = 0
     queued_tokens: int = 0  # prompt tokens not yet prefilled, waiting and running together
+    step_s: float = 0.0
+    wait_s: float = 0.0
+    prompt_token_s: float = 0.0
+    answer_tokens: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +132,16 @@ class MemberView:
 
 @dataclass(frozen=True, slots=True)
 class ClusterView:
-    """All members this node knows, itself included, at one instant of its own clock (`now`, seconds, monotonic)."""
+    """All members this node knows, itself included, at one instant of its own clock (`now`, seconds, monotonic).
+
+    witnessed: ids of the nodes that this node itself saw accept streams and make no progress."""
 
     self_id: str
     now: float
     members: Mapping[str, MemberView]
     awareness: int = 0  # this node's own Lifeguard score, 0 (well) to 8
     publish_interval_s: float = 1.0
+    witnessed: frozenset[str] = frozenset()
 
     @property
     def me(self) -> MemberView:
@@ -149,6 +159,7 @@ class ClusterView:
             or member.load.loop_lag_s > 0.25
             or is_stale
             or is_unwell
+            or member.node_id in self.witnessed
         ):
             return NodeStatus.DEGRADED
         return NodeStatus.HEALTHY

@@ -382,6 +382,10 @@ class Node:
                     decode_rate=engine.decode_rate,
                     step_count=engine.step_count,
                     queued_tokens=engine.queued_tokens,
+                    step_s=engine.median_step_s,
+                    wait_s=engine.first_token.wait_s,
+                    prompt_token_s=engine.first_token.prompt_token_s,
+                    answer_tokens=engine.answer_tokens,
                 )
                 for name, engine in engines.items()
             },

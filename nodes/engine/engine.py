@@ -255,6 +255,7 @@ class Engine:
                 load_time_s=self._load_time_s,
                 first_token=self._estimate_first_token(),
                 first_token_error=meter.estimate_error(),
+                answer_tokens=self._answer_tokens,
                 cache_queries_total=self._scheduler.cache.queries,
                 cache_hits_total=self._scheduler.cache.hits,
                 cache_query_tokens_total=self._scheduler.cache.query_tokens,

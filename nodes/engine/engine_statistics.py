@@ -22,7 +22,8 @@ class EngineStatistics:
     queued_tokens: prompt tokens not prefilled yet. decode_rate: of the whole batch. tokens_per_s: generated over the
     last 10 s. step_seconds_total, session_seconds_total: time in ticks, and the part of it inside the session.
     median_step_s: of the last ticks, to tell a hang from slowness. first_token: what a request that comes now has to
-    expect; first_token_error: median of |estimated - actual| / actual of the last ones. cache: prompts and their tokens
+    expect; first_token_error: median of |estimated - actual| / actual of the last ones. answer_tokens: running mean of
+    what answers had, a guess before the first. cache: prompts and their tokens
     looked up in the prefix cache, and found there. step_faults_total: steps that broke.
     """
 
@@ -46,6 +47,7 @@ class EngineStatistics:
     load_time_s: float
     first_token: FirstTokenEstimate
     first_token_error: float
+    answer_tokens: float
     cache_queries_total: int
     cache_hits_total: int
     cache_query_tokens_total: int

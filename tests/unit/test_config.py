@@ -135,7 +135,7 @@ def test_more_models_than_gossip_can_tell_of_are_refused() -> None:
 def test_what_gossip_tells_of_the_most_models_fits_a_section() -> None:
     model = ModelInfo("x" * MODEL_NAME_BYTES_MAX, "f" * FINGERPRINT_HEX_CHARS, 10**7, 256, 100_000)
     encode_profile(NodeProfile("[" + "f" * 39 + "]:65535", "0.1.0.dev12345", (model,) * MODELS_MAX))
-    load = ModelLoad(256, 100_000, 256, 123456.789, 123456.789, 2**40, 10**8)
+    load = ModelLoad(256, 100_000, 256, 123456.789, 123456.789, 2**40, 10**8, 1.0, 1.0, 1.0, 256.0)
     names = [f"{i}".ljust(MODEL_NAME_BYTES_MAX, "x") for i in range(MODELS_MAX)]
     encode_load(NodeLoad(Readiness.READY, 10**6, 123456.7, 12.3, dict.fromkeys(names, load)))
 

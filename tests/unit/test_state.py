@@ -18,7 +18,7 @@ from mesh.view import ModelInfo, ModelLoad, NodeLoad, NodeProfile, Readiness
 counts = st.integers(0, 2**40)
 rates = st.floats(0, 1e9, width=32)
 names = st.text(min_size=1, max_size=12)
-model_loads = st.builds(ModelLoad, counts, counts, counts, rates, rates, counts, counts)
+model_loads = st.builds(ModelLoad, counts, counts, counts, rates, rates, counts, counts, rates, rates, rates, rates)
 loads = st.builds(
     NodeLoad,
     st.sampled_from(Readiness),
@@ -59,8 +59,8 @@ def test_a_mutated_section_is_a_section_or_refused(load: NodeLoad, profile: Node
 
 
 def test_a_load_of_one_model_is_small() -> None:
-    model = ModelLoad(3, 2, 5, 2048.0, 24.5, 100_000, 900)
-    assert len(encode_load(NodeLoad(Readiness.READY, 3, 24.5, 0.01, {"demo": model}))) <= 48
+    model = ModelLoad(3, 2, 5, 2048.0, 24.5, 100_000, 900, 0.01, 2.5, 0.001, 180.0)
+    assert len(encode_load(NodeLoad(Readiness.READY, 3, 24.5, 0.01, {"demo": model}))) <= 68
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,7 @@ def test_a_profile_of_too_many_models_says_how_many_bytes_there_are() -> None:
         pytest.param([0, 0, 2e12, 0.0, []], id="a rate beyond all machines"),
         pytest.param([0, 0, 2**63, 0.0, []], id="a whole number beyond all machines"),
         pytest.param([0, 0, 0.0, 0.0, [["m", 1]]], id="short model"),
+        pytest.param([0, 0, 0.0, 0.0, [["m", 1, 2, 3, 4.0, 5.0, 6, 7, -1.0]]], id="negative appended rate"),
         pytest.param([0, 0, 0.0, 0.0, {}], id="a map of models"),
         pytest.param({}, id="a map"),
     ],
@@ -109,9 +110,17 @@ def test_a_fingerprint_that_no_node_could_have_sent_is_refused() -> None:
 
 
 def test_fields_and_words_of_a_newer_version_are_ignored() -> None:
-    model = ["m", 1, 2, 3, 4.0, 5.0, 6, 7, "later"]
+    model = ["m", 1, 2, 3, 4.0, 5.0, 6, 7, 8.0, 9.0, 10.0, 11.0, "later"]
     load = decode_load(msgpack.packb([17, 1, 2.0, 0.5, [model], "later"]))
-    assert load == NodeLoad(Readiness.LOADING, 1, 2.0, 0.5, {"m": ModelLoad(1, 2, 3, 4.0, 5.0, 6, 7)})
+    expected = ModelLoad(1, 2, 3, 4.0, 5.0, 6, 7, 8.0, 9.0, 10.0, 11.0)
+    assert load == NodeLoad(Readiness.LOADING, 1, 2.0, 0.5, {"m": expected})
+
+
+@pytest.mark.parametrize("length", range(8, 13))
+def test_the_row_of_a_model_may_end_after_any_field_that_was_appended(length: int) -> None:
+    row = ["m", 1, 2, 3, 4.0, 5.0, 6, 7, 8.0, 9.0, 10.0, 11.0][:length]
+    load = decode_load(msgpack.packb([1, 1, 2.0, 0.5, [row]]))
+    assert load.models == {"m": ModelLoad(*row[1:])}
 
 
 QUIET = NodeLoad(Readiness.READY, 1, 5.0, 0.0, {"m": ModelLoad(queued=4)})
