@@ -127,6 +127,11 @@ class NodeConfig(BaseModel):
     )
     open: bool = Field(False, description="answer /v1/* to everyone, also on an HTTP address off loopback")
     deadline_s: float = Field(600.0, gt=0, le=86_400, description="longest time a request may take, seconds")
+    hedge: bool = Field(
+        False,
+        description="open a request whose first token is later than 99 of 100 of its model on a second node as well; "
+        "the first to answer is kept",
+    )
     drain_s: float = Field(30.0, ge=0, le=3_600, description="how long running streams may finish at shutdown, seconds")
     nodes_expected: int | None = Field(
         None, ge=1, description="nodes this cluster should have, for alerts; default: members known and not left"

@@ -1,51 +1,55 @@
-"""From a request to a stream of events: rank the nodes, open the best, and try the next while nothing has been sent.
+"""From a request to a stream of events that outlives its nodes: who generates, who goes on when that one fails.
 
-A stream that has given its first event belongs to its node; when that node fails afterwards the reader is told so.
+Ranks the nodes and opens the best; what becomes of an answer afterwards is nodes.dispatched_stream's. One task watches
+all streams for nodes that make no progress, and asks those for a probe.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import trio
 
-from mesh.errors import MeshError, NoCapacity, PeerUnavailable
-from mesh.router import OwnDispatch, Router, RouteRequest
+from mesh.errors import MeshError
+from mesh.router import Router
 from mesh.view import ClusterView, MemberView
-from nodes.generation import (
-    DeadlineExceeded,
-    GenerateEvent,
-    GenerateRequest,
-    GenerationFailed,
-    Generator,
-    RequestInvalid,
-)
+from nodes.attempts import Attempts
+from nodes.dispatched_stream import DispatchedStream
+from nodes.engine.prefix_digest import text_blocks
+from nodes.generation import GenerateRequest, GenerationError, Generator, Sampling
 
 logger = logging.getLogger(__name__)
 
-# Nodes tried for one request. Each failed try costs at most a connect timeout; more would outlast a client's patience.
-TRIES_MAX = 4
-# The executor ends a late request itself, and counts it as that; its word has this long to arrive.
-DEADLINE_GRACE_S = 1.0
+WATCH_INTERVAL_S = 0.25
+PROBE_TIMEOUT_S = 5.0
+NOISE_SEED_BITS = 63
 
 
 @dataclass(frozen=True, slots=True)
 class DispatchStatistics:
-    """forwards: streams opened on a peer. retries: moves to a next candidate, by reason."""
+    """Totals as AttemptCounts has them, and the streams open and nodes degraded now."""
 
     forwards: int
     retries: Mapping[str, int]
+    failovers: Mapping[str, int]
+    resumed_tokens: int
+    lost: int
+    hedges: Mapping[str, int]
+    hedge_tokens: int
+    probes: Mapping[str, int]
     open_streams: int
+    witnessed: int
 
 
 class Dispatch:
     """Opens generations on the node that should serve them soonest.
 
-    local: this node's engines. remote: makes the Generator of a peer.
-    peer_failed is told the node id whenever a peer failed a request, so that gossip probes it at once.
+    view: the cluster, this node's own row as of now. local: this node's engines. remote: makes the Generator of a peer.
+    peer_failed is told the node id whenever a peer failed a request, so that gossip probes it at once. hedges: open a
+    request whose first token is late on a second node.
     """
 
     def __init__(
@@ -56,15 +60,23 @@ class Dispatch:
         local: Generator,
         remote: Callable[[MemberView], Generator],
         peer_failed: Callable[[str], None],
+        rng: random.Random,
+        hedges: bool = False,
     ) -> None:
-        self._view = view
-        self._router = router
-        self._local = local
-        self._remote = remote
-        self._peer_failed = peer_failed
-        self._forwards = 0
-        self._retries: Counter[str] = Counter()
-        self._open_streams = 0
+        self._attempts = Attempts(
+            view=view, router=router, local=local, remote=remote, peer_failed=peer_failed, hedges=hedges
+        )
+        self._rng = rng
+        self._streams: set[DispatchedStream] = set()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Watch until cancelled. Streams work without it, but none notices that its node hangs."""
+        async with trio.open_nursery() as nursery:
+            task_status.started()
+            while True:
+                await trio.sleep(WATCH_INTERVAL_S)
+                for member, model in self._watch(trio.current_time()):
+                    nursery.start_soon(self._probe, member, model)
 
     async def open(self, request: GenerateRequest) -> DispatchedStream:
         """The stream of `request`, opened on the best node that takes it.
@@ -72,134 +84,85 @@ class Dispatch:
         Raises ModelUnknown, NoCapacity, RequestInvalid, DeadlineExceeded, or GenerationFailed when every node tried
         failed. Nothing stays open when it raises.
         """
-        stream = DispatchedStream(self, request, trio.current_time() + request.deadline_s)
-        await stream.open_next()
+        stream = DispatchedStream(
+            self._attempts,
+            replace(request, noise_seed=self._rng.getrandbits(NOISE_SEED_BITS)),
+            text_blocks(request.messages),
+            running=self._streams.__len__,
+            on_end=self._streams.discard,
+        )
+        self._streams.add(stream)
+        await stream.open()
         return stream
 
+    def move_local(self) -> int:
+        """Have the answers that this node's own engines generate for its own clients go on elsewhere, where somebody
+        takes them. Returns how many there are."""
+        local = [stream for stream in self._streams if stream.is_local]
+        for stream in local:
+            stream.interrupt("drain")
+        return len(local)
+
+    @property
+    def witnessed(self) -> frozenset[str]:
+        """Node ids that this node saw accept streams and make no progress."""
+        return self._attempts.witness.degraded
+
     def statistics(self) -> DispatchStatistics:
-        return DispatchStatistics(self._forwards, dict(self._retries), self._open_streams)
-
-
-class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
-    """One generation as its reader sees it. node_id: the node that executes it; final once the first event is read.
-
-    Holds no nursery, so it may cross from a handler to a response body. Closing it cancels the generation.
-    """
-
-    def __init__(self, dispatch: Dispatch, request: GenerateRequest, deadline: float) -> None:
-        self._dispatch = dispatch
-        self._request = request
-        self._deadline = deadline
-        self._stream: trio.abc.ReceiveChannel[GenerateEvent] | None = None
-        self._entry: OwnDispatch | None = None
-        self._failed: set[str] = set()
-        self._has_begun = False
-        self._has_finished = False
-        self._is_closed = False
-        self._refusal: NoCapacity | None = None
-        self.node_id = ""
-
-    async def receive(self) -> GenerateEvent:
-        """The next event. Raises trio.EndOfChannel after the last, and GenerationError; both close the stream."""
-        while True:
-            if self._is_closed:
-                raise trio.EndOfChannel
-            if self._stream is None:  # a read that was cancelled while it moved to the next node
-                await self.open_next()
-                continue
-            try:
-                with trio.move_on_at(self._deadline + DEADLINE_GRACE_S):
-                    event = await self._receive()
-                    self._has_begun = True
-                    return event
-                raise DeadlineExceeded(f"the request's deadline of {self._request.deadline_s:g} s has passed")
-            except (RequestInvalid, DeadlineExceeded, trio.EndOfChannel):
-                await self.aclose()
-                raise
-            except (MeshError, GenerationFailed) as exc:
-                node_id = self.node_id
-                await self._close_stream()
-                self._note_failure(node_id, exc)
-                if self._has_begun:
-                    self._is_closed = True
-                    raise GenerationFailed(
-                        f"node {node_id} failed in the middle of the answer; send the request again"
-                    ) from exc
-
-    async def open_next(self) -> None:
-        """Open the best node not tried yet. Raises as Dispatch.open does."""
-        dispatch, request = self._dispatch, self._request
-        while len(self._failed) < TRIES_MAX:
-            remaining_s = self._deadline - trio.current_time()
-            if remaining_s <= 0:
-                raise DeadlineExceeded(f"the request's deadline of {request.deadline_s:g} s has passed")
-            view = dispatch._view()
-            route = RouteRequest(request.model, request.text_bytes(), exclude=frozenset(self._failed))
-            try:
-                node_id = dispatch._router.rank(view, route, trio.current_time())[0]
-            except NoCapacity as exc:
-                raise self._refusal or exc from None
-            member = view.members[node_id]
-            # Counted before anything is awaited, so that requests of the same instant see each other.
-            entry = dispatch._router.dispatched(node_id, request.model, request.text_bytes(), member.load_version)
-            generator = dispatch._local if member.is_self else dispatch._remote(member)
-            hops = request.hops if member.is_self else request.hops + 1
-            try:
-                stream = await generator.open(replace(request, deadline_s=remaining_s, hops=hops))
-            except BaseException as exc:
-                dispatch._router.finished(entry)
-                if not isinstance(exc, MeshError | GenerationFailed):
-                    raise
-                self._note_failure(node_id, exc)
-                continue
-            if member.is_self:
-                dispatch._router.finished(entry)  # from now on the own row of the view contains it
-            self._stream, self._entry, self.node_id = stream, entry, node_id
-            dispatch._open_streams += 1
-            dispatch._forwards += not member.is_self
-            return
-        raise self._refusal or GenerationFailed(
-            f"{len(self._failed)} nodes were tried and none could serve the request"
+        counts = self._attempts.counts
+        return DispatchStatistics(
+            forwards=counts.forwards,
+            retries=dict(counts.retries),
+            failovers=dict(counts.failovers),
+            resumed_tokens=counts.resumed_tokens,
+            lost=counts.lost,
+            hedges=dict(counts.hedges),
+            hedge_tokens=counts.hedge_tokens,
+            probes=dict(counts.probes),
+            open_streams=len(self._streams),
+            witnessed=len(self.witnessed),
         )
 
-    def _note_failure(self, node_id: str, error: Exception) -> None:
-        self._failed.add(node_id)
-        reason = type(error).__name__
-        self._dispatch._retries[reason] += 1
-        if isinstance(error, NoCapacity):
-            self._refusal = error
-        elif isinstance(error, PeerUnavailable):
-            self._dispatch._peer_failed(node_id)
-        logger.warning(
-            "a node did not serve a request",
-            extra={
-                "request_id": self._request.request_id,
-                "peer": node_id,
-                "reason": reason,
-                "error.message": str(error),
-            },
+    # The watch.
+
+    def _watch(self, now: float) -> list[tuple[MemberView, str]]:
+        """Move streams off nodes that hang; whom to probe."""
+        witness = self._attempts.witness
+        if not self._streams and not witness.degraded:
+            return []
+        view = self._attempts.view()
+        by_place: dict[tuple[str, str], list[DispatchedStream]] = {}
+        for stream in self._streams:
+            if stream.place is not None:
+                by_place.setdefault(stream.place, []).append(stream)
+        known = witness.degraded
+        for place in witness.observe(by_place, view, now):
+            if place[0] not in known:
+                logger.warning("a node accepts streams and makes no progress", extra={"peer": place[0]})
+            for stream in by_place[place]:
+                if not stream.is_interrupted and self._attempts.take_from_budget(len(self._streams)):
+                    stream.interrupt("hang")
+        return list(witness.probes_due(view, now))
+
+    async def _probe(self, member: MemberView, model: str) -> None:
+        """Ask a degraded node for one token."""
+        request = GenerateRequest(
+            request_id=f"probe-{self._rng.getrandbits(32):08x}",
+            model=model,
+            messages=({"role": "user", "content": "Hello"},),
+            sampling=Sampling(temperature=0.0, max_tokens=1),
+            deadline_s=PROBE_TIMEOUT_S,
+            hops=0 if member.is_self else 1,
         )
-
-    async def _receive(self) -> GenerateEvent:
-        """The next event; a stream that ends without a finish_reason is a failure, not an end."""
-        assert self._stream is not None
-        try:
-            event = await self._stream.receive()
-        except trio.EndOfChannel:
-            if self._has_finished:
-                raise
-            raise GenerationFailed(f"node {self.node_id} ended the stream without finishing it") from None
-        self._has_finished = event.finish_reason is not None
-        return event
-
-    async def aclose(self) -> None:
-        self._is_closed = True
-        await self._close_stream()
-
-    async def _close_stream(self) -> None:
-        stream, self._stream = self._stream, None
-        entry, self._entry = self._entry, None
-        if stream is not None and entry is not None:
-            self._dispatch._open_streams -= 1
-            self._dispatch._router.finished(entry)
-            await stream.aclose()
+        outcome = "failed"
+        with trio.move_on_after(PROBE_TIMEOUT_S):
+            try:
+                stream = await self._attempts.generator(member).open(request)
+                async with stream:
+                    await stream.receive()
+                outcome = "served"
+            except (MeshError, GenerationError, trio.EndOfChannel) as exc:
+                logger.info("a probe failed", extra={"peer": member.node_id, "error.message": str(exc)})
+        self._attempts.counts.probes[outcome] += 1
+        if outcome == "served" and self._attempts.witness.served(member.node_id):
+            logger.info("a degraded node serves again", extra={"peer": member.node_id})

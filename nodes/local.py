@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast, get_args
 
 import trio
 
@@ -19,24 +18,27 @@ from nodes.engine.errors import (
     EngineStopped,
     PromptTooLong,
     QueueFull,
+    TokenUnknown,
 )
+from nodes.engine.grammar import GrammarInvalid, GrammarMatcher, GrammarUnavailable
 from nodes.engine.model_loader import LoadedModel
 from nodes.engine.prefix_digest import text_blocks
-from nodes.engine.sampling import SamplingParams
+from nodes.engine.sampling import GrammarKind, GrammarSpec, SamplingParams, TokenLogprobs
 from nodes.engine.sequence import EngineEvent
 from nodes.engine.stream import EngineStream
-from nodes.engine.tokenizer import ENCODE_INLINE_BYTES_MAX
+from nodes.engine.tokenizer import ENCODE_INLINE_BYTES_MAX, Tokenizer
 from nodes.generation import (
     DeadlineExceeded,
     GenerateEvent,
     GenerateRequest,
     GenerationError,
     GenerationFailed,
+    Grammar,
     RequestInvalid,
+    TokenLogprob,
     Usage,
 )
 
-SEED_BITS = 64
 MODEL_NAME_CHARS_SHOWN = 100  # clients choose the name, and error messages quote it
 
 Status = Literal["success", "error", "cancelled", "rejected"]
@@ -61,36 +63,44 @@ class Observer(Protocol):
 class LocalGenerator:
     """Generates on the engines of this node. engines: by model name; it may gain and lose entries at any time."""
 
-    def __init__(
-        self, engines: Mapping[str, Engine], *, observer: Observer | None = None, rng: random.Random | None = None
-    ) -> None:
-        """rng: draws the seeds of requests that have none."""
+    def __init__(self, engines: Mapping[str, Engine], *, observer: Observer | None = None) -> None:
         self._engines = engines
         self._observer = observer
-        self._rng = rng or random.Random()
 
     async def open(self, request: GenerateRequest) -> LocalStream:
-        """Raises ModelUnknown, RequestInvalid, NoCapacity, GenerationFailed when the engine does not run."""
+        """Raises ModelUnknown, RequestInvalid, NoCapacity, and GenerationFailed when the engine does not run or cannot
+        go on with the ids given."""
         started = trio.current_time()
         engine = self._engines.get(request.model)
         if engine is None:
             raise ModelUnknown(f"this node has no model named {request.model[:MODEL_NAME_CHARS_SHOWN]!r}")
+        if request.fingerprint not in ("", engine.fingerprint):
+            raise GenerationFailed("the model of this node differs from the one that began the answer")
         deadline = engine.now() + request.deadline_s
         if request.text_bytes() > ENCODE_INLINE_BYTES_MAX:
             prompt_ids = await trio.to_thread.run_sync(_prompt_ids, engine, request)
         else:
             prompt_ids = _prompt_ids(engine, request)
             await trio.lowlevel.checkpoint()
-        record = _Record(self._observer, request.model, started)
+        params = _params(engine.model, request)
+        matcher = None
+        if params.grammar is not None:
+            matcher = await trio.to_thread.run_sync(_compile, engine, params.grammar)
+        record = _Record(self._observer, request.model, started, len(request.generated_ids))
         try:
             stream = engine.submit(
                 prompt_ids,
-                self._params(engine.model, request),
+                params,
                 deadline,
+                generated_ids=request.generated_ids,
+                fairness_id=request.fairness_id,
                 text_blocks=text_blocks(request.messages),
+                matcher=matcher,
             )
         except PromptTooLong as exc:
             raise _too_long(exc) from exc
+        except TokenUnknown as exc:
+            raise GenerationFailed(str(exc)) from exc
         except QueueFull as exc:
             record.begin()
             record.end("rejected")
@@ -100,19 +110,47 @@ class LocalGenerator:
             record.end("error")
             raise GenerationFailed(str(exc)) from exc
         record.begin()
-        return LocalStream(stream, record)
+        return LocalStream(stream, record, engine.model.tokenizer)
 
-    def _params(self, model: LoadedModel, request: GenerateRequest) -> SamplingParams:
-        sampling = request.sampling
-        return SamplingParams(
-            temperature=model.temperature if sampling.temperature is None else sampling.temperature,
-            top_p=model.top_p if sampling.top_p is None else sampling.top_p,
-            is_seeded=sampling.seed is not None,
-            seed=self._rng.getrandbits(SEED_BITS) if sampling.seed is None else sampling.seed,
-            max_tokens=sampling.max_tokens,
-            stop=sampling.stop,
-            ignore_eos=sampling.ignore_eos,
-        )
+
+def _params(model: LoadedModel, request: GenerateRequest) -> SamplingParams:
+    sampling = request.sampling
+    return SamplingParams(
+        temperature=model.temperature if sampling.temperature is None else sampling.temperature,
+        top_p=model.top_p if sampling.top_p is None else sampling.top_p,
+        is_seeded=sampling.seed is not None,
+        seed=request.noise_seed if sampling.seed is None else sampling.seed,
+        max_tokens=sampling.max_tokens,
+        stop=sampling.stop,
+        ignore_eos=sampling.ignore_eos,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias=sampling.logit_bias,
+        choice=sampling.choice,
+        min_tokens=sampling.min_tokens,
+        logprobs=sampling.logprobs,
+        grammar=_grammar(sampling.grammar),
+    )
+
+
+def _grammar(grammar: Grammar | None) -> GrammarSpec | None:
+    """Raises RequestInvalid for a kind that this version does not know."""
+    if grammar is None:
+        return None
+    if grammar.kind not in get_args(GrammarKind):
+        raise RequestInvalid(f"grammars of kind {grammar.kind!r} are not known here", param="response_format")
+    return GrammarSpec(cast(GrammarKind, grammar.kind), grammar.text)
+
+
+def _compile(engine: Engine, spec: GrammarSpec) -> GrammarMatcher:
+    """Raises RequestInvalid."""
+    try:
+        return engine.compile_grammar(spec)
+    except (GrammarInvalid, GrammarUnavailable) as exc:
+        raise RequestInvalid(str(exc), param="response_format") from exc
 
 
 def _prompt_ids(engine: Engine, request: GenerateRequest) -> list[int]:
@@ -137,10 +175,12 @@ def _too_long(error: PromptTooLong) -> RequestInvalid:
 class _Record:
     """Tells the observer of one request, whatever happens to it: once that it started, once how it ended."""
 
-    def __init__(self, observer: Observer | None, model: str, started: float) -> None:
+    def __init__(self, observer: Observer | None, model: str, started: float, resumed_tokens: int) -> None:
+        """resumed_tokens: of the answer, generated and counted elsewhere; then the prompt is counted there too."""
         self._observer = observer
         self._model = model
         self._started = started
+        self._resumed_tokens = resumed_tokens
         self._has_token = False
         self._has_ended = False
         self.prompt_tokens = 0
@@ -151,7 +191,8 @@ class _Record:
             self._observer.started(self._model)
 
     def note(self, event: EngineEvent) -> None:
-        self.prompt_tokens, self.completion_tokens = event.prompt_tokens, event.completion_tokens
+        self.prompt_tokens = 0 if self._resumed_tokens else event.prompt_tokens
+        self.completion_tokens = event.completion_tokens - self._resumed_tokens
         if self._observer is not None and not self._has_token:
             self._observer.first_token(self._model, trio.current_time() - self._started)
         self._has_token = True
@@ -170,9 +211,10 @@ class LocalStream(trio.abc.ReceiveChannel[GenerateEvent]):
     completion_tokens in its usage are the tokens of the answer; the end-of-sequence token is not one of them.
     """
 
-    def __init__(self, stream: EngineStream, record: _Record) -> None:
+    def __init__(self, stream: EngineStream, record: _Record, tokenizer: Tokenizer) -> None:
         self._stream = stream
         self._record = record
+        self._tokenizer = tokenizer
 
     async def receive(self) -> GenerateEvent:
         """Raises DeadlineExceeded, GenerationFailed, NoCapacity when another asker got its place in the queue, and
@@ -183,11 +225,18 @@ class LocalStream(trio.abc.ReceiveChannel[GenerateEvent]):
             self._record.end(_status_of(exc))
             raise _generation_error(exc) from exc
         self._record.note(event)
+        logprobs = tuple(map(self._logprob, event.logprobs)) if event.logprobs else ()
         if event.finish_reason is None:
-            return GenerateEvent(event.text, event.token_ids)
+            return GenerateEvent(event.text, event.token_ids, logprobs=logprobs)
         self._record.end("success")
         usage = Usage(event.prompt_tokens, event.completion_tokens, event.cached_tokens)
-        return GenerateEvent(event.text, event.token_ids, event.finish_reason, usage)
+        return GenerateEvent(event.text, event.token_ids, event.finish_reason, usage, logprobs)
+
+    def _logprob(self, row: TokenLogprobs) -> TokenLogprob:
+        text = self._tokenizer.decode
+        return TokenLogprob(
+            text([row.token_id]), row.logprob, tuple((text([other]), value) for other, value in row.top)
+        )
 
     async def aclose(self) -> None:
         self._record.end("cancelled")

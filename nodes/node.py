@@ -11,7 +11,7 @@ import random
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -44,7 +44,7 @@ from nodes.mesh_operations import MeshOperations
 from nodes.messages import NODE_READY
 from nodes.node_operations import NodeOperations
 from nodes.peer_operations import ask_peer
-from nodes.remote import RemoteGenerator, serve_peer
+from nodes.remote import PeerServer, RemoteGenerator
 from nodes.sockets import NodeSockets, advertised_address, bound_address
 from observability.collectors import Snapshot
 from observability.log_writer import WriterThread
@@ -145,6 +145,7 @@ class Node:
             forget=self._gossip_socket.forget,
             stop=self._leave_asked.set,
         )
+        self._peer_server = PeerServer(self._local, self._own_operations.handlers)
         self._mesh_operations = MeshOperations(
             view=self._view,
             local=self._own_operations.handlers,
@@ -158,6 +159,8 @@ class Node:
             local=self._local,
             remote=partial(RemoteGenerator, self._forwarder),
             peer_failed=self._peer_failed,
+            rng=random.Random(),
+            hedges=config.hedge,
         )
 
     async def run(self, stop: StopRequest) -> None:
@@ -170,6 +173,7 @@ class Node:
             await mesh.start(self._forwarder.run, [listener])
             await mesh.start(self._gossip_socket.run)
             await mesh.start(self._mesh_operations.run)
+            await mesh.start(self._dispatch.run)
             mesh.start_soon(self._stop_when_asked_to_leave, stop)
             try:
                 async with trio.open_nursery() as engines:
@@ -345,7 +349,7 @@ class Node:
         if state_exchange.is_question(stream.request):
             await state_exchange.answer(stream, self._gossip)
         else:
-            await serve_peer(stream, self._local, self._own_operations.handlers)
+            await self._peer_server.serve(stream)
 
     def _observe_load(self, node_id: str, report: bytes) -> None:
         with suppress(MalformedDatagram):  # of a later version: gossip carries what this one can read
@@ -356,7 +360,9 @@ class Node:
         self._fenced.set()
 
     def _view(self) -> ClusterView:
-        return self._gossip.view(trio.current_time())
+        """With what this node has witnessed itself."""
+        view = self._gossip.view(trio.current_time())
+        return replace(view, witnessed=self._dispatch.witnessed) if self._dispatch.witnessed else view
 
     def _view_with_own_load(self) -> ClusterView:
         """For routing: this node's own row as of now, not as of its last publication."""

@@ -14,12 +14,15 @@ from mesh.errors import MeshError, PeerUnavailable
 from mesh.forwarder import Forwarder, IncomingStream, OutgoingStream, RemoteError, StreamRefused
 from mesh.view import MemberView
 from nodes.generation import (
-    REQUEST_BYTES_MAX,
     GenerateEvent,
     GenerateRequest,
     GenerationError,
+    GenerationMoved,
     Generator,
     RequestInvalid,
+)
+from nodes.generation_codec import (
+    REQUEST_BYTES_MAX,
     decode_error,
     decode_event,
     decode_request,
@@ -79,34 +82,63 @@ class _RemoteStream(trio.abc.ReceiveChannel[GenerateEvent]):
         await self._stream.aclose()
 
 
-async def serve_peer(stream: IncomingStream, local: Generator, operations: Mapping[str, Handler]) -> None:
-    """Do what a peer asks for, by the first byte of its request."""
-    if is_operation(stream.request):
-        await serve_operation(stream, operations)
-    else:
-        await _generate(stream, local)
+class PeerServer:
+    """Does what peers ask for on their streams: generations, by this node's engines, and operations."""
 
+    def __init__(self, local: Generator, operations: Mapping[str, Handler]) -> None:
+        self._local = local
+        self._operations = operations
+        self._generations: set[trio.CancelScope] = set()  # a link bounds its streams, and the forwarder its links
 
-async def _generate(stream: IncomingStream, local: Generator) -> None:
-    """Execute one generation for a peer. Cancelled when the peer cancels or its link breaks, which frees the slot.
+    async def serve(self, stream: IncomingStream) -> None:
+        """By the first byte of the request. Cancelled when the peer cancels or its link breaks."""
+        if is_operation(stream.request):
+            await serve_operation(stream, self._operations)
+        else:
+            await self._generate(stream)
 
-    A request that has been forwarded already is executed here or refused, never forwarded again.
-    """
-    started = trio.current_time()
-    fields: dict[str, object] = {"peer": stream.peer_node_id}
-    try:
-        request = decode_request(stream.request)
-        fields |= {"request_id": request.request_id, "model": request.model}
-        if request.hops > HOPS_MAX:
-            raise RequestInvalid(f"the request has been forwarded {request.hops} times, the limit is {HOPS_MAX}")
-        generation = await local.open(request)
-        async with generation:
-            async for event in generation:
-                await stream.send(encode_event(event))
-    except GenerationError as exc:
-        code, message = encode_error(exc)
-        logger.info("refused a peer's request", extra=fields | {"error.type": type(exc).__name__})
-        raise StreamRefused(code, message) from exc
-    logger.info(
-        "executed a peer's request", extra=fields | {"duration_ms": round((trio.current_time() - started) * 1000, 3)}
-    )
+    @property
+    def generation_count(self) -> int:
+        """Generations executed for peers now."""
+        return len(self._generations)
+
+    def move_all(self) -> int:
+        """End every generation executed for a peer, so that it goes on elsewhere. Returns how many there were."""
+        moved = len(self._generations)
+        for scope in self._generations:
+            scope.cancel()
+        return moved
+
+    async def _generate(self, stream: IncomingStream) -> None:
+        """Execute one generation for a peer. That it was cancelled frees the slot.
+
+        A request that has been forwarded already is executed here or refused, never forwarded again.
+        """
+        started = trio.current_time()
+        fields: dict[str, object] = {"peer": stream.peer_node_id}
+        scope = trio.CancelScope()
+        self._generations.add(scope)
+        try:
+            request = decode_request(stream.request)
+            fields |= {"request_id": request.request_id, "model": request.model}
+            if request.generated_ids:
+                fields["resumed_tokens"] = len(request.generated_ids)
+            if request.hops > HOPS_MAX:
+                raise RequestInvalid(f"the request has been forwarded {request.hops} times, the limit is {HOPS_MAX}")
+            with scope:
+                generation = await self._local.open(request)
+                async with generation:
+                    async for event in generation:
+                        await stream.send(encode_event(event))
+            if scope.cancelled_caught:
+                raise GenerationMoved("the node drains")
+        except GenerationError as exc:
+            code, message = encode_error(exc)
+            logger.info("refused a peer's request", extra=fields | {"error.type": type(exc).__name__})
+            raise StreamRefused(code, message) from exc
+        finally:
+            self._generations.discard(scope)
+        logger.info(
+            "executed a peer's request",
+            extra=fields | {"duration_ms": round((trio.current_time() - started) * 1000, 3)},
+        )

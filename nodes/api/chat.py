@@ -17,7 +17,7 @@ from nodes.api.errors import Unauthorized, api_error
 from nodes.api.schema import ChatCompletionRequest, parse_chat
 from nodes.api.services import ApiMetrics, Services
 from nodes.api.sse import DONE, HEADERS, KEEP_ALIVE, EventStreamBody, data_event
-from nodes.dispatch import DispatchedStream
+from nodes.dispatched_stream import DispatchedStream
 from nodes.generation import GenerateEvent, GenerationError, RequestInvalid, Usage
 
 # A failure within this time still gets its own status code; after it the headers are sent, so that a client sees life.

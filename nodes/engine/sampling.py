@@ -17,6 +17,8 @@ from nodes.engine.penalties import LogitBias, Penalties
 TOP_LOGPROBS_MAX = 20  # as OpenAI's API
 TEMPERATURE_MIN = 1e-5  # below it sampling is greedy: float32 logits are not finer than that
 
+GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+
 
 @dataclass(frozen=True, slots=True)
 class GrammarSpec:
@@ -26,7 +28,7 @@ class GrammarSpec:
     Rust's regex crate writes it, without look-around; of choice a JSON list of strings; of grammar a Lark grammar as
     llguidance writes it, which begins at `start`."""
 
-    kind: Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+    kind: GrammarKind
     text: str = ""
 
 

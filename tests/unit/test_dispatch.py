@@ -22,7 +22,8 @@ from mesh.view import (
     NodeProfile,
     Readiness,
 )
-from nodes.dispatch import TRIES_MAX, Dispatch
+from nodes.dispatch import Dispatch
+from nodes.dispatched_stream import TRIES_MAX
 from nodes.generation import (
     DeadlineExceeded,
     GenerateEvent,
@@ -86,6 +87,7 @@ class Nodes:
             local=_Node(self, "a"),
             remote=lambda member: _Node(self, member.node_id),
             peer_failed=self.failed.append,
+            rng=random.Random(2),
         )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 import trio
@@ -20,6 +20,7 @@ from nodes.generation import (
     GenerateEvent,
     GenerateRequest,
     GenerationFailed,
+    Grammar,
     RequestInvalid,
     Sampling,
     Usage,
@@ -57,13 +58,18 @@ class Setup:
         self.session = FakeSession(slots=1)
         self.engine = Engine(model or toy_model(), self.session, queue_limit=queue_limit, now=self.clock)
         self.witness = Witness()
-        self.local = LocalGenerator({"demo": self.engine}, observer=self.witness, rng=random.Random(5))
+        self.local = LocalGenerator({"demo": self.engine}, observer=self.witness)
 
     async def open(
-        self, content: str = "hello", sampling: Sampling = GREEDY, deadline_s: float = 600.0, model: str = "demo"
+        self,
+        content: str = "hello",
+        sampling: Sampling = GREEDY,
+        deadline_s: float = 600.0,
+        model: str = "demo",
+        **fields: Any,
     ) -> LocalStream:
         messages = ({"role": "user", "content": content},)
-        return await self.local.open(GenerateRequest("r", model, messages, sampling, deadline_s))
+        return await self.local.open(GenerateRequest("r", model, messages, sampling, deadline_s, **fields))
 
 
 @asynccontextmanager
@@ -112,13 +118,54 @@ async def test_the_end_of_sequence_token_is_not_counted() -> None:
         assert (await read(await setup.open(sampling=ignoring)))[1] == ids
 
 
-async def test_a_seed_repeats_an_answer_and_without_one_answers_differ() -> None:
+async def test_a_seed_repeats_an_answer_and_without_one_the_entrys_noise_decides() -> None:
     async with serving(Setup()) as setup:
         seeded = Sampling(temperature=1.5, seed=-7, max_tokens=20)
         free = Sampling(temperature=1.5, max_tokens=20)
-        texts = [(await read(await setup.open(sampling=s)))[0] for s in (seeded, seeded, free, free)]
+        texts = [
+            (await read(await setup.open(sampling=sampling, noise_seed=noise_seed)))[0]
+            for sampling, noise_seed in ((seeded, 1), (seeded, 2), (free, 1), (free, 2), (free, 2))
+        ]
     assert texts[0] == texts[1]
+    assert texts[3] == texts[4]
     assert len(set(texts)) == 3
+
+
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, Sampling(temperature=1.5, seed=3, max_tokens=8)], ids=["greedy", "seeded"]
+)
+async def test_an_answer_goes_on_after_the_ids_it_is_given_and_counts_only_what_is_new(sampling: Sampling) -> None:
+    async with serving(Setup()) as setup:
+        text, ids, whole = await read(await setup.open(sampling=sampling))
+        for count in (1, 5, 8):
+            before = len(setup.witness.told)
+            resumed = await setup.open(
+                sampling=sampling, generated_ids=ids[:count], fingerprint=setup.engine.fingerprint
+            )
+            rest, rest_ids, last = await read(resumed)
+            assert rest_ids == ids[count:]
+            assert text.endswith(rest)
+            assert (last.finish_reason, last.usage and last.usage.completion_tokens) == (whole.finish_reason, 8)
+            assert setup.witness.told[before:][-1] == ("finished", "demo", "success", 0, 8 - count)
+
+
+async def test_an_answer_of_another_model_is_not_gone_on_with() -> None:
+    async with serving(Setup()) as setup:
+        with pytest.raises(GenerationFailed, match="differs"):
+            await setup.open(generated_ids=(1,), fingerprint="another")
+
+
+async def test_logprobs_and_grammars_reach_the_engine_and_come_back() -> None:
+    async with serving(Setup()) as setup:
+        async with await setup.open(sampling=Sampling(temperature=0.0, max_tokens=3, logprobs=2)) as stream:
+            events = [event async for event in stream]
+        rows = [row for event in events for row in event.logprobs]
+        assert [len(row.top) for row in rows] == [2, 2, 2]
+        assert rows[0].top[0] == (rows[0].token, rows[0].logprob)
+        with pytest.raises(RequestInvalid, match="not known"):
+            await setup.open(sampling=Sampling(grammar=Grammar("prose")))
+        with pytest.raises(RequestInvalid):
+            await setup.open(sampling=Sampling(grammar=Grammar("regex", "(")))
 
 
 async def test_max_tokens_is_cut_to_what_is_left_of_the_context() -> None:

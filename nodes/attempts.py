@@ -1,0 +1,167 @@
+"""Opens one generation on one node, the best that there is; keeps the books of all such tries.
+
+What is to be done when one fails is decided by its caller.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import trio
+
+from mesh.errors import MeshError
+from mesh.router import OwnDispatch, Router, RouteRequest
+from mesh.view import ClusterView, MemberView
+from nodes.failover_budget import FailoverBudget
+from nodes.generation import GenerateEvent, GenerateRequest, GenerationError, GenerationFailed, Generator
+from nodes.witness import Witness
+
+# Times to first token of one model, whose 99th percentile says which one is late; with fewer none is.
+FIRST_TOKENS = 512
+FIRST_TOKENS_MIN = 100
+# Models whose times are kept. Only names that a node serves come here.
+MODELS_MAX = 256
+
+
+class AttemptFailed(Exception):
+    """The node did not take the request."""
+
+    def __init__(self, member: MemberView, error: MeshError | GenerationError) -> None:
+        super().__init__(str(error))
+        self.member = member
+        self.error = error
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One generation at one node, open until close(). member: the node as it was seen when this was opened."""
+
+    member: MemberView
+    stream: trio.abc.ReceiveChannel[GenerateEvent]
+    router: Router
+    entry: OwnDispatch
+    has_finished: bool = False
+
+    @property
+    def node_id(self) -> str:
+        return self.member.node_id
+
+    @property
+    def is_local(self) -> bool:
+        return self.member.is_self
+
+    async def receive(self) -> GenerateEvent:
+        """The next event. Raises what the stream does, and GenerationFailed where it ends without a finish_reason."""
+        try:
+            event = await self.stream.receive()
+        except trio.EndOfChannel:
+            if self.has_finished:
+                raise
+            raise GenerationFailed(f"{self.node_id} ended the stream without finishing it") from None
+        self.has_finished = event.finish_reason is not None
+        return event
+
+    async def close(self) -> None:
+        """Cancels what has not finished. Any number of times."""
+        self.router.finished(self.entry)
+        await self.stream.aclose()
+
+
+@dataclass(slots=True)
+class AttemptCounts:
+    """Totals.
+
+    forwards: generations opened on a peer. retries: moves of a request to its next candidate before its first token, by
+    what failed. failovers: moves of an answer that had begun, by what ended it (link, fault, hang, drain, refused).
+    resumed_tokens: of answers so far, given to another node to go on from. lost: answers that could not go on.
+    hedges: second openings of late requests, by who was first (first, second, none). hedge_tokens: prompt tokens
+    computed a second time for them, and tokens thrown away. probes: of degraded nodes, by outcome (served, failed).
+    """
+
+    forwards: int = 0
+    retries: Counter[str] = field(default_factory=Counter)
+    failovers: Counter[str] = field(default_factory=Counter)
+    resumed_tokens: int = 0
+    lost: int = 0
+    hedges: Counter[str] = field(default_factory=Counter)
+    hedge_tokens: int = 0
+    probes: Counter[str] = field(default_factory=Counter)
+
+
+class Attempts:
+    """view: the cluster with what is in `witness`, this node's own row as of now. local: this node's engines. remote:
+    makes the Generator of a peer. peer_failed is told the node id whenever a peer failed a request, so that gossip
+    probes it at once. hedges: a request whose first token is late may be opened on a second node."""
+
+    def __init__(
+        self,
+        *,
+        view: Callable[[], ClusterView],
+        router: Router,
+        local: Generator,
+        remote: Callable[[MemberView], Generator],
+        peer_failed: Callable[[str], None],
+        hedges: bool,
+    ) -> None:
+        self.counts = AttemptCounts()
+        self.witness = Witness()
+        self.peer_failed = peer_failed
+        self._budget = FailoverBudget()
+        self.view = view
+        self._router = router
+        self._local = local
+        self._remote = remote
+        self._hedges = hedges
+        self._running = 0
+        self._first_tokens: dict[str, deque[float]] = {}
+
+    def generator(self, member: MemberView) -> Generator:
+        return self._local if member.is_self else self._remote(member)
+
+    async def open(self, view: ClusterView, route: RouteRequest, request: GenerateRequest) -> Attempt:
+        """Open the request on the best node. Raises ModelUnknown or NoCapacity where there is none to be asked, and
+        AttemptFailed where it did not take the request."""
+        node_id = self._router.rank(view, route, trio.current_time())[0]
+        member = view.members[node_id]
+        # Counted before anything is awaited, so that requests of the same instant see each other.
+        entry = self._router.dispatched(
+            node_id,
+            route.model,
+            route.prompt_bytes,
+            member.load_version,
+            blocks=route.blocks,
+            generation=member.generation,
+        )
+        hops = request.hops if member.is_self else request.hops + 1
+        try:
+            stream = await self.generator(member).open(replace(request, hops=hops))
+        except BaseException as exc:
+            self._router.finished(entry)
+            if isinstance(exc, MeshError | GenerationError):
+                raise AttemptFailed(member, exc) from exc
+            raise
+        if member.is_self:
+            self._router.finished(entry)  # from now on the own row of the view contains it
+        self.counts.forwards += not member.is_self
+        return Attempt(member, stream, self._router, entry)
+
+    def take_from_budget(self, running: int) -> bool:
+        """True where one more stream may be opened elsewhere on a guess. running: streams open here."""
+        return self._budget.take(running, trio.current_time())
+
+    def note_first_token(self, model: str, seconds: float) -> None:
+        times = self._first_tokens.get(model)
+        if times is None:
+            if len(self._first_tokens) >= MODELS_MAX:
+                del self._first_tokens[next(iter(self._first_tokens))]
+            times = self._first_tokens[model] = deque(maxlen=FIRST_TOKENS)
+        times.append(seconds)
+
+    def late_after_s(self, model: str) -> float | None:
+        """After how long a first token is late: the 99th percentile of the last ones. None where nothing is hedged."""
+        times = self._first_tokens.get(model)
+        if not self._hedges or times is None or len(times) < FIRST_TOKENS_MIN:
+            return None
+        return sorted(times)[len(times) * 99 // 100]
