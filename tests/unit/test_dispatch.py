@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 import pytest
@@ -23,19 +24,21 @@ from mesh.view import (
     Readiness,
 )
 from nodes.dispatch import Dispatch
-from nodes.dispatched_stream import TRIES_MAX
+from nodes.dispatched_stream import PATIENCE_S, TRIES_MAX
 from nodes.generation import (
     DeadlineExceeded,
     GenerateEvent,
     GenerateRequest,
     GenerationFailed,
+    GenerationMoved,
     RequestInvalid,
     Usage,
 )
 
 TOKEN = GenerateEvent("a", (1,))
 LAST = GenerateEvent("", (), "stop", Usage(3, 1))
-Script = Sequence[GenerateEvent | Exception]
+HANG = 1e6
+Script = Sequence[GenerateEvent | Exception | float]  # a float: seconds of silence
 
 
 class ScriptedStream(trio.abc.ReceiveChannel[GenerateEvent]):
@@ -47,7 +50,11 @@ class ScriptedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         await trio.lowlevel.checkpoint()
         if not self._script:
             raise trio.EndOfChannel
+        if isinstance(self._script[0], float):
+            await trio.sleep(self._script[0])
         step = self._script.pop(0)
+        while isinstance(step, float):
+            step = self._script.pop(0)
         if isinstance(step, Exception):
             raise step
         return step
@@ -67,28 +74,51 @@ class Nodes:
 
     The first node is the soonest to answer, the next the next: their queues are 0, 1, 2 … deep."""
 
-    def __init__(self, **scripts: Script | Exception) -> None:
+    def __init__(
+        self, *, hedges: bool = False, fingerprints: Mapping[str, str] | None = None, **scripts: Script | Exception
+    ) -> None:
         self.scripts = scripts
         self.opened: list[tuple[str, GenerateRequest]] = []
         self.streams: list[ScriptedStream] = []
         self.failed: list[str] = []
+        self._deaths: list[tuple[float, str]] = []
         members = {}
         for queued, node_id in enumerate(scripts):
             load = NodeLoad(Readiness.READY, models={"m": ModelLoad(queued=queued * 10, decode_rate=10.0)})
-            profile = NodeProfile(models=(ModelInfo("m", "f", 1024, 8),))
+            fingerprint = (fingerprints or {}).get(node_id, "f")
+            profile = NodeProfile(models=(ModelInfo("m", fingerprint, 1024, 8),))
             address = Address("127.0.0.1", 7946)
             members[node_id] = MemberView(
                 node_id, address, MemberStatus.ALIVE, 1, 1, load, profile, 0.0, is_self=node_id == "a"
             )
         self.view = ClusterView("a", 0.0, MappingProxyType(members))
         self.dispatch = Dispatch(
-            view=lambda: self.view,
+            view=self._view_now,
             router=Router(random.Random(1)),
             local=_Node(self, "a"),
             remote=lambda member: _Node(self, member.node_id),
             peer_failed=self.failed.append,
             rng=random.Random(2),
+            hedges=hedges,
         )
+
+    def set_load(self, node_id: str, load: ModelLoad) -> None:
+        member = self.view.members[node_id]
+        self._set(replace(member, load=NodeLoad(Readiness.READY, models={"m": load})))
+
+    def take_down(self, node_id: str, after_s: float) -> None:
+        """From so many seconds after now on the view has the node dead."""
+        dead_at = trio.current_time() + after_s
+        self._deaths.append((dead_at, node_id))
+
+    def _set(self, member: MemberView) -> None:
+        self.view = replace(self.view, members=MappingProxyType({**self.view.members, member.node_id: member}))
+
+    def _view_now(self) -> ClusterView:
+        for dead_at, node_id in self._deaths:
+            if trio.current_time() >= dead_at:
+                self._set(replace(self.view.members[node_id], status=MemberStatus.DEAD))
+        return replace(self.view, witnessed=self.dispatch.witnessed)
 
 
 class _Node:
@@ -132,23 +162,153 @@ async def test_a_fault_before_the_first_event_moves_silently_to_the_next_node(fa
     assert nodes.dispatch.statistics().retries == {type(fault).__name__: 1}
 
 
-async def test_a_fault_in_mid_stream_is_told_and_not_hidden() -> None:
-    nodes = Nodes(b=[TOKEN, PeerUnavailable("gone")], c=[TOKEN, LAST], a=[])
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (PeerUnavailable("gone"), "link"),
+        (GenerationFailed("engine"), "fault"),
+        (NoCapacity("full", 3.0), "refused"),
+        (GenerationMoved("drains"), "drain"),
+        (RequestInvalid("no room here"), "fault"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+async def test_a_fault_in_mid_stream_goes_on_at_the_next_node_with_the_ids_so_far(
+    fault: Exception, reason: str
+) -> None:
+    nodes = Nodes(b=[TOKEN, GenerateEvent("bc", (2, 3)), fault], c=[GenerateEvent("d", (4,)), LAST], a=[])
+    stream = await nodes.dispatch.open(request())
+    assert "".join([event.text async for event in stream]) == "abcd"
+    first, second = nodes.opened
+    assert [node_id for node_id, _ in nodes.opened] == stream.path == ["b", "c"]
+    assert (first[1].generated_ids, first[1].fingerprint) == ((), "")
+    assert (second[1].generated_ids, second[1].fingerprint) == ((1, 2, 3), "f")
+    assert first[1].noise_seed == second[1].noise_seed
+    assert all(opened.is_closed for opened in nodes.streams)
+    statistics = nodes.dispatch.statistics()
+    assert (statistics.failovers, statistics.resumed_tokens, statistics.lost) == ({reason: 1}, 3, 0)
+    assert stream.failovers == 1
+
+
+async def test_several_nodes_may_fail_one_after_the_other() -> None:
+    gone = PeerUnavailable("gone")
+    nodes = Nodes(b=[TOKEN, gone], c=gone, d=[TOKEN, gone], e=[TOKEN, GenerationFailed("x")], f=[TOKEN, LAST], a=[])
+    stream = await nodes.dispatch.open(request())
+    assert "".join([event.text async for event in stream]) == "aaaa"
+    assert stream.path == ["b", "d", "e", "f"]
+    assert stream.failovers == 3
+
+
+async def test_an_answer_goes_on_at_no_node_with_other_weights(autojump_clock: trio.testing.MockClock) -> None:
+    nodes = Nodes(b=[TOKEN, PeerUnavailable("gone")], c=[TOKEN, LAST], fingerprints={"c": "other"})
     stream = await nodes.dispatch.open(request())
     assert await stream.receive() == TOKEN
-    with pytest.raises(GenerationFailed, match="node b failed in the middle"):
+    nodes.scripts["b"] = PeerUnavailable("gone")
+    nodes.take_down("b", after_s=4.0)
+    started = trio.current_time()
+    with pytest.raises(GenerationFailed, match=r"b failed .* \(link\), and no other node could"):
         await stream.receive()
+    assert trio.current_time() - started < PATIENCE_S
     with pytest.raises(trio.EndOfChannel):
         await stream.receive()
-    assert [node_id for node_id, _ in nodes.opened] == ["b"]
+    assert "c" not in stream.path
+    assert nodes.dispatch.statistics().lost == 1
+    assert nodes.dispatch.statistics().open_streams == 0
 
 
-async def test_a_stream_that_ends_without_a_finish_reason_is_a_fault() -> None:
-    nodes = Nodes(b=[TOKEN], a=[])
+async def test_an_answer_waits_for_the_only_node_to_begin_a_new_life(autojump_clock: trio.testing.MockClock) -> None:
+    nodes = Nodes(b=[TOKEN, PeerUnavailable("gone")])
     stream = await nodes.dispatch.open(request())
     assert await stream.receive() == TOKEN
-    with pytest.raises(GenerationFailed):
-        await stream.receive()
+    nodes.scripts["b"] = [LAST]
+    assert await stream.receive() == LAST
+    assert nodes.opened[-1][1].generated_ids == (1,)
+
+
+async def test_a_stream_that_ends_without_a_finish_reason_goes_on_elsewhere() -> None:
+    nodes = Nodes(b=[TOKEN], c=[LAST], a=[])
+    events, node_id = await read(nodes)
+    assert (events, node_id) == ([TOKEN, LAST], "c")
+
+
+async def test_answers_of_the_own_engines_move_to_a_peer_when_this_node_drains(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    nodes = Nodes(a=[TOKEN, HANG], b=[LAST])
+    stream = await nodes.dispatch.open(request())
+    assert await stream.receive() == TOKEN
+    assert nodes.dispatch.move_local() == 1
+    assert await stream.receive() == LAST
+    assert stream.path == ["a", "b"]
+    assert nodes.streams[0].is_closed
+
+
+async def test_an_answer_stays_where_it_is_when_nobody_takes_it(autojump_clock: trio.testing.MockClock) -> None:
+    nodes = Nodes(a=[TOKEN, TOKEN, LAST], b=NoCapacity("full", 1.0))
+    stream = await nodes.dispatch.open(request())
+    assert await stream.receive() == TOKEN
+    nodes.dispatch.move_local()
+    assert [event async for event in stream] == [TOKEN, LAST]
+    assert stream.path == ["a"]
+
+
+async def test_answers_leave_a_node_that_accepts_streams_and_makes_no_progress(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    nodes = Nodes(b=[TOKEN, HANG], c=[LAST], a=[])
+    nodes.set_load("b", ModelLoad(active=1, step_count=7, step_s=0.01, decode_rate=10.0))
+    await nursery.start(nodes.dispatch.run)
+    stream = await nodes.dispatch.open(request())
+    assert await stream.receive() == TOKEN
+    started = trio.current_time()
+    assert await stream.receive() == LAST
+    assert 2.0 <= trio.current_time() - started <= 2.6
+    assert stream.path == ["b", "c"]
+    assert nodes.dispatch.witnessed == {"b"}
+    assert nodes.dispatch.statistics().failovers == {"hang": 1}
+    nodes.scripts["b"] = [LAST]  # the probe's
+    await trio.sleep(3.0)
+    assert nodes.dispatch.witnessed == frozenset()
+
+
+async def test_slow_tokens_alone_are_no_hang(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
+    nodes = Nodes(b=[TOKEN, 20.0, LAST], a=[])
+    await nursery.start(nodes.dispatch.run)
+    stream = await nodes.dispatch.open(request())
+
+    async def step() -> None:
+        for count in range(100):
+            nodes.set_load("b", ModelLoad(active=1, step_count=count, step_s=0.5, decode_rate=10.0))
+            await trio.sleep(1.5)
+
+    nursery.start_soon(step)
+    assert [event async for event in stream] == [TOKEN, LAST]
+    assert stream.path == ["b"]
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_late_request_is_opened_on_a_second_node_and_the_first_to_answer_is_kept(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    nodes = Nodes(hedges=True, b=[0.1, LAST], c=[0.5, LAST], a=[])
+    for _ in range(100):
+        await read(nodes)
+    assert {node_id for node_id, _ in nodes.opened} == {"b"}
+    nodes.scripts["b"] = [9.0, LAST]
+    started = trio.current_time()
+    _, node_id = await read(nodes)
+    assert node_id == "c"
+    assert trio.current_time() - started == pytest.approx(0.6, abs=0.05)
+    assert nodes.streams[-2].is_closed
+    assert nodes.dispatch.statistics().hedges == {"second": 1}
+
+
+async def test_nothing_is_hedged_unless_asked_for(autojump_clock: trio.testing.MockClock) -> None:
+    nodes = Nodes(b=[0.1, LAST], c=[0.1, LAST], a=[])
+    for _ in range(100):
+        await read(nodes)
+    nodes.scripts["b"] = [9.0, LAST]
+    assert (await read(nodes))[1] == "b"
 
 
 async def test_the_clients_own_fault_is_not_tried_elsewhere() -> None:
