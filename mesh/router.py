@@ -147,6 +147,13 @@ class Router:
             self._marks[entry] = node_id, mark
         return entry
 
+    def refused(self, view: ClusterView, request: RouteRequest, now: float) -> NoCapacity:
+        """What to raise when the nodes tried (request.exclude) had no place after all: with a promise as rank()'s."""
+        self._now = now
+        owners = _owners(view, request.model)
+        ready = [(member, info, *self._load_of(member, info, view.now)) for member, info in owners]
+        return self._no_capacity(view, request, owners, [], ready)
+
     def opened(self, dispatch: OwnDispatch) -> None:
         """The node's row in the view contains it from now on, as the own row does. Any number of times."""
         dispatch.count_no_more()
