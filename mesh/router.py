@@ -1,14 +1,8 @@
 """Ranks the nodes that could serve a request by the estimated time to its first token. Sees no socket and no clock.
 
-The estimate for one node, in seconds:
-
-    prefill   tokens to prefill before the first token / prefill rate. The tokens are this prompt's and those queued
-              ahead of it: the engine prefills one sequence at a time, in arrival order.
-    decode    a decode step for each prefill chunk, as the engine alternates them: chunks x active / decode rate. The
-              rate is the total over the batch, so active / rate is the length of one step.
-    slot      nothing while a slot is free for it. Else (position in the queue) x (answer length / decode rate): with
-              answers of L tokens, slots become free at rate / L a second (Little's law).
-    hop       what a peer link adds.
+mesh.first_token gives the estimate; a peer costs a hop more. What a node's prefix cache holds of the prompt
+(mesh.prefix_digests) shortens its prefill and nothing else, and where the request would have to wait for a slot it
+counts for nothing as long as another candidate has a free one.
 
 Gossip is a second old. What this node has dispatched since a peer's last report is added to that report, so a burst
 does not pile up on the node that was best when it began. Among near-equal nodes the choice is random, or all entries
@@ -19,89 +13,54 @@ chance leaves uneven (Mitzenmacher, "The Power of Two Choices in Randomized Load
 from __future__ import annotations
 
 import random
-from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 from mesh.errors import ModelUnknown, NoCapacity
+from mesh.first_token import BYTES_PER_TOKEN, answers_per_s, first_token_s, tokens_of
+from mesh.own_dispatches import Ledger, OwnDispatch
+from mesh.prefix_digests import OwnMark, PrefixDigests
+from mesh.retry_after import RETRY_AFTER_MAX_S, RETRY_AFTER_MIN_S, RetryQueue
 from mesh.view import ClusterView, MemberView, ModelInfo, ModelLoad
 
-BYTES_PER_TOKEN = 4  # of English text in usual tokenizers; only ratios between nodes matter
-PREFILL_CHUNK_TOKENS = 64  # as the engine cuts them
-# Tokens per second assumed until a node has measured its own: a small model on two cores.
-PREFILL_RATE_DEFAULT = 500.0
-DECODE_RATE_DEFAULT = 100.0
-RATE_MIN = 0.01  # a slower one is a stall; keeps every estimate finite
-ANSWER_TOKENS_DEFAULT = 256  # how long an answer is thought to be; most clients set no limit
+__all__ = ["RETRY_AFTER_MAX_S", "RETRY_AFTER_MIN_S", "OwnDispatch", "RouteRequest", "Router"]
+
 HOP_S = 0.002  # a request and its first event over a peer link, loaded loops included
+BLOCK_BYTES = 256  # of a conversation's text; as nodes.engine.prefix_digest cuts it
+BLOCK_TOKENS = BLOCK_BYTES // BYTES_PER_TOKEN
 # Estimates this close say nothing about which node is sooner: they rest on a report up to a second old.
 NEAR_TIE_S = 0.005
 NEAR_TIE_SHARE = 0.10
-# A report that arrives this soon after a dispatch may have been written before the dispatch reached its node.
-REPORT_DELAY_S = 0.25
-# Own dispatches remembered per node and model; at more per report interval every node is full anyway.
-OWN_DISPATCHES_MAX = 4096
 # Pairs of node and model with own dispatches. Forgetting one makes its node look idler for at most a second.
 LEDGERS_MAX = 4096
-RETRY_AFTER_MIN_S = 1.0
-RETRY_AFTER_MAX_S = 60.0
 RETRY_NOT_READY_S = 5.0  # about what loading a model or the verdict on a suspect takes
+MODELS_MAX = 1024  # with refused clients; forgetting one's promises makes their clients new ones
+# Of the places in all queues, what is held for refused clients whose time has come: the rest keeps the engines busy.
+HELD_SHARE = 0.5
+PROMPT_SHARE = 1 / 16  # of the newest prompt in the running mean of their lengths
 MODEL_NAME_CHARS_SHOWN = 100  # clients choose the name, and error messages quote it
 
 
 @dataclass(frozen=True, slots=True)
 class RouteRequest:
     """What is to be placed. prompt_bytes: size of its text. exclude: node ids that failed it already. blocks: names of
-    the beginnings of its conversation, shortest first. fingerprint: of the one model it may go to; empty for any."""
+    the beginnings of its conversation, shortest first. fingerprint: of the one model it may go to; empty for any.
+    ticket: equal for the same request sent again by the same client; empty: its size and blocks tell."""
 
     model: str
     prompt_bytes: int
     exclude: frozenset[str] = frozenset()
     blocks: tuple[int, ...] = ()
     fingerprint: str = ""
-
-
-class OwnDispatch:
-    """A request this node has sent and its executor's report may not contain yet."""
-
-    __slots__ = ("_ledger", "at", "is_counted", "load_version", "tokens")
-
-    def __init__(self, ledger: _Ledger, tokens: int, load_version: int, at: float) -> None:
-        self._ledger = ledger
-        self.tokens = tokens
-        self.load_version = load_version
-        self.at = at
-        self.is_counted = True
-
-    def finish(self) -> None:
-        if self.is_counted:
-            self.is_counted = False
-            self._ledger.count -= 1
-            self._ledger.tokens -= self.tokens
+    ticket: str = ""
 
 
 @dataclass(slots=True)
-class _Ledger:
-    """The own dispatches to one node and model, oldest first, and their sums."""
+class _Traffic:
+    """Of one model, as this entry sees it: who was refused, and how long prompts are that had to be prefilled."""
 
-    entries: deque[OwnDispatch] = field(default_factory=deque)
-    count: int = 0
-    tokens: int = 0
-
-    def add(self, entry: OwnDispatch) -> None:
-        if len(self.entries) >= OWN_DISPATCHES_MAX:
-            self.entries.popleft().finish()
-        self.entries.append(entry)
-        self.count += 1
-        self.tokens += entry.tokens
-
-    def prune(self, load_version: int, now: float) -> None:
-        """Forget what is finished, and what a report of `load_version`, seen at `now`, contains."""
-        while self.entries:
-            entry = self.entries[0]
-            is_reported = load_version != entry.load_version and now - entry.at >= REPORT_DELAY_S
-            if entry.is_counted and not is_reported:
-                return
-            self.entries.popleft().finish()
+    retries: RetryQueue
+    prompt_tokens: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,40 +71,52 @@ class _Candidate:
     is_local: bool
 
 
+_Placeable = tuple[MemberView, ModelInfo, ModelLoad, Ledger]
+_NO_DISPATCHES = Ledger()
+
+
 class Router:
-    """Keeps only this node's own recent dispatches. Call dispatched() after rank() before anything is awaited, or
-    requests that arrive together are ranked without each other."""
+    """Keeps only this node's own recent dispatches, and what it promised whom it refused. Call dispatched() after
+    rank() before anything is awaited, or requests that arrive together are ranked without each other."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
-        self._ledgers: dict[tuple[str, str], _Ledger] = {}
+        self._ledgers: dict[tuple[str, str], Ledger] = {}
+        self._digests = PrefixDigests()
+        self._marks: dict[OwnDispatch, tuple[str, OwnMark]] = {}  # of dispatches that run
+        self._traffic: dict[str, _Traffic] = {}
+        self._matches: tuple[tuple[int, ...], dict[str, int]] = ((), {})  # of the latest request ranked
         self._now = 0.0
 
     def rank(self, view: ClusterView, request: RouteRequest, now: float) -> list[str]:
-        """Node ids that may take the request, soonest first; never empty.
+        """Node ids that may take the request, soonest first; never empty. Witnessed nodes are behind all others.
 
-        Raises ModelUnknown when no member has the model, NoCapacity when none that has it may take the request now.
+        Raises ModelUnknown when no member has the model, NoCapacity when none that has it may take the request now: its
+        retry_after_s is then a promise, and whoever comes back at that time goes before new requests.
         """
         self._now = now
-        members = view.members.values()
-        owners = [(member, info) for member in members if (info := member.model(request.model)) is not None]
+        owners = _owners(view, request.model)
         if not owners:
             raise ModelUnknown(f"no node has a model named {request.model[:MODEL_NAME_CHARS_SHOWN]!r}")
-        candidates = []
-        full = []
+        placeable: list[_Placeable] = []
+        full: list[_Placeable] = []
         for member, info in owners:
             if member.node_id in request.exclude or not view.is_routable(member):
                 continue
             if request.fingerprint and info.fingerprint != request.fingerprint:
                 continue
-            load, own = self._load_of(member, info, now)
-            if load.queued + own.count - load.free_slots >= info.queue_limit:
-                full.append(load)
-            else:
-                candidates.append(_candidate(member, info, load, own, request.prompt_bytes))
-        if not candidates:
-            raise self._no_capacity(request, owners, full)
-        return self._order(candidates)
+            load, own = self._load_of(member, info, view.now)
+            has_room = load.queued + own.count - load.free_slots < info.queue_limit
+            (placeable if has_room else full).append((member, info, load, own))
+        if not placeable or not self._is_its_turn(request, placeable, now):
+            raise self._no_capacity(view, request, owners, placeable, full)
+        matches = self._match(view, request, owners)
+        sound = [entry for entry in placeable if entry[0].node_id not in view.witnessed]
+        ranked = self._order(_candidates(sound, request.prompt_bytes, matches))
+        if len(sound) < len(placeable):
+            stuck = [entry for entry in placeable if entry[0].node_id in view.witnessed]
+            ranked += self._order(_candidates(stuck, request.prompt_bytes, matches))
+        return ranked
 
     def dispatched(
         self,
@@ -157,38 +128,76 @@ class Router:
         blocks: tuple[int, ...] = (),
         generation: int = 0,
     ) -> OwnDispatch:
-        """Count a request towards a node until its report contains it. load_version: of the view it was ranked with."""
+        """Count a request towards a node until its report contains it. load_version, generation: of the node in the
+        view it was ranked with. blocks: the node holds this conversation from now on."""
         key = (node_id, model)
         ledger = self._ledgers.get(key)
         if ledger is None:
             if len(self._ledgers) >= LEDGERS_MAX:
                 del self._ledgers[next(iter(self._ledgers))]
-            ledger = self._ledgers[key] = _Ledger()
-        entry = OwnDispatch(ledger, _tokens(prompt_bytes), load_version, self._now)
-        ledger.add(entry)
+            ledger = self._ledgers[key] = Ledger()
+        ranked, matches = self._matches
+        cached = matches.get(node_id, 0) if blocks and ranked == blocks else 0
+        tokens = _uncached_tokens(prompt_bytes, cached)
+        entry = ledger.add(tokens, self._now)
+        traffic = self._traffic_of(model, tokens)
+        traffic.prompt_tokens += (tokens - traffic.prompt_tokens) * PROMPT_SHARE
+        mark = self._digests.dispatched(node_id, model, blocks, generation)
+        if mark is not None:
+            self._marks[entry] = node_id, mark
         return entry
+
+    def refused(self, view: ClusterView, request: RouteRequest, now: float) -> NoCapacity:
+        """What to raise when the nodes tried (request.exclude) had no place after all: with a promise as rank()'s."""
+        self._now = now
+        owners = _owners(view, request.model)
+        ready = [(member, info, *self._load_of(member, info, view.now)) for member, info in owners]
+        return self._no_capacity(view, request, owners, [], ready)
+
+    def opened(self, dispatch: OwnDispatch) -> None:
+        """The node's row in the view contains it from now on, as the own row does. Any number of times."""
+        dispatch.count_no_more()
 
     def finished(self, dispatch: OwnDispatch) -> None:
         """What dispatched() returned has ended, or never began. Any number of times."""
         dispatch.finish()
+        ended = self._marks.pop(dispatch, None)
+        if ended is not None:
+            self._digests.ended(*ended)
 
-    def _load_of(self, member: MemberView, info: ModelInfo, now: float) -> tuple[ModelLoad, _Ledger]:
+    def _load_of(self, member: MemberView, info: ModelInfo, seen_at: float) -> tuple[ModelLoad, Ledger]:
         """The member's last report, and what to add to it. A model that is not in the report yet is idle."""
         load = member.load.models.get(info.name) or ModelLoad(free_slots=info.slots)
         ledger = self._ledgers.get((member.node_id, info.name))
         if ledger is None:
-            return load, _Ledger()
-        ledger.prune(member.load_version, now)
+            return load, _NO_DISPATCHES
+        if not member.is_self:  # the own row is always now; what it does not contain yet is said by opened()
+            ledger.prune(seen_at - member.load_age_s)
         return load, ledger
+
+    def _match(
+        self, view: ClusterView, request: RouteRequest, owners: Sequence[tuple[MemberView, ModelInfo]]
+    ) -> dict[str, int]:
+        if not request.blocks:
+            return {}
+        for member, _ in owners:
+            self._digests.learn(member)
+        matches = self._digests.matches(request.model, request.blocks, view.members)
+        self._matches = request.blocks, matches
+        return matches
 
     def _order(self, candidates: list[_Candidate]) -> list[str]:
         candidates.sort(key=lambda candidate: candidate.estimate_s)
         ordered: list[str] = []
-        while candidates:
-            best_s = candidates[0].estimate_s
+        start = 0
+        while start < len(candidates):
+            best_s = candidates[start].estimate_s
             limit_s = best_s + max(NEAR_TIE_S, best_s * NEAR_TIE_SHARE)
-            size = sum(candidate.estimate_s <= limit_s for candidate in candidates)
-            near, candidates = candidates[:size], candidates[size:]
+            end = start + 1
+            while end < len(candidates) and candidates[end].estimate_s <= limit_s:
+                end += 1
+            near = candidates[start:end]
+            start = end
             self._rng.shuffle(near)
             # The hop is saved where it costs no balance: an idle mesh answers where it is asked.
             local = next((candidate for candidate in near if candidate.is_local), None)
@@ -202,43 +211,88 @@ class Router:
             ordered.extend(candidate.node_id for candidate in near)
         return ordered
 
+    # Who is refused, and until when.
+
+    def _is_its_turn(self, request: RouteRequest, placeable: Sequence[_Placeable], now: float) -> bool:
+        """Whether the request may have a place now, those promised one considered."""
+        traffic = self._traffic.get(request.model)
+        if traffic is None or not traffic.retries or request.exclude:
+            return True  # one that other nodes failed has had its turn
+        places = sum(info.queue_limit + load.free_slots - load.queued - own.count for _, info, load, own in placeable)
+        held_max = int(HELD_SHARE * sum(info.queue_limit for _, info, _, _ in placeable))
+        return traffic.retries.admits(_key(request), places, held_max, now)
+
     def _no_capacity(
-        self, request: RouteRequest, owners: list[tuple[MemberView, ModelInfo]], full: list[ModelLoad]
+        self,
+        view: ClusterView,
+        request: RouteRequest,
+        owners: Sequence[tuple[MemberView, ModelInfo]],
+        placeable: Sequence[_Placeable],
+        full: Sequence[_Placeable],
     ) -> NoCapacity:
-        """retry_after_s: until the shortest queue would have drained at the rate at which slots become free."""
         failed = sum(member.node_id in request.exclude for member, _ in owners)
+        name = request.model[:MODEL_NAME_CHARS_SHOWN]
         message = (
-            f"no node can take a request for the model {request.model[:MODEL_NAME_CHARS_SHOWN]!r} now; of its nodes "
-            f"{len(full)} have a full queue, {failed} failed it, {len(owners) - len(full) - failed} are not ready"
+            f"no node can take a request for the model {name!r} now; of its nodes {len(full)} have a full queue, "
+            f"{len(placeable)} have places for those who wait longer, {failed} failed it, "
+            f"{len(owners) - len(full) - len(placeable) - failed} are not ready"
         )
-        if full:
-            wait_s = min(load.queued * _slot_interval_s(load) for load in full)
-        else:
-            wait_s = RETRY_AFTER_MIN_S if failed else RETRY_NOT_READY_S
-        return NoCapacity(message, min(max(wait_s, RETRY_AFTER_MIN_S), RETRY_AFTER_MAX_S))
+        if not full and not placeable:
+            return NoCapacity(message, RETRY_AFTER_MIN_S if failed else RETRY_NOT_READY_S)
+        traffic = self._traffic_of(request.model, tokens_of(request.prompt_bytes))
+        rate_per_s = self._places_per_s(view, request, [*full, *placeable], traffic.prompt_tokens)
+        is_next = bool(request.exclude)
+        retry_after_s = traffic.retries.refuse(_key(request), rate_per_s, self._now, is_next=is_next)
+        return NoCapacity(message, retry_after_s)
+
+    def _places_per_s(
+        self, view: ClusterView, request: RouteRequest, nodes: Sequence[_Placeable], prompt_tokens: float
+    ) -> float:
+        """How often this entry is given a place: as many answers as the nodes complete a second, times its share. Of
+        all requests that are in their slots and queues it sent so many, so it will get that part of their places."""
+        rate_per_s = sum(answers_per_s(load, prompt_tokens) for _, _, load, _ in nodes)
+        present = sum(load.active + load.queued + own.count for _, _, load, own in nodes)
+        own_open = sum(own.open for _, _, _, own in nodes)
+        fair_share = 1 / max(1, sum(view.is_routable(member) for member in view.members.values()))
+        return rate_per_s * min(1.0, max(fair_share, own_open / max(1, present)))
+
+    def _traffic_of(self, model: str, prompt_tokens: int) -> _Traffic:
+        traffic = self._traffic.get(model)
+        if traffic is None:
+            if len(self._traffic) >= MODELS_MAX:
+                del self._traffic[next(iter(self._traffic))]
+            traffic = self._traffic[model] = _Traffic(RetryQueue(), float(prompt_tokens))
+        return traffic
 
 
-def _candidate(member: MemberView, info: ModelInfo, load: ModelLoad, own: _Ledger, prompt_bytes: int) -> _Candidate:
-    """The module's docstring gives the formula."""
-    prefill_tokens = load.queued_tokens + own.tokens + _tokens(prompt_bytes)
-    prefill_s = prefill_tokens / _rate(load.prefill_rate, PREFILL_RATE_DEFAULT)
-    chunks = -(-prefill_tokens // PREFILL_CHUNK_TOKENS)
-    decode_s = chunks * load.active / _rate(load.decode_rate, DECODE_RATE_DEFAULT)
-    waiting = load.queued + own.count
-    slot_s = max(0, waiting + 1 - load.free_slots) * _slot_interval_s(load)
-    hop_s = 0.0 if member.is_self else HOP_S
-    occupancy = (load.active + waiting) / max(1, info.slots)
-    return _Candidate(member.node_id, prefill_s + decode_s + slot_s + hop_s, occupancy, member.is_self)
+def _owners(view: ClusterView, model: str) -> list[tuple[MemberView, ModelInfo]]:
+    owners = []
+    for member in view.members.values():
+        for info in member.profile.models:
+            if info.name == model:
+                owners.append((member, info))
+                break
+    return owners
 
 
-def _slot_interval_s(load: ModelLoad) -> float:
-    """Seconds from one slot becoming free to the next, with all of them busy."""
-    return ANSWER_TOKENS_DEFAULT / _rate(load.decode_rate, DECODE_RATE_DEFAULT)
+def _candidates(placeable: Sequence[_Placeable], prompt_bytes: int, matches: dict[str, int]) -> list[_Candidate]:
+    has_free_slot = any(load.free_slots > load.queued + own.count for _, _, load, own in placeable)
+    tokens = tokens_of(prompt_bytes)
+    candidates = []
+    for member, info, load, own in placeable:
+        waiting = load.queued + own.count
+        prompt_tokens = tokens
+        if matches and (waiting < load.free_slots or not has_free_slot):
+            prompt_tokens = _uncached_tokens(prompt_bytes, matches.get(member.node_id, 0))
+        estimate_s = first_token_s(load, own, prompt_tokens) + (0.0 if member.is_self else HOP_S)
+        occupancy = (load.active + waiting) / max(1, info.slots)
+        candidates.append(_Candidate(member.node_id, estimate_s, occupancy, member.is_self))
+    return candidates
 
 
-def _rate(measured: float, default: float) -> float:
-    return max(measured, RATE_MIN) if measured > 0.0 else default
+def _uncached_tokens(prompt_bytes: int, cached_blocks: int) -> int:
+    return max(1, tokens_of(prompt_bytes) - cached_blocks * BLOCK_TOKENS)
 
 
-def _tokens(prompt_bytes: int) -> int:
-    return max(1, prompt_bytes // BYTES_PER_TOKEN)
+def _key(request: RouteRequest) -> Hashable:
+    return request.ticket or (request.prompt_bytes, request.blocks[-1:])

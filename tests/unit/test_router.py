@@ -11,10 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.errors import ModelUnknown, NoCapacity
+from mesh.own_dispatches import OWN_DISPATCHES_MAX, REPORT_DELAY_S
 from mesh.router import (
     LEDGERS_MAX,
-    OWN_DISPATCHES_MAX,
-    REPORT_DELAY_S,
     RETRY_AFTER_MAX_S,
     RETRY_AFTER_MIN_S,
     Router,
@@ -132,18 +131,23 @@ def test_a_model_that_nobody_has_is_unknown_and_the_error_does_not_repeat_a_long
         pytest.param([member("a", status=MemberStatus.DEAD)], (), 5.0, id="only a dead node has the model"),
         pytest.param([member("a", readiness=Readiness.LOADING)], (), 5.0, id="the only node is loading"),
         pytest.param([member("a")], ("a",), RETRY_AFTER_MIN_S, id="the only node has failed it"),
-        pytest.param([member("a", replace(BUSY, queued=8), queue_limit=8)], (), 8 * 256 / 200, id="the queue drains"),
         pytest.param(
-            [member(n, replace(BUSY, queued=q), queue_limit=q) for n, q in (("a", 20), ("b", 10))],
+            [member("a", replace(BUSY, queued=8, decode_rate=20.0), queue_limit=8)],
             (),
-            10 * 256 / 200,
-            id="the shorter queue drains",
+            256 / 20 + 100 / 1000,
+            id="a full queue: one answer's share of the batch, and a prompt like its own",
         ),
         pytest.param(
-            [member("a", replace(BUSY, queued=512))],
+            [member(n, replace(BUSY, queued=8, decode_rate=20.0), queue_limit=8) for n in "ab"],
+            (),
+            256 / 20 + 100 / 1000,
+            id="two full queues: twice as often, for two entries",
+        ),
+        pytest.param(
+            [member("a", replace(BUSY, queued=8, decode_rate=1.0), queue_limit=8)],
             (),
             RETRY_AFTER_MAX_S,
-            id="a long queue: not longer than the maximum",
+            id="a slow node: not longer than the maximum",
         ),
     ],
 )
@@ -208,9 +212,11 @@ def test_a_report_that_contains_a_dispatch_replaces_it() -> None:
         router.rank(full, REQUEST, 0.0)
         router.dispatched("a", "demo", REQUEST.prompt_bytes, 1)
     assert router.rank(full, REQUEST, 10.0)[0] == "b", "however old, it counts until a report comes"
-    fresh = view_of(member("a", load_version=2), member("b", BUSY, load_version=1))
-    assert router.rank(fresh, REQUEST, REPORT_DELAY_S / 2)[0] == "b", "the report may have been written before"
-    assert router.rank(fresh, REQUEST, REPORT_DELAY_S)[0] == "a"
+    fresh = view_of(member("a", load_age_s=0.5), member("b", BUSY))
+    early = replace(fresh, now=0.5 + REPORT_DELAY_S / 2)
+    assert router.rank(early, REQUEST, early.now)[0] == "b", "the report may have been written before"
+    late = replace(fresh, now=0.51 + REPORT_DELAY_S)
+    assert router.rank(late, REQUEST, late.now)[0] == "a"
 
 
 def test_a_finished_dispatch_counts_no_more_however_often_it_finishes() -> None:
