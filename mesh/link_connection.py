@@ -36,16 +36,17 @@ class ForwarderConfig:
 
     connect_timeout_s: for connection and handshake together; what a dead candidate costs a request.
     handshake_timeout_s: what a stranger who says nothing gets. ping_interval_s: between pings while streams are open;
-    pings_unanswered_max of them in a row break the link, so a hang goes unnoticed for one interval more at most; stalls
-    of a busy machine must fit in. drain_timeout_s: for a peer to take 64 KiB. idle_timeout_s: the initiator closes a
-    link without streams after it, the responder after twice of it. backoff_min_s, backoff_max_s: pause after the first
-    and after many failed dials, during which opening fails at once.
+    pings_unanswered_max of them in a row break the link, so a hang is noticed after as many intervals or one more:
+    1.5 to 2 s. Longer leaves the clients of a hung node waiting, shorter breaks links at stalls of a busy machine.
+    drain_timeout_s: for a peer to take 64 KiB. idle_timeout_s: the initiator closes a link without streams after it,
+    the responder after twice of it. backoff_min_s, backoff_max_s: pause after the first and after many failed dials,
+    during which opening fails at once.
     """
 
     connect_timeout_s: float = 2.0
     handshake_timeout_s: float = 5.0
-    ping_interval_s: float = 1.0
-    pings_unanswered_max: int = 2
+    ping_interval_s: float = 0.5
+    pings_unanswered_max: int = 3
     drain_timeout_s: float = 10.0
     idle_timeout_s: float = 60.0
     backoff_min_s: float = 0.1
@@ -261,12 +262,19 @@ class LinkConnection:
     async def _keep_alive(self) -> None:
         """Ping while streams are open; anything received counts as an answer. Without streams, close what is idle.
 
-        Watches the writer too: a timeout around each write would cost as much as the write."""
+        Watches the writer too: a timeout around each write would cost as much as the write. A turn that comes over one
+        interval late says that this process stood still, its peer's answers unread: the peer is not blamed for that."""
         config = self._config
         idle_timeout_s = config.idle_timeout_s * (1 if self.link.role is Role.INITIATOR else 2)
+        now = trio.current_time()
         while True:
-            await trio.sleep(config.ping_interval_s)
+            due_at = now + config.ping_interval_s
+            await trio.sleep_until(due_at)
             now = trio.current_time()
+            if now - due_at > config.ping_interval_s:
+                self._unanswered_pings = 0
+                if self._writing_since is not None:
+                    self._writing_since = now
             if self._writing_since is not None and now - self._writing_since > config.drain_timeout_s:
                 return self._end(f"the peer read nothing for {config.drain_timeout_s:g} s")
             if self.link.stream_count == 0:

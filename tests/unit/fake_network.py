@@ -19,6 +19,15 @@ class FakeStream(trio.abc.Stream):
         self._inner = inner
         self._is_stuck = False
         self._is_deaf = False
+        self._is_running = trio.Event()
+        self._is_running.set()
+
+    def stop(self) -> None:
+        """As hang(), until go_on(): what was sent to this end waits."""
+        self._is_running = trio.Event()
+
+    def go_on(self) -> None:
+        self._is_running.set()
 
     def hang(self) -> None:
         """The process at this end stops: nothing is sent or read any more, and the other end is not told."""
@@ -39,6 +48,7 @@ class FakeStream(trio.abc.Stream):
         if self._is_deaf:
             await trio.lowlevel.checkpoint()
             return
+        await self._is_running.wait()
         await self._inner.send_all(data)
 
     async def wait_send_all_might_not_block(self) -> None:
@@ -46,6 +56,7 @@ class FakeStream(trio.abc.Stream):
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         data = await self._inner.receive_some(max_bytes)
+        await self._is_running.wait()
         if self._is_deaf:
             await trio.sleep_forever()
         return bytes(data)
