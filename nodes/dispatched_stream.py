@@ -19,7 +19,8 @@ from typing import Literal
 import trio
 
 from mesh.errors import MeshError, ModelUnknown, NoCapacity, PeerUnavailable
-from mesh.router import BYTES_PER_TOKEN, RouteRequest
+from mesh.first_token import tokens_of
+from mesh.router import RouteRequest
 from mesh.view import ClusterView, MemberStatus, MemberView, Readiness
 from nodes.attempts import Attempt, AttemptFailed, Attempts
 from nodes.generation import (
@@ -224,7 +225,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
             self._rival = await self._attempts.open(view, self._route_now(exclude), self._request_now())
         except (AttemptFailed, NoCapacity, ModelUnknown):
             return
-        self._attempts.counts.hedge_tokens += self._route.prompt_bytes // BYTES_PER_TOKEN
+        self._attempts.counts.hedge_tokens += tokens_of(self._route.prompt_bytes)
 
     def _note(self, event: GenerateEvent) -> None:
         assert self._attempt is not None

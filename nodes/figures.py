@@ -10,6 +10,9 @@ from mesh.udp import SocketStatistics
 from nodes.dispatch import DispatchStatistics
 from observability.collectors import Figure
 
+# Every value of the label, so that a scrape shows each from the start.
+FAILOVER_REASONS = ("link", "fault", "hang", "drain", "refused")
+
 
 def mesh_figures(
     gossip: GossipStatistics, udp: SocketStatistics, links: ForwarderStatistics, dispatch: DispatchStatistics
@@ -26,6 +29,13 @@ def mesh_figures(
         "gossip_deaths": gossip.deaths,
         "forwards": dispatch.forwards,
         "retries": dispatch.retries,
+        "failovers": dict.fromkeys(FAILOVER_REASONS, 0) | dict(dispatch.failovers),
+        "failover_tokens": dispatch.resumed_tokens,
+        "answers_lost": dispatch.lost,
+        "hedges": dispatch.hedges,
+        "hedge_tokens": dispatch.hedge_tokens,
+        "probes": dispatch.probes,
+        "nodes_witnessed": dispatch.witnessed,
         "streams_open": dispatch.open_streams,
         "links": links.links,
         "link_streams_open": links.streams,

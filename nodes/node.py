@@ -59,6 +59,8 @@ SEED_CHECK_INTERVAL_S = 2.0
 # What is left of a late wake-up of the loop in the reported lag, each LOAD_INTERVAL_S.
 LAG_DECAY = 0.8
 DRAIN_POLL_S = 0.05
+# Of the drain time: how long answers may finish here. The rest is for those that go on at another node.
+DRAIN_FINISH_SHARE = 2 / 3
 MIB = 1024 * 1024
 # Between the end of the drain and the end of HTTP: the last chunks on their way to clients.
 HTTP_CLOSE_S = 2.0
@@ -328,11 +330,17 @@ class Node:
         logger.info("draining", extra={"drain_s": self._config.drain_s})
         self._readiness = Readiness.DRAINING
         self._gossip_socket.set_load(self._load())
-        with trio.move_on_after(self._config.drain_s):
-            while not stop.hurried.is_set():
-                if not (self._dispatch.statistics().open_streams or self._load().active_requests):
-                    return
-                await trio.sleep(DRAIN_POLL_S)
+        started = trio.current_time()
+        move_at = started + self._config.drain_s * DRAIN_FINISH_SHARE
+        has_moved = False
+        while trio.current_time() < started + self._config.drain_s and not stop.hurried.is_set():
+            if not (self._dispatch.statistics().open_streams or self._load().active_requests):
+                return
+            if not has_moved and trio.current_time() >= move_at:
+                has_moved = True
+                moved = {"for_peers": self._peer_server.move_all(), "for_clients": self._dispatch.move_local()}
+                logger.info("answers generated here go on at other nodes", extra=moved)
+            await trio.sleep(DRAIN_POLL_S)
         logger.warning("the streams still running are cut: the drain time is over, or a second signal came")
 
     async def _watch_fence(self) -> None:

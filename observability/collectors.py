@@ -78,6 +78,15 @@ MESH_FAMILIES = (
     Family("gossip_deaths", "counter", "Members this node itself declared dead."),
     Family("forwards", "counter", "Generations this entry opened on another node."),
     Family("retries", "counter", "Moves of a request to its next candidate, by what failed.", ("reason",)),
+    Family(
+        "failovers", "counter", "Answers that had begun and went on at another node, by what ended them.", ("reason",)
+    ),
+    Family("failover_tokens", "counter", "Tokens of answers so far that another node was given to go on from."),
+    Family("answers_lost", "counter", "Answers that had begun and could not go on."),
+    Family("hedges", "counter", "Late requests opened on a second node, by who was first.", ("first",)),
+    Family("hedge_tokens", "counter", "Tokens computed for nothing by hedges, prompts included (estimated)."),
+    Family("probes", "counter", "Generations asked of degraded nodes, by outcome.", ("outcome",)),
+    Family("nodes_witnessed", "gauge", "Nodes this one saw accept streams and make no progress."),
     Family("streams_open", "gauge", "Generations open at this entry, wherever they are executed."),
     Family("links", "gauge", "Peer links up, opened by either side."),
     Family("link_streams_open", "gauge", "Streams open on peer links, opened and served ones."),
