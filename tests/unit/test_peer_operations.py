@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from functools import partial
 
 import msgpack
 import pytest
@@ -16,7 +15,8 @@ from hypothesis import strategies as st
 from mesh.forwarder import Forwarder, IncomingStream, StreamRefused
 from mesh.seal import DEVELOPMENT_KEY, Keyring
 from mesh.view import Address, MemberStatus, MemberView, NodeLoad, NodeProfile
-from nodes.generation import GenerateEvent, GenerateRequest, RequestInvalid, decode_request, encode_request
+from nodes.generation import GenerateEvent, GenerateRequest, RequestInvalid
+from nodes.generation_codec import decode_request, encode_request
 from nodes.peer_operations import (
     MARK,
     Answer,
@@ -28,7 +28,7 @@ from nodes.peer_operations import (
     encode_operation,
     is_operation,
 )
-from nodes.remote import RemoteGenerator, serve_peer
+from nodes.remote import PeerServer, RemoteGenerator
 from tests.unit.fake_network import FakeNetwork
 
 ADDRESS = Address("10.0.0.2", 7946)
@@ -61,7 +61,7 @@ HANDLERS: Mapping[str, Handler] = {"echo": echo, "refuse": refuse, "hang": hang}
 async def peers(serve: object = None) -> AsyncIterator[Forwarder]:
     """The forwarder of `a`, linked to `b`, which serves."""
     network, ring = FakeNetwork(), Keyring([DEVELOPMENT_KEY])
-    serve = serve or partial(serve_peer, local=NoGenerations(), operations=HANDLERS)
+    serve = serve or PeerServer(NoGenerations(), HANDLERS).serve
     a, b = (
         Forwarder(node_id=name, boot_id=name.encode() * 16, keyring=ring, serve=serve, connect=network.connect)  # type: ignore[arg-type]
         for name in ("a", "b")
