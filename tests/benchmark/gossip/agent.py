@@ -33,7 +33,7 @@ from mesh.udp import GossipSocket, bind
 from mesh.view import Address, MemberStatus, MemberView, ModelInfo, ModelLoad, NodeLoad, NodeProfile, Readiness
 
 RUNNING = "agent running"  # said once both sockets are bound and served
-MODEL_BYTES = 39  # one model's row in a hot section, with counts and rates of five bytes each
+MODEL_BYTES = 59  # one model's row in a hot section, with counts and rates of five bytes each
 LOAD_BYTES = 14  # the hot section without its models
 LINE_BYTES_MAX = 65_536
 EVENT_PREFIX = "event "
@@ -49,7 +49,19 @@ def load_of(text: str) -> NodeLoad:
         return rng.randrange(2**16, 2**32)
 
     models = {
-        f"m{i}": ModelLoad(number(), number(), number(), rng.random(), rng.random(), number(), number())
+        f"m{i}": ModelLoad(
+            active=number(),
+            queued=number(),
+            free_slots=number(),
+            prefill_rate=rng.random(),
+            decode_rate=rng.random(),
+            step_count=number(),
+            queued_tokens=number(),
+            step_s=rng.random(),
+            wait_s=rng.random(),
+            prompt_token_s=rng.random(),
+            answer_tokens=rng.random(),
+        )
         for i in range(count)
     }
     return NodeLoad(Readiness.READY, 0, rng.random(), 0.0, models)
