@@ -45,6 +45,7 @@ MODEL_NAME_CHARS_SHOWN = 100  # clients choose the name, and error messages quot
 class RouteRequest:
     """What is to be placed. prompt_bytes: size of its text. exclude: node ids that failed it already. blocks: names of
     the beginnings of its conversation, shortest first. fingerprint: of the one model it may go to; empty for any.
+    is_resumed: another node has begun the answer; engines take it beyond a full queue, which has its own bound there.
     ticket: equal for the same request sent again by the same client; empty: its size and blocks tell."""
 
     model: str
@@ -53,6 +54,7 @@ class RouteRequest:
     blocks: tuple[int, ...] = ()
     fingerprint: str = ""
     ticket: str = ""
+    is_resumed: bool = False
 
 
 @dataclass(slots=True)
@@ -106,7 +108,7 @@ class Router:
             if request.fingerprint and info.fingerprint != request.fingerprint:
                 continue
             load, own = self._load_of(member, info, view.now)
-            has_room = load.queued + own.count - load.free_slots < info.queue_limit
+            has_room = request.is_resumed or load.queued + own.count - load.free_slots < info.queue_limit
             (placeable if has_room else full).append((member, info, load, own))
         if not placeable or not self._is_its_turn(request, placeable, now):
             raise self._no_capacity(view, request, owners, placeable, full)
@@ -216,7 +218,7 @@ class Router:
     def _is_its_turn(self, request: RouteRequest, placeable: Sequence[_Placeable], now: float) -> bool:
         """Whether the request may have a place now, those promised one considered."""
         traffic = self._traffic.get(request.model)
-        if traffic is None or not traffic.retries or request.exclude:
+        if traffic is None or not traffic.retries or request.exclude or request.is_resumed:
             return True  # one that other nodes failed has had its turn
         places = sum(info.queue_limit + load.free_slots - load.queued - own.count for _, info, load, own in placeable)
         held_max = int(HELD_SHARE * sum(info.queue_limit for _, info, _, _ in placeable))

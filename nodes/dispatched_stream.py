@@ -307,7 +307,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         )
 
     def _route_now(self, exclude: frozenset[str]) -> RouteRequest:
-        return replace(self._route, exclude=exclude, fingerprint=self._fingerprint)
+        return replace(self._route, exclude=exclude, fingerprint=self._fingerprint, is_resumed=bool(self._ids))
 
     # Failing.
 

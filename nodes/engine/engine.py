@@ -83,7 +83,8 @@ def load_engine(
 
 
 class Engine:
-    """Generates for up to session.slots sequences together; `queue_limit` more may wait.
+    """Generates for up to session.slots sequences together; `queue_limit` more may wait, and RESUMED_PER_SLOT a slot of
+    those that another engine has begun, which go first.
 
     To be called on the trio thread. now: the clock of deadlines.
     """
@@ -104,7 +105,7 @@ class Engine:
         self._load_time_s = load_time_s
         self._state: State = LOADING
         self._is_running = False
-        self._streams: dict[Sequence, EngineStream] = {}  # at most slots + queue_limit
+        self._streams: dict[Sequence, EngineStream] = {}  # at most slots + what the scheduler lets wait
         self._estimates: dict[Sequence, tuple[float, float]] = {}  # until the first token: when submitted, estimate
         self._answer_tokens = float(ANSWER_TOKENS_DEFAULT)
         self._scheduler = Scheduler(session.slots, queue_limit, mixes_rows=session.is_exact)
@@ -351,7 +352,10 @@ class Engine:
         is_stuck = began is not None and self.now() - max(began, watched_from) > limit_s
         if is_stuck and self._state is READY:
             self._state = STUCK
-            logger.error("a step of the engine does not return; its requests end, and it takes none until it does")
+            logger.error(
+                "a step of the engine does not return; its requests end, and it takes none until it does",
+                extra={"stack": self._thread.stack()},
+            )
             for sequence, stream in list(self._streams.items()):
                 self._close(sequence)
                 stream.end(EngineFault("a step of the engine does not return"))  # another engine can go on

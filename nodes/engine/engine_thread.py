@@ -9,8 +9,10 @@ is posted, while the model runs again.
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
@@ -65,12 +67,19 @@ class EngineThread:
         self._courier = Courier()
         self._now = now
         self._is_stopping = False
+        self._thread: threading.Thread | None = None
 
     def start(self, deliver: Callable[[Tick], None], fail: Callable[[], None]) -> None:
         """From a trio task. In trio's thread deliver is called for each tick, and fail where the thread ends with a
         fault: FAULTS_MAX steps broke one after the other, or something else did."""
         self._courier.start(trio.lowlevel.current_trio_token())
-        threading.Thread(target=self._run, args=(deliver, fail), name="engine", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, args=(deliver, fail), name="engine", daemon=True)
+        self._thread.start()
+
+    def stack(self) -> str:
+        """Where the thread is, in Python's words; empty where it does not run. For the log of what went wrong."""
+        frame = sys._current_frames().get(self._thread.ident or 0) if self._thread is not None else None
+        return "" if frame is None else "".join(traceback.format_stack(frame))
 
     def stop(self) -> None:
         """Have the thread end after the step in progress; `ended` says when it has."""

@@ -7,6 +7,9 @@ its counter starts no lower than that of whoever was served last. This is the vi
 
 Places are shared as well: who finds no room takes one of the asker that holds most, if that makes them more even. This
 is the longest queue drop of McKenney 1990, "Stochastic Fairness Queueing".
+
+Answers that another engine has begun go before all of these, first come first served: somebody reads them already, and
+has paid for their beginning.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ class FairQueue:
     """Sequences in the order in which they are to be served. The caller bounds how many there are."""
 
     def __init__(self) -> None:
-        self._queues: dict[str, deque[tuple[int, Sequence]]] = {}  # by asker, none empty
+        self._resumed: deque[Sequence] = deque()
+        self._queues: dict[str, deque[tuple[int, Sequence]]] = {}  # the others by asker, none empty
         self._service: dict[str, float] = {}  # at most ASKERS_MAX of those who were served, and those who wait
         self._floor = 0.0
         self._arrivals = itertools.count()
@@ -40,21 +44,28 @@ class FairQueue:
         return self._length
 
     def __iter__(self) -> Iterator[Sequence]:
+        yield from self._resumed
         for queue in self._queues.values():
             for _, sequence in queue:
                 yield sequence
 
     def push(self, sequence: Sequence) -> None:
         asker = sequence.fairness_id
-        if asker not in self._queues:
-            self._queues[asker] = deque()
-            self._service[asker] = max(self._service.get(asker, 0.0), self._floor)
-        self._queues[asker].append((next(self._arrivals), sequence))
+        if sequence.is_resumed:
+            self._resumed.append(sequence)
+        else:
+            if asker not in self._queues:
+                self._queues[asker] = deque()
+                self._service[asker] = max(self._service.get(asker, 0.0), self._floor)
+            self._queues[asker].append((next(self._arrivals), sequence))
         self._length += 1
         self._earliest_deadline = min(self._earliest_deadline, sequence.deadline)
 
     def pop(self) -> Sequence:
         """Take the next. Only while one waits."""
+        if self._resumed:
+            self._length -= 1
+            return self._resumed.popleft()
         asker = min(self._queues, key=lambda name: (self._service[name], self._queues[name][0][0]))
         self._floor = max(self._floor, self._service[asker])
         _, sequence = self._queues[asker].popleft()
@@ -63,13 +74,18 @@ class FairQueue:
 
     def remove(self, sequence: Sequence) -> None:
         """Take this one, which waits."""
+        if sequence.is_resumed:
+            self._resumed.remove(sequence)
+            self._length -= 1
+            return
         asker = sequence.fairness_id
         queue = self._queues[asker]
         del queue[next(index for index, (_, other) in enumerate(queue) if other is sequence)]
         self._removed(asker)
 
     def displace_for(self, asker: str) -> Sequence | None:
-        """Take the newest of the asker that holds most places, so that another one of `asker` finds room.
+        """Take the newest of the asker that holds most places, so that another one of `asker` finds room. Never one
+        that another engine has begun.
 
         None, and nothing is taken, unless that asker then still holds at least as many as `asker` will: two askers
         would else take the same place from each other again and again."""
@@ -91,6 +107,7 @@ class FairQueue:
         return late
 
     def clear(self) -> None:
+        self._resumed.clear()
         self._queues.clear()
         self._length = 0
 

@@ -22,6 +22,9 @@ from nodes.engine.sequence import Phase, Progress, Sequence
 
 # One chunk takes about as long as one decode step of a full batch, so prefilling halves the others' rate, not more.
 PREFILL_CHUNK_TOKENS = BLOCK_TOKENS
+# Answers begun elsewhere that may wait beyond a full queue, for each slot: what three nodes as large as this decoded
+# when they died. They are never refused for the sake of requests that nobody has answered yet.
+RESUMED_PER_SLOT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,8 @@ class CacheCounts:
 
 
 class Scheduler:
-    """Places sequences in `slots` slots; at most `queue_limit` more wait, of all askers together.
+    """Places sequences in `slots` slots; at most `queue_limit` more wait, of all askers together, and some that another
+    engine has begun.
 
     mixes_rows: see KvSlots."""
 
@@ -104,11 +108,13 @@ class Scheduler:
         """Queue a new sequence. Returns the one that waited and has ended because its asker held most of a full queue,
         None as a rule. Raises QueueFull; nothing was changed then."""
         queued = len(self._waiting) - self._free
+        limit = self._queue_limit + (RESUMED_PER_SLOT * self.kv.slots if sequence.is_resumed else 0)
         displaced = None
-        if queued >= self._queue_limit:
-            displaced = self._waiting.displace_for(sequence.fairness_id)
+        if queued >= limit:
+            if not sequence.is_resumed:
+                displaced = self._waiting.displace_for(sequence.fairness_id)
             if displaced is None:
-                raise QueueFull(max(0, queued), self._queue_limit)
+                raise QueueFull(max(0, queued), limit)
             self._end(displaced)
         self._waiting.push(sequence)
         self._queued_tokens += len(sequence.prefill_ids)

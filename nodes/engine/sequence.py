@@ -106,9 +106,9 @@ class Sequence:
     """One request from its submission to its end.
 
     capacity: KV rows of a slot, which hold prompt and answer; the prompt is shorter. deadline: on the engine's clock.
-    generated_ids: of the answer, made before; replays: by decode steps. fairness_id: whose request it is. text_blocks:
-    hashes of the conversation's beginning, see prefix_digest. matcher: of the params' grammar, fresh. accept() must not
-    be called after the end.
+    generated_ids: of the answer, made before (is_resumed); replays: by decode steps. fairness_id: whose request it is.
+    text_blocks: hashes of the conversation's beginning, see prefix_digest. matcher: of the params' grammar, fresh.
+    accept() must not be called after the end.
 
     Only a stop string makes the end depend on the text. Without one accept() leaves the text to Progress.event(), on
     another thread: then that one alone uses the decoder, else the thread of accept() alone.
@@ -124,6 +124,7 @@ class Sequence:
         "generated_ids",
         "has_valid_rows",
         "is_cancelled",
+        "is_resumed",
         "phase",
         "prefill_ids",
         "prefilled",
@@ -163,6 +164,7 @@ class Sequence:
         self.text_blocks = text_blocks
         self.phase = Phase.WAITING
         self.is_cancelled = False
+        self.is_resumed = bool(generated_ids)
         self.has_valid_rows = True  # False once its logits were no numbers: its rows may be none either
         left = capacity - len(prompt_ids)
         self.token_limit = left if params.max_tokens is None else min(left, params.max_tokens)

@@ -7,12 +7,14 @@ Readers are more than slots and queue together, so requests are refused all the 
 asks more. Half of the prompts begin with one of a few shared prefixes. Some requests want two or three answers, some
 answers follow a grammar, and some are told with log-probabilities. A generation ends in one of these ways: complete,
 its stream closed while it waits, its stream closed after some tokens, the same and resumed to its end, past its
-deadline, or displaced from the queue.
+deadline, or displaced from the queue. On a machine that keeps a thread from its core for long, the engine finds itself
+stuck and ends all of them, until it goes on: that is no leak, but is told, with every thread's stack.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import json
 import random
@@ -27,7 +29,8 @@ import psutil
 import trio
 
 from nodes.engine.engine import Engine, Resume, load_engine
-from nodes.engine.errors import DeadlinePassed, QueueFull
+from nodes.engine.engine_statistics import STUCK
+from nodes.engine.errors import DeadlinePassed, EngineFault, QueueFull
 from nodes.engine.model_loader import read_model_folder
 from nodes.engine.sampling import GrammarSpec, SamplingParams
 from nodes.engine.stream import EngineStream
@@ -42,6 +45,7 @@ TAIL_TOKENS = (1, 40)
 ANSWER_TOKENS = (1, 12)
 LATE_S = 0.003  # a deadline that passes in the queue or in the slot
 REFUSED_PAUSE_S = 0.002
+STUCK_TIMEOUT_S = 60.0
 ASKERS = {"much": 9, "little": 1}  # the second one displaces the first
 RESUMES: tuple[Resume, ...] = ("auto", "prefill", "replay")
 ENDINGS = {"finished": 6, "closed waiting": 1, "closed reading": 1, "resumed": 2, "late": 1}
@@ -122,7 +126,20 @@ class Soak:
                 return "late", tokens
             except QueueFull:
                 return "displaced", tokens
+            except EngineFault as fault:
+                await self._wait_while_stuck(fault)
+                return "stuck", tokens
         return "finished", tokens
+
+    async def _wait_while_stuck(self, fault: EngineFault) -> None:
+        """Raises the fault where it was another one, and TooSlowError where the engine does not go on."""
+        if str(fault) != "a step of the engine does not return":
+            raise fault
+        if not self.outcomes["stuck"]:
+            faulthandler.dump_traceback()
+        with trio.fail_after(STUCK_TIMEOUT_S):
+            while self.engine.statistics().state is STUCK:
+                await trio.sleep(0.1)
 
     async def _submit(
         self, ids: list[int], params: SamplingParams, ending: str, asker: str, generated: list[int]
@@ -143,6 +160,8 @@ class Soak:
             except QueueFull:
                 self.outcomes["refused"] += 1
                 await trio.sleep(REFUSED_PAUSE_S)
+            except EngineFault as fault:
+                await self._wait_while_stuck(fault)
 
     def _params(self) -> SamplingParams:
         rng = self.rng

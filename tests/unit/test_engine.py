@@ -383,6 +383,7 @@ async def test_a_step_that_does_not_return_makes_the_engine_stuck_until_it_does(
         await until(engine, state=READY, active=0)
         assert len((await read(engine.submit(PROMPTS[0], greedy(3), FAR)))[1]) == 3
     assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
+    assert "in decode" in caplog.records[0].stack or "in prefill" in caplog.records[0].stack  # type: ignore[attr-defined]
 
 
 async def test_a_reader_that_takes_nothing_is_ended_and_costs_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ def test_the_quick_benchmark_prints_every_row_of_both_precisions() -> None:
 
 def test_a_short_soak_leaves_no_slot_no_queue_entry_and_no_stream() -> None:
     (figures,) = lines_of("tests.soak.engine", "--generations", "300")
-    ended = {"finished", "closed_reading", "closed_waiting", "late", "displaced"}
+    ended = {"finished", "closed_reading", "closed_waiting", "late", "displaced", "stuck"}
     # The last request of each reader may ask for up to two further answers.
     assert 300 <= sum(figures.get(name, 0) for name in ended) <= 302
     assert figures["displaced"] > 0

@@ -15,7 +15,7 @@ from tests.unit.test_sequence import LetterDecoder
 FAR = 1e9
 
 
-def sequence(asker: str = "", deadline: float = FAR) -> Sequence:
+def sequence(asker: str = "", deadline: float = FAR, generated_ids: tuple[int, ...] = ()) -> Sequence:
     return Sequence(
         [1],
         SamplingParams(),
@@ -23,6 +23,7 @@ def sequence(asker: str = "", deadline: float = FAR) -> Sequence:
         eos_ids=frozenset(),
         capacity=8,
         deadline=deadline,
+        generated_ids=generated_ids,
         fairness_id=asker,
     )
 
@@ -43,6 +44,26 @@ def test_one_asker_is_served_in_order_of_arrival() -> None:
         queue.push(one)
     assert list(queue) == sequences
     assert [queue.pop() for _ in sequences] == sequences
+    assert len(queue) == 0
+
+
+def test_what_another_engine_has_begun_goes_first_in_order_of_arrival() -> None:
+    queue = FairQueue()
+    new, first, second, third = sequence("b"), *(sequence("a", generated_ids=(2,)) for _ in range(3))
+    for one in (new, first, second, third):
+        queue.push(one)
+    assert list(queue) == [first, second, third, new]
+    queue.remove(second)
+    assert [queue.pop() for _ in range(len(queue))] == [first, third, new]
+
+
+def test_what_another_engine_has_begun_is_never_displaced_and_expires_like_the_others() -> None:
+    queue = FairQueue()
+    resumed = [sequence("a", deadline=5.0, generated_ids=(2,)) for _ in range(9)]
+    for one in resumed:
+        queue.push(one)
+    assert queue.displace_for("b") is None
+    assert queue.pop_expired(5.0) == resumed
     assert len(queue) == 0
 
 

@@ -242,6 +242,15 @@ def test_own_dispatches_fill_a_queue_before_its_report_says_so() -> None:
         router.rank(view, REQUEST, 0.0)
 
 
+def test_an_answer_that_another_node_has_begun_may_go_where_the_queue_is_full() -> None:
+    full = member("a", replace(BUSY, queued=5), queue_limit=5)
+    with pytest.raises(NoCapacity):
+        rank(full)
+    resumed = replace(REQUEST, is_resumed=True)
+    assert rank(full, request=resumed) == ["a"]
+    assert rank(full, member("b", BUSY), request=resumed) == ["b", "a"]
+
+
 def test_what_is_remembered_is_bounded() -> None:
     router = Router(random.Random(0))
     for _ in range(OWN_DISPATCHES_MAX + 10):

@@ -11,7 +11,7 @@ from nodes.engine.errors import DeadlinePassed, EngineFault, QueueFull
 from nodes.engine.kv_slots import CopyRows, SwapRows
 from nodes.engine.sampler import INVALID, sample
 from nodes.engine.sampling import Sampled, SamplingParams
-from nodes.engine.scheduler import Failed, Outcome, Plan, Progress, Scheduler
+from nodes.engine.scheduler import RESUMED_PER_SLOT, Failed, Outcome, Plan, Progress, Scheduler
 from nodes.engine.sequence import Phase, Sequence
 from tests.unit.fake_session import CAPACITY, FakeSession, greedy
 from tests.unit.test_sequence import LetterDecoder
@@ -23,7 +23,11 @@ NOW = 100.0
 
 
 def sequence(
-    prompt_tokens: int = 3, deadline: float = FAR, params: SamplingParams | None = None, asker: str = ""
+    prompt_tokens: int = 3,
+    deadline: float = FAR,
+    params: SamplingParams | None = None,
+    asker: str = "",
+    generated_ids: tuple[int, ...] = (),
 ) -> Sequence:
     return Sequence(
         [10 + i % 90 for i in range(prompt_tokens)],
@@ -32,6 +36,7 @@ def sequence(
         eos_ids=frozenset(),
         capacity=CAPACITY,
         deadline=deadline,
+        generated_ids=generated_ids,
         fairness_id=asker,
     )
 
@@ -331,3 +336,24 @@ def test_any_traffic_gives_each_sequence_what_it_gets_alone(seed: int) -> None:
         assert one.generated_ids == (expected[: len(one.generated_ids)] if one in cancelled else expected)
     assert scheduler.load().free_slots == SLOTS
     assert scheduler.load().queued_tokens == 0
+
+
+def test_what_another_engine_has_begun_finds_room_beyond_a_full_queue_and_goes_first() -> None:
+    scheduler = Scheduler(SLOTS, QUEUE_LIMIT)
+    for _ in range(SLOTS + QUEUE_LIMIT):
+        scheduler.submit(sequence())
+    with pytest.raises(QueueFull):
+        scheduler.submit(sequence())
+    resumed = [sequence(generated_ids=(5, 6)) for _ in range(RESUMED_PER_SLOT * SLOTS)]
+    for one in resumed:
+        assert scheduler.submit(one) is None
+    with pytest.raises(QueueFull) as refusal:
+        scheduler.submit(sequence(generated_ids=(5, 6)))
+    assert refusal.value.limit == QUEUE_LIMIT + RESUMED_PER_SLOT * SLOTS
+    for _ in range(SLOTS):
+        tick(scheduler)
+    assert [one.phase for one in resumed[: SLOTS + 1]] == [
+        *([Phase.DECODING] * (SLOTS - 1)),
+        Phase.PREFILLING,
+        Phase.WAITING,
+    ]
