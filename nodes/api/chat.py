@@ -14,6 +14,7 @@ from quart import Quart, Response, request
 from mesh.errors import MeshError, NoCapacity
 from nodes.api.accounting import Exchange, exchange_of
 from nodes.api.errors import Unauthorized, api_error
+from nodes.api.request_body import read_body
 from nodes.api.schema import ChatCompletionRequest, parse_chat
 from nodes.api.services import ApiMetrics, Services
 from nodes.api.sse import DONE, HEADERS, KEEP_ALIVE, EventStreamBody, data_event
@@ -35,7 +36,7 @@ def register(app: Quart, services: Services) -> None:
         try:
             outcome.key_id = services.access.authorize()
             _check_content_type(request.mimetype)
-            body = parse_chat(await request.get_data(False, False, False))
+            body = parse_chat(await read_body(request))
             outcome.model, outcome.is_stream = body.model, bool(body.stream)
             exchange.log_fields |= {"model": body.model, "key_id": outcome.key_id}
             stream = await services.dispatch.open(
