@@ -1,0 +1,397 @@
+"""`python -m tests.cluster.chaos --streams 500 --kill`: does a client notice when nodes die? One JSON line of figures.
+
+Real nodes with the built-in fp32 model, all of them entries. Every few seconds one is killed (SIGKILL) or stopped
+(SIGSTOP, then SIGCONT or SIGKILL) and restarted, while at least two run. The right answers come from an undisturbed run
+of the same requests on one node before. Exit status 1 where one of these does not hold:
+
+  errors        of the streams whose entry was left alone: none with an error, or a lost, doubled or changed token
+  prefixes      what other streams had shown before they broke is a beginning of the right text; their clients repeat
+                them at another node, and get it all
+  pause_kill_s  99 of 100 pauses of streams that lost their serving node to a kill: 0.5 s beyond the prefill
+  pause_stop_s  the same at a stop: 3 s
+  free_s        after the last stream every node reports nothing active and all slots free within 2 s
+
+A pause is the longest gap between two texts around the harm, less the median gap of the stream and what an idle engine
+takes to prefill the answer so far. The streams are matched with what the entry nodes logged of their failovers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from tests.cluster.disturber import Disturber, Harm
+from tests.cluster.mesh import Mesh, NodeProcess, wait_for
+from tests.cluster.stream_client import Answer, ask
+from tests.cluster.workload import Case, Workload, difference, prefix_difference, prepare
+
+PAUSE_KILL_MAX_S = 0.5
+PAUSE_STOP_MAX_S = 3.0
+FREE_MAX_S = 2.0
+FREE_TIMEOUT_S = 20.0
+# Clients of a broken entry try again; one that fails so often has found a fault.
+ATTEMPTS_MAX = 12
+# With logged times and times of this process compared; they are of one clock.
+CLOCK_SLACK_S = 0.05
+PROGRESS_INTERVAL_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """tokens: least and most of an answer. harms_max: bounds how often a node is harmed. edge: one more node, without a
+    model and never harmed, is an entry too."""
+
+    streams: int = 500
+    nodes: int = 4
+    concurrency: int = 12
+    seed: int = 7
+    tokens: tuple[int, int] = (300, 900)
+    kill: bool = True
+    harms_max: int | None = None
+    edge: bool = False
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One client's one try."""
+
+    case: Case
+    request_id: str
+    entry: str
+    answer: Answer
+    harms: list[Harm] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Report:
+    """violations: streams for which a law does not hold, each with what is wrong and all that it got."""
+
+    figures: dict[str, Any]
+    violations: list[dict[str, Any]]
+
+    @property
+    def is_ok(self) -> bool:
+        return not self.violations and all(law["holds"] for law in self.figures["laws"].values())
+
+
+async def run(folder: Path, options: Options) -> Report:
+    """Start the nodes in the folder, ask, disturb, compare."""
+    mesh = Mesh(folder)
+    try:
+        return await _Chaos(mesh, options).run()
+    finally:
+        mesh.close()
+
+
+class _Chaos:
+    def __init__(self, mesh: Mesh, options: Options) -> None:
+        self._mesh = mesh
+        self._options = options
+        self._rng = random.Random(options.seed)
+        self._attempts: list[Attempt] = []
+        self._violations: list[dict[str, Any]] = []
+        self._counts: Counter[str] = Counter()
+        self._workload = Workload()
+        self._models: list[NodeProcess] = []
+        self._edge: list[NodeProcess] = []
+        self._done = 0
+
+    async def run(self) -> Report:
+        options = self._options
+        first = await trio.to_thread.run_sync(self._mesh.add)
+        _progress(f"right answers of {options.streams} streams, from one node")
+        self._workload = await prepare(first.http, options.streams, options.seed, options.tokens)
+        prefill_token_s = await _prefill_token_s(first.http)
+        for _ in range(options.nodes - 1):
+            await trio.to_thread.run_sync(self._mesh.add)
+        self._models = list(self._mesh.nodes)
+        if options.edge:
+            self._edge = [await trio.to_thread.run_sync(lambda: self._mesh.add("--no-model", name="edge"))]
+        await trio.to_thread.run_sync(self._mesh.wait_until_agreed)
+        disturber = Disturber(self._models, self._rng, self._keep_counts)
+        started = time.monotonic()
+        async with trio.open_nursery() as nursery:
+            if options.kill:
+                nursery.start_soon(disturber.run, options.harms_max)
+            nursery.start_soon(self._tell, disturber)
+            await self._ask_all(disturber)
+            seconds = time.monotonic() - started
+            disturber.finished.set()
+            free_s = await trio.to_thread.run_sync(self._free_after_s, disturber.up() + self._edge)
+        restarted_free_s = await trio.to_thread.run_sync(self._free_after_s, self._mesh.nodes)
+        for node in self._mesh.nodes:
+            self._keep_counts(node)
+        pauses = dict(self._pauses(disturber, prefill_token_s))
+        return Report(self._figures(disturber, pauses, seconds, max(free_s, restarted_free_s)), self._violations)
+
+    # Asking.
+
+    async def _ask_all(self, disturber: Disturber) -> None:
+        cases = iter(self._workload.cases)
+
+        async def client() -> None:
+            for case in cases:
+                await self._ask(case, disturber)
+                self._done += 1
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(self._options.concurrency):
+                nursery.start_soon(client)
+
+    async def _ask(self, case: Case, disturber: Disturber) -> None:
+        """As a client does: where its entry breaks, again at another node."""
+        right = self._workload.right[case.index]
+        for number in range(ATTEMPTS_MAX):
+            entry = self._rng.choice(disturber.up() + self._edge)
+            request_id = f"chaos-{case.index}-{number}"
+            answer = await ask(entry.http, case.body, headers={"x-request-id": request_id})
+            attempt = Attempt(case, request_id, entry.name, answer)
+            attempt.harms = disturber.touched(entry.name, answer.started_at, answer.ended_at)
+            self._attempts.append(attempt)
+            if answer.ending == "done" or not attempt.harms:
+                self._judge(attempt, difference(answer, right))
+                self._counts["done"] += answer.ending == "done"
+                return
+            self._judge(attempt, prefix_difference(answer, right))
+            self._counts[f"repeated_{_kind(attempt)}"] += 1
+        self._judge(attempt, f"broke {ATTEMPTS_MAX} times")
+
+    def _judge(self, attempt: Attempt, fault: str | None) -> None:
+        answer, case = attempt.answer, attempt.case
+        is_spared = not attempt.harms
+        if answer.ending == "done" or is_spared:
+            self._counts["spared" if is_spared else f"outlived_{_kind(attempt)}"] += 1
+            self._counts[f"exact_{case.kind}"] += fault is None
+            self._counts["spared_exact"] += is_spared and fault is None
+        if fault is None:
+            return
+        right = self._workload.right[case.index]
+        self._violations.append(
+            {
+                "fault": fault,
+                "request_id": attempt.request_id,
+                "kind": case.kind,
+                "entry": attempt.entry,
+                "entry_harmed": [harm.kind for harm in attempt.harms],
+                "body": case.body,
+                "ending": answer.ending,
+                "seconds": round(answer.ended_at - answer.started_at, 3),
+                "usage": answer.usage,
+                "text": {index: choice.text for index, choice in answer.choices.items()},
+                "right_usage": right.usage,
+                "right_text": {index: choice.text for index, choice in right.choices.items()},
+            }
+        )
+        _progress(f"VIOLATION {json.dumps(self._violations[-1])}")
+
+    async def _tell(self, disturber: Disturber) -> None:
+        while not disturber.finished.is_set():
+            with trio.move_on_after(PROGRESS_INTERVAL_S):
+                await disturber.finished.wait()
+            up = ", ".join(node.name for node in disturber.up())
+            _progress(f"{self._done} of {len(self._workload.cases)} streams, {len(disturber.harms)} harms, up: {up}")
+
+    # What the nodes say.
+
+    def _keep_counts(self, node: NodeProcess) -> None:
+        """Called in a thread, before the node's life ends and its counts with it."""
+        for reason in ("link", "fault", "hang", "drain", "refused"):
+            self._counts[f"failovers_{reason}"] += int(node.metric("ai_cluster_failovers_total", reason=reason))
+        self._counts["lost"] += int(node.metric("ai_cluster_answers_lost_total"))
+
+    def _free_after_s(self, nodes: list[NodeProcess]) -> float:
+        """Seconds until every node reports nothing active. AssertionError where one never does."""
+
+        def is_free() -> bool:
+            return all(_busy(node) == 0 for node in nodes)
+
+        try:
+            return wait_for(is_free, "every slot is free", FREE_TIMEOUT_S)
+        except AssertionError as exc:
+            busy = {node.name: _busy(node) for node in nodes}
+            self._violations.append({"fault": f"{exc}: {busy}"})
+            return FREE_TIMEOUT_S
+
+    def _pauses(self, disturber: Disturber, prefill_token_s: float) -> Iterator[tuple[tuple[str, str], float]]:
+        """((request id, kind of harm), seconds beyond the prefill) of every failover that a harm explains."""
+        attempts = {attempt.request_id: attempt for attempt in self._attempts if not attempt.harms}
+        for loss in _losses(self._mesh.nodes):
+            attempt = attempts.get(loss.request_id)
+            harm = _cause(disturber.harms, loss)
+            if attempt is None or harm is None or attempt.answer.ending != "done":
+                self._counts["failovers_unexplained"] += attempt is not None
+                continue
+            times = attempt.answer.text_times
+            gaps = [b - a for a, b in pairwise(times)]
+            around = [b - a for a, b in pairwise(times) if b >= harm.begun_at and a <= loss.at + CLOCK_SLACK_S]
+            if not around or not loss.tokens:
+                continue
+            usage = attempt.answer.usage or {"prompt_tokens": 0}
+            prefill_s = prefill_token_s * (usage["prompt_tokens"] + loss.tokens)
+            yield (loss.request_id, harm.kind), max(around) - statistics.median(gaps) - prefill_s
+
+    def _figures(
+        self, disturber: Disturber, pauses: dict[tuple[str, str], float], seconds: float, free_s: float
+    ) -> dict[str, Any]:
+        counts, options = self._counts, self._options
+        kill, stop = ([s for (_, kind), s in pauses.items() if kind == wanted] for wanted in ("kill", "stop"))
+        spared_faults = sum(1 for v in self._violations if v.get("entry_harmed") == [])
+        return {
+            "seed": options.seed,
+            "nodes": options.nodes,
+            "concurrency": options.concurrency,
+            "seconds": round(seconds, 1),
+            "streams": len(self._workload.cases),
+            "done": counts["done"],
+            "entry_spared": counts["spared"],
+            "entry_spared_exact": counts["spared_exact"],
+            "outlived_a_stop_of_the_entry": counts["outlived_stop"],
+            "repeated_after_kill_of_the_entry": counts["repeated_kill"],
+            "repeated_after_stop_of_the_entry": counts["repeated_stop"],
+            "exact_by_kind": {kind: n for kind in _kinds(self._workload) if (n := counts[f"exact_{kind}"]) or True},
+            "not_served": self._workload.not_served,
+            "kills": sum(harm.killed_at is not None for harm in disturber.harms),
+            "stops": sum(harm.kind == "stop" for harm in disturber.harms),
+            "failovers": {
+                reason: counts[f"failovers_{reason}"] for reason in ("link", "hang", "fault", "refused", "drain")
+            },
+            "answers_lost": counts["lost"],
+            "failovers_unexplained": counts["failovers_unexplained"],
+            "pause_kill_s": _quantiles(kill),
+            "pause_stop_s": _quantiles(stop),
+            "free_after_s": round(free_s, 2),
+            "laws": {
+                "errors": _law(spared_faults, 0),
+                "prefixes": _law(len(self._violations) - spared_faults, 0),
+                "pause_kill_s": _law(_quantile(kill, 0.99), PAUSE_KILL_MAX_S),
+                "pause_stop_s": _law(_quantile(stop, 0.99), PAUSE_STOP_MAX_S),
+                "free_s": _law(free_s, FREE_MAX_S),
+            },
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Loss:
+    """What an entry logged of a node that failed an answer. at: as time.monotonic(). tokens: of the answer so far."""
+
+    request_id: str
+    peer: str
+    at: float
+    tokens: int
+
+
+def _losses(nodes: list[NodeProcess]) -> Iterator[_Loss]:
+    offset = time.time() - time.monotonic()
+    for node in nodes:
+        for line in (node.folder / "logs" / "combined.log").read_text().splitlines():
+            if "a node did not serve a request" not in line:
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # the last line of a node that was killed
+                continue
+            at = datetime.fromisoformat(record["@timestamp"]).timestamp() - offset
+            yield _Loss(record.get("request_id", ""), record["peer"], at, record["completion_tokens"])
+
+
+def _cause(harms: list[Harm], loss: _Loss) -> Harm | None:
+    """The last harm done to the node before it failed."""
+    before = [harm for harm in harms if harm.node == loss.peer and harm.begun_at <= loss.at + CLOCK_SLACK_S]
+    return max(before, key=lambda harm: harm.begun_at, default=None)
+
+
+def _kind(attempt: Attempt) -> str:
+    return "kill" if any(harm.kind == "kill" for harm in attempt.harms) else "stop"
+
+
+def _kinds(workload: Workload) -> list[str]:
+    return sorted({case.kind for case in workload.cases})
+
+
+def _busy(node: NodeProcess) -> float:
+    names = ("ai_cluster_engine_queue_depth", "ai_cluster_streams_open", "ai_cluster_link_streams_open")
+    return node.metric("ai_cluster_engine_slots", state="active") + sum(node.metric(name) for name in names)
+
+
+async def _prefill_token_s(address: str) -> float:
+    """Seconds an idle engine takes for one more token of a prompt."""
+    found: list[float] = []
+    for number in range(5):
+        times: list[float] = []
+        tokens: list[int] = []
+        for words in (10, 250):
+            text = f"{number} " + " ".join(f"w{number}{word}" for word in range(words))
+            message = [{"role": "user", "content": text}]
+            body = {"model": "demo", "messages": message, "max_tokens": 1, "temperature": 0, "ignore_eos": True}
+            answer = await ask(address, body | {"stream": True, "stream_options": {"include_usage": True}})
+            assert answer.ending == "done" and answer.usage is not None, answer.error
+            times.append(answer.ended_at - answer.started_at)
+            tokens.append(answer.usage["prompt_tokens"])
+        found.append((times[1] - times[0]) / (tokens[1] - tokens[0]))
+    return max(0.0, statistics.median(found))
+
+
+def _law(value: float | None, limit: float) -> dict[str, Any]:
+    """A law about what did not occur holds."""
+    return {"value": None if value is None else round(value, 3), "limit": limit, "holds": value is None or value <= limit}
+
+
+def _quantile(values: list[float], share: float) -> float | None:
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))] if values else None
+
+
+def _quantiles(values: list[float]) -> dict[str, Any]:
+    shares = {"p50": 0.5, "p99": 0.99, "max": 1.0}
+    return {"count": len(values)} | {
+        name: round(value, 3) for name, share in shares.items() if (value := _quantile(values, share)) is not None
+    }
+
+
+def _progress(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=500)
+    parser.add_argument("--kill", action="store_true", help="harm nodes; without it they are left alone")
+    parser.add_argument("--nodes", type=int, default=4)
+    parser.add_argument("--concurrency", type=int, default=12, help="streams at a time")
+    parser.add_argument("--seed", type=int, default=7, help="of the requests and of what is done to whom")
+    parser.add_argument("--tokens", type=int, nargs=2, default=(300, 900), metavar=("LEAST", "MOST"))
+    parser.add_argument("--edge", action="store_true", help="an entry without a model more, which is never harmed")
+    given = parser.parse_args()
+    options = Options(
+        streams=given.streams,
+        nodes=given.nodes,
+        concurrency=given.concurrency,
+        seed=given.seed,
+        tokens=tuple(given.tokens),
+        kill=given.kill,
+        edge=given.edge,
+    )
+    _progress(f"seed {options.seed}")
+    with tempfile.TemporaryDirectory() as folder:
+        report = trio.run(run, Path(folder), options)
+    for violation in report.violations:
+        print(json.dumps(violation), file=sys.stderr)
+    print(json.dumps(report.figures))
+    sys.exit(0 if report.is_ok else 1)
+
+
+if __name__ == "__main__":
+    main()
