@@ -16,7 +16,7 @@ from tests.cluster.mesh import NodeProcess
 
 UP_MIN = 2  # nodes that are left alone at any time
 BETWEEN_S = (1.5, 4.0)
-DOWN_S = (0.1, 2.0)
+DOWN_S = (0.5, 2.0)
 STOPPED_S = (1.0, 6.0)
 STOP_SHARE = 0.5
 KILLED_WHILE_STOPPED_SHARE = 0.3
@@ -42,7 +42,9 @@ class Disturber:
     before_kill: called with each node that is about to be killed while it runs, so that its counts can be kept.
     """
 
-    def __init__(self, nodes: list[NodeProcess], rng: random.Random, before_kill: Callable[[NodeProcess], None]) -> None:
+    def __init__(
+        self, nodes: list[NodeProcess], rng: random.Random, before_kill: Callable[[NodeProcess], None]
+    ) -> None:
         self.harms: list[Harm] = []
         self.finished = trio.Event()
         self._nodes = nodes
