@@ -338,7 +338,8 @@ async def _prefill_token_s(address: str) -> float:
             message = [{"role": "user", "content": text}]
             body = {"model": "demo", "messages": message, "max_tokens": 1, "temperature": 0, "ignore_eos": True}
             answer = await ask(address, body | {"stream": True, "stream_options": {"include_usage": True}})
-            assert answer.ending == "done" and answer.usage is not None, answer.error
+            assert answer.ending == "done", answer.error
+            assert answer.usage is not None
             times.append(answer.ended_at - answer.started_at)
             tokens.append(answer.usage["prompt_tokens"])
         found.append((times[1] - times[0]) / (tokens[1] - tokens[0]))

@@ -1,4 +1,4 @@
-"""Requests whose right answers are known: made from a seed, asked of one undisturbed node first, compared afterwards."""
+"""Requests whose right answers are known: made from a seed and asked of one undisturbed node before all else."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ async def prepare(address: str, count: int, seed: int, tokens: tuple[int, int]) 
     rng = random.Random(seed)
     refused = [kind for kind in dict.fromkeys(KINDS) if not await _is_served(address, kind)]
     kinds = _served_kinds(refused)
-    drafts = [Case(index, kind, _body(kind, index, rng, tokens)) for index, kind in zip(range(count), kinds)]
+    drafts = [Case(index, kind := next(kinds), _body(kind, index, rng, tokens)) for index in range(count)]
     whole = await _ask_all(address, [case for case in drafts if case.kind == "stop"])
     cases = [_with_stop(case, whole[case.index], rng) if case.kind == "stop" else case for case in drafts]
     return Workload(cases, await _ask_all(address, cases), refused)
