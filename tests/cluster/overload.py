@@ -41,6 +41,8 @@ WARM_UP_S = 3.0
 # Of the time offered, what is not counted at its beginning: the queues fill.
 RAMP_SHARE = 0.1
 FAULTS_KEPT = 20
+# The error that counts for a client that was never let in.
+ERROR_NEVER = 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +180,7 @@ class _Overload:
         goodput = sum(tokens for at, tokens in tally.done if begin <= at <= end) / (end - begin)
         maximum = (before + after) / 2
         errors = [abs(let_in_s - told_s) / told_s for told_s, let_in_s in tally.told_and_let_in]
-        errors += [float("inf")] * tally.never_let_in
+        errors += [ERROR_NEVER] * tally.never_let_in
         growth = max(memory[2][name] / memory[1][name] - 1 for name in memory[1])
         refusal = quantiles(tally.refusal_s, 1e3)
         return {
