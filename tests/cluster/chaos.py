@@ -21,7 +21,6 @@ import argparse
 import json
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -35,7 +34,8 @@ from typing import Any
 import trio
 
 from tests.cluster.disturber import Disturber, Harm
-from tests.cluster.mesh import Mesh, NodeProcess, wait_for
+from tests.cluster.figures import finish, free_after_s, law, progress, quantile, quantiles
+from tests.cluster.mesh import Mesh, NodeProcess
 from tests.cluster.stream_client import Answer, ask
 from tests.cluster.workload import Case, Workload, difference, prefix_difference, prepare
 
@@ -83,10 +83,6 @@ class Report:
     figures: dict[str, Any]
     violations: list[dict[str, Any]]
 
-    @property
-    def is_ok(self) -> bool:
-        return not self.violations and all(law["holds"] for law in self.figures["laws"].values())
-
 
 async def run(folder: Path, options: Options) -> Report:
     """Start the nodes in the folder, ask, disturb, compare."""
@@ -113,7 +109,7 @@ class _Chaos:
     async def run(self) -> Report:
         options = self._options
         first = await trio.to_thread.run_sync(self._mesh.add)
-        _progress(f"right answers of {options.streams} streams, from one node")
+        progress(f"right answers of {options.streams} streams, from one node")
         self._workload = await prepare(first.http, options.streams, options.seed, options.tokens)
         prefill_token_s = await _prefill_token_s(first.http)
         for _ in range(options.nodes - 1):
@@ -131,8 +127,8 @@ class _Chaos:
             await self._ask_all(disturber)
             seconds = time.monotonic() - started
             disturber.finished.set()
-            free_s = await trio.to_thread.run_sync(self._free_after_s, disturber.up() + self._edge)
-        restarted_free_s = await trio.to_thread.run_sync(self._free_after_s, self._mesh.nodes)
+            free_s = await self._free_after_s(disturber.up() + self._edge)
+        restarted_free_s = await self._free_after_s(self._mesh.nodes)
         for node in self._mesh.nodes:
             self._keep_counts(node)
         pauses = dict(self._pauses(disturber, prefill_token_s))
@@ -196,14 +192,14 @@ class _Chaos:
                 "right_text": {index: choice.text for index, choice in right.choices.items()},
             }
         )
-        _progress(f"VIOLATION {json.dumps(self._violations[-1])}")
+        progress(f"VIOLATION {json.dumps(self._violations[-1])}")
 
     async def _tell(self, disturber: Disturber) -> None:
         while not disturber.finished.is_set():
             with trio.move_on_after(PROGRESS_INTERVAL_S):
                 await disturber.finished.wait()
             up = ", ".join(node.name for node in disturber.up())
-            _progress(f"{self._done} of {len(self._workload.cases)} streams, {len(disturber.harms)} harms, up: {up}")
+            progress(f"{self._done} of {len(self._workload.cases)} streams, {len(disturber.harms)} harms, up: {up}")
 
     # What the nodes say.
 
@@ -213,18 +209,11 @@ class _Chaos:
             self._counts[f"failovers_{reason}"] += int(node.metric("ai_cluster_failovers_total", reason=reason))
         self._counts["lost"] += int(node.metric("ai_cluster_answers_lost_total"))
 
-    def _free_after_s(self, nodes: list[NodeProcess]) -> float:
-        """Seconds until every node reports nothing active. AssertionError where one never does."""
-
-        def is_free() -> bool:
-            return all(_busy(node) == 0 for node in nodes)
-
-        try:
-            return wait_for(is_free, "every slot is free", FREE_TIMEOUT_S)
-        except AssertionError as exc:
-            busy = {node.name: _busy(node) for node in nodes}
-            self._violations.append({"fault": f"{exc}: {busy}"})
-            return FREE_TIMEOUT_S
+    async def _free_after_s(self, nodes: list[NodeProcess]) -> float:
+        seconds, taken = await trio.to_thread.run_sync(free_after_s, nodes, FREE_TIMEOUT_S)
+        if taken:
+            self._violations.append({"fault": f"after {seconds:g} s slots, streams or queues are taken: {taken}"})
+        return seconds
 
     def _pauses(self, disturber: Disturber, prefill_token_s: float) -> Iterator[tuple[tuple[str, str], float]]:
         """((request id, kind of harm), seconds beyond the prefill) of every failover that a harm explains."""
@@ -271,15 +260,15 @@ class _Chaos:
             },
             "answers_lost": counts["lost"],
             "failovers_unexplained": counts["failovers_unexplained"],
-            "pause_kill_s": _quantiles(kill),
-            "pause_stop_s": _quantiles(stop),
+            "pause_kill_s": quantiles(kill),
+            "pause_stop_s": quantiles(stop),
             "free_after_s": round(free_s, 2),
             "laws": {
-                "errors": _law(spared_faults, 0),
-                "prefixes": _law(len(self._violations) - spared_faults, 0),
-                "pause_kill_s": _law(_quantile(kill, 0.99), PAUSE_KILL_MAX_S),
-                "pause_stop_s": _law(_quantile(stop, 0.99), PAUSE_STOP_MAX_S),
-                "free_s": _law(free_s, FREE_MAX_S),
+                "errors": law(spared_faults, at_most=0),
+                "prefixes": law(len(self._violations) - spared_faults, at_most=0),
+                "pause_kill_s": law(quantile(kill, 0.99), at_most=PAUSE_KILL_MAX_S),
+                "pause_stop_s": law(quantile(stop, 0.99), at_most=PAUSE_STOP_MAX_S),
+                "free_s": law(free_s, at_most=FREE_MAX_S),
             },
         }
 
@@ -322,11 +311,6 @@ def _kinds(workload: Workload) -> list[str]:
     return sorted({case.kind for case in workload.cases})
 
 
-def _busy(node: NodeProcess) -> float:
-    names = ("ai_cluster_engine_queue_depth", "ai_cluster_streams_open", "ai_cluster_link_streams_open")
-    return node.metric("ai_cluster_engine_slots", state="active") + sum(node.metric(name) for name in names)
-
-
 async def _prefill_token_s(address: str) -> float:
     """Seconds an idle engine takes for one more token of a prompt."""
     found: list[float] = []
@@ -344,30 +328,6 @@ async def _prefill_token_s(address: str) -> float:
             tokens.append(answer.usage["prompt_tokens"])
         found.append((times[1] - times[0]) / (tokens[1] - tokens[0]))
     return max(0.0, statistics.median(found))
-
-
-def _law(value: float | None, limit: float) -> dict[str, Any]:
-    """A law about what did not occur holds."""
-    return {
-        "value": None if value is None else round(value, 3),
-        "limit": limit,
-        "holds": value is None or value <= limit,
-    }
-
-
-def _quantile(values: list[float], share: float) -> float | None:
-    return sorted(values)[min(len(values) - 1, int(len(values) * share))] if values else None
-
-
-def _quantiles(values: list[float]) -> dict[str, Any]:
-    shares = {"p50": 0.5, "p99": 0.99, "max": 1.0}
-    return {"count": len(values)} | {
-        name: round(value, 3) for name, share in shares.items() if (value := _quantile(values, share)) is not None
-    }
-
-
-def _progress(what: str) -> None:
-    print(what, file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -389,13 +349,10 @@ def main() -> None:
         kill=given.kill,
         edge=given.edge,
     )
-    _progress(f"seed {options.seed}")
+    progress(f"seed {options.seed}")
     with tempfile.TemporaryDirectory() as folder:
         report = trio.run(run, Path(folder), options)
-    for violation in report.violations:
-        print(json.dumps(violation), file=sys.stderr)
-    print(json.dumps(report.figures))
-    sys.exit(0 if report.is_ok else 1)
+    finish(report.figures, report.violations)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def busy(node: NodeProcess) -> float:
 
 
 def free_after_s(nodes: Sequence[NodeProcess], timeout_s: float) -> tuple[float, dict[str, float]]:
-    """Seconds until nothing is taken at any node, and what still is after timeout_s, by node. To be called in a thread."""
+    """Seconds until nothing is taken at any node; and what still is after timeout_s, by node. Blocks meanwhile."""
     started = time.monotonic()
     try:
         wait_for(lambda: all(busy(node) == 0 for node in nodes), "every slot is free", timeout_s)

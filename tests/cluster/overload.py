@@ -106,7 +106,7 @@ class _Overload:
         return sum(tokens for _, tokens in tally.done) / (time.monotonic() - started)
 
     async def _open_loop(self, rate: float) -> tuple[_Tally, list[dict[str, float]], tuple[float, float, int]]:
-        """The tally; memory at the start, the middle and the end; begin and end of what counts, and how many arrived."""
+        """The tally; memory at the start, the middle, the end; begin and end of what counts, and how many arrived."""
         tally = _Tally()
         memory = [rss_mib(self._nodes)]
         seconds = self._options.seconds

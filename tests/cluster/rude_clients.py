@@ -7,7 +7,7 @@ then beside the rude ones. Exit status 1 where one of these does not hold:
   free            at the end no slot, queue or stream is taken at any node
   free_while_held no slot or place in a queue is taken this many seconds after the last client stopped reading, though
                   all of them still hold their connections: at most STALLED_S
-  gap_p99_ratio   99th percentile of the polite clients' time between two texts: at most 1.5 × when alone
+  gap_p99_ratio   99th percentile of the polite clients' time between two texts: at most 1.5 times the same alone
   polite          none of their streams fails
   memory          resident memory of each node when all is over: at most 10 % more than before the rude came
 """
@@ -34,7 +34,6 @@ from tests.cluster.stream_client import POLITE, Answer, Manners, ask
 
 POLITE_TOKENS = 300
 RUDE_TOKENS = 900
-# Answers of this length do not fit into the buffers of a connection whose client reads nothing; see README of the API.
 STOP_AFTER_FRAMES = 3
 BYTE_INTERVAL_S = 1.0
 # A client that takes nothing is closed after 20 s; then a step of the engine.
