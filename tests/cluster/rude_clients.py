@@ -19,7 +19,7 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -113,6 +113,7 @@ class _Rude:
             "beside_rude": disturbed.figures(),
             "gap_p99_ratio_to_ordinary": _ratio(disturbed, crowded),
             "endings": {kind: dict(endings) for kind, endings in self._endings.items()},
+            "closed_by_nodes_for_not_reading": sum(map(_closed, self._nodes)),
             "taken_at_the_end": busy[1],
             "free_after_s": round(busy[0], 2),
             "rss_mib": dict(zip(("before", "after"), memory, strict=True)),
@@ -140,7 +141,7 @@ class _Rude:
             yield watched
             stop.set()
 
-    async def _arrive(self, clients: list[Callable[[], Awaitable[None]]]) -> None:
+    async def _arrive(self, clients: list[Callable[[], Coroutine[Any, Any, None]]]) -> None:
         """Begin all within spread_s, in random order, and wait until they are over."""
         self._rng.shuffle(clients)
         async with trio.open_nursery() as nursery:
@@ -190,7 +191,7 @@ class _Rude:
         self._endings["stopped"][answer.ending] += 1
 
     async def _leaving(self) -> None:
-        answer = await self._ask(RUDE_TOKENS, Manners(leave_after=self._rng.randint(1, RUDE_TOKENS - 100)))
+        answer = await self._ask(RUDE_TOKENS, Manners(leave_after=self._rng.randint(1, RUDE_TOKENS)))
         self._endings["leaving"][answer.ending] += 1
 
     async def _slow(self) -> None:
@@ -202,6 +203,10 @@ class _Rude:
 
     async def _ask(self, tokens: int, manners: Manners, answer: Answer | None = None) -> Answer:
         return await ask(self._rng.choice(self._nodes).http, _body(tokens), manners=manners, answer=answer)
+
+
+def _closed(node: NodeProcess) -> int:
+    return (node.folder / "logs" / "combined.log").read_text().count("closed a connection whose client does not read")
 
 
 def _taken(node: NodeProcess) -> float:

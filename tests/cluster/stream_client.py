@@ -21,6 +21,7 @@ READ_BYTES = 65_536
 # A frame of the built-in model has some hundred bytes; what grows beyond this is no answer of a node.
 FRAME_BYTES_MAX = 1_048_576
 SILENCE_S = 60.0
+SEGMENT_BYTES = 536
 
 # done: [DONE] came. error: an error frame. refused: another status than 200. cut: the connection ended before its time.
 # left: this client went, as it was told. silent: nothing came for too long. unreachable: nobody took the connection.
@@ -31,8 +32,9 @@ Ending = Literal["done", "error", "refused", "cut", "left", "silent", "unreachab
 class Manners:
     """How a client behaves; by default politely.
 
-    leave_after: frames after which it closes the connection. stop_after: frames after which it reads nothing for
-    stop_s, its receive buffer as small as the system allows. byte_interval_s: between two bytes of the request.
+    leave_after: characters of text after which it closes the connection; a frame may hold many tokens, and a token of
+    the built-in model gives one at least. stop_after: frames after which it reads nothing for stop_s, all buffers on its
+    way as small as a client can make them. byte_interval_s: between two bytes of the request.
     """
 
     leave_after: int | None = None
@@ -172,6 +174,8 @@ async def _connect(address: str, manners: Manners) -> trio.SocketStream:
     try:
         if manners.stop_after is not None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # the system makes it its smallest
+            # The other end's send buffer begins as some segments, which are of 64 KiB on loopback.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT_BYTES)
         await connection.connect((host, int(port)))
     except BaseException:
         connection.close()
@@ -206,6 +210,7 @@ class _Reader:
         self._silence_s = silence_s
         self._raw = bytearray()  # as it came
         self._lines = bytearray()  # of the event stream
+        self._characters = 0
 
     async def read(self) -> None:
         answer = self._answer
@@ -294,7 +299,13 @@ class _Reader:
                 raise _Over("done")
             if frame.data.startswith(b'{"error"'):
                 raise _Over("error")
-            if self._manners.leave_after is not None and len(answer.frames) >= self._manners.leave_after:
-                raise _Over("left")
+            if self._manners.leave_after is not None:
+                self._characters += _characters(frame.data)
+                if self._characters >= self._manners.leave_after:
+                    raise _Over("left")
         if len(self._lines) > FRAME_BYTES_MAX:
             raise _Over("cut", "a frame without an end")
+
+
+def _characters(data: bytes) -> int:
+    return sum(len(part["delta"].get("content") or "") for part in json.loads(data).get("choices", ()))
