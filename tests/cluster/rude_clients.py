@@ -87,11 +87,15 @@ class _Rude:
         self._options = options
         self._rng = random.Random(options.seed)
         self._endings: dict[str, Counter[str]] = {kind: Counter() for kind in ("stopped", "leaving", "slow")}
+        self._answer_chars = 0
         self._last_stopped_at = 0.0
         self._held_free_s: float | None = None
 
     async def run(self) -> dict[str, Any]:
         options = self._options
+        whole = await ask(self._nodes[0].http, _body(RUDE_TOKENS))
+        assert whole.ending == "done", whole.error
+        self._answer_chars = len(whole.choices[0].text)
         progress("polite clients alone")
         async with self._polite() as alone:
             await trio.sleep(options.alone_s)
@@ -191,7 +195,7 @@ class _Rude:
         self._endings["stopped"][answer.ending] += 1
 
     async def _leaving(self) -> None:
-        answer = await self._ask(RUDE_TOKENS, Manners(leave_after=self._rng.randint(1, RUDE_TOKENS)))
+        answer = await self._ask(RUDE_TOKENS, Manners(leave_after=self._rng.randint(1, self._answer_chars)))
         self._endings["leaving"][answer.ending] += 1
 
     async def _slow(self) -> None:

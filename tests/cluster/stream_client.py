@@ -32,9 +32,9 @@ Ending = Literal["done", "error", "refused", "cut", "left", "silent", "unreachab
 class Manners:
     """How a client behaves; by default politely.
 
-    leave_after: characters of text after which it closes the connection; a frame may hold many tokens, and a token of
-    the built-in model gives one at least. stop_after: frames after which it reads nothing for stop_s, all buffers on its
-    way as small as a client can make them. byte_interval_s: between two bytes of the request.
+    leave_after: characters of text after which it closes the connection; frames are no measure, since one may hold many
+    tokens. stop_after: frames after which it reads nothing for stop_s, all buffers on its way as small as a client can
+    make them. byte_interval_s: between two bytes of the request.
     """
 
     leave_after: int | None = None
