@@ -60,13 +60,15 @@ class Options:
 @dataclass(slots=True)
 class _Tally:
     """done: (when, tokens) of whole answers. refusal_s: from connecting to the refusal. told_and_let_in: what the first
-    refusal said and when the request was let in, in seconds from that refusal."""
+    refusal said and when the request was let in, in seconds from that refusal. late_s: by which this client itself began
+    requests too late."""
 
     done: list[tuple[float, int]] = field(default_factory=list)
     refusal_s: list[float] = field(default_factory=list)
     told_and_let_in: list[tuple[float, float]] = field(default_factory=list)
     never_let_in: int = 0
     let_in_at_attempt: Counter[int] = field(default_factory=Counter)
+    late_s: list[float] = field(default_factory=list)
     faults: list[dict[str, Any]] = field(default_factory=list)
     fault_count: int = 0
 
@@ -118,6 +120,7 @@ class _Overload:
             while due < started + seconds:
                 due += self._rng.expovariate(rate)
                 await trio.sleep_until(due + offset)
+                tally.late_s.append(time.monotonic() - due)
                 clients.start_soon(self._insist, next(self._entries), tally)
                 arrived += 1
                 if len(memory) == 1 and due >= started + seconds / 2:
@@ -200,6 +203,7 @@ class _Overload:
             "never_let_in": tally.never_let_in,
             "told_s": quantiles([told_s for told_s, _ in tally.told_and_let_in]),
             "rss_mib": dict(zip(("start", "middle", "end"), memory, strict=True)),
+            "client_late_ms": quantiles(tally.late_s, 1e3),
             "faults": tally.faults,
             "laws": {
                 "goodput": law(goodput / maximum, at_least=0.95),
