@@ -60,8 +60,8 @@ class Options:
 @dataclass(slots=True)
 class _Tally:
     """done: (when, tokens) of whole answers. refusal_s: from connecting to the refusal. told_and_let_in: what the first
-    refusal said and when the request was let in, in seconds from that refusal. late_s: by which this client itself began
-    requests too late."""
+    refusal said and when the request was let in, in seconds from that refusal. late_s: by which this client itself was
+    late."""
 
     done: list[tuple[float, int]] = field(default_factory=list)
     refusal_s: list[float] = field(default_factory=list)
