@@ -11,8 +11,9 @@ of the same requests on one node before. Exit status 1 where one of these does n
   pause_stop_s  the same at a stop: 3 s
   free_s        after the last stream every node reports nothing active and all slots free within 2 s
 
-A pause is the longest gap between two texts around the harm, less the median gap of the stream and what an idle engine
-takes to prefill the answer so far. The streams are matched with what the entry nodes logged of their failovers.
+A pause is the gap between two texts in which the serving node failed, less the median gap of the stream and what an idle
+engine takes to prefill the answer so far. When a node failed whom is taken from what the entry nodes logged. Where several
+nodes failed one after the other in one pause ("several") it has no bound; the longest pauses are told on stderr.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ ATTEMPTS_MAX = 12
 # With logged times and times of this process compared; they are of one clock.
 CLOCK_SLACK_S = 0.05
 PROGRESS_INTERVAL_S = 5.0
+PAUSES_TOLD = 5
+PAUSE_KINDS = ("kill", "stop", "several", "unexplained")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,42 @@ class Attempt:
     entry: str
     answer: Answer
     harms: list[Harm] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """seconds: beyond the median gap and the prefill. begun_at: when the last text before it came. causes: what had been
+    done to the nodes that failed in it; None where nothing had."""
+
+    request_id: str
+    seconds: float
+    begun_at: float
+    losses: list[_Loss]
+    causes: list[Harm | None]
+
+    @property
+    def kind(self) -> str:
+        """Of its one cause, or why it is neither."""
+        if None in self.causes:
+            return "unexplained"
+        return "several" if len(self.causes) > 1 else next(harm.kind for harm in self.causes if harm)
+
+    def story(self) -> dict[str, Any]:
+        """For whoever wants to know why it was so long; times in seconds since the last text before it."""
+        return {
+            "request_id": self.request_id,
+            "seconds": round(self.seconds, 3),
+            "kind": self.kind,
+            "failed": [
+                {
+                    "node": loss.peer,
+                    "at": round(loss.at - self.begun_at, 3),
+                    "error": loss.error,
+                    "harmed_at": harm and round(harm.begun_at - self.begun_at, 3),
+                }
+                for loss, harm in zip(self.losses, self.causes, strict=True)
+            ],
+        }
 
 
 @dataclass(slots=True)
@@ -131,7 +170,9 @@ class _Chaos:
         restarted_free_s = await self._free_after_s(self._mesh.nodes)
         for node in self._mesh.nodes:
             self._keep_counts(node)
-        pauses = dict(self._pauses(disturber, prefill_token_s))
+        pauses = list(self._pauses(disturber.harms, prefill_token_s))
+        for pause in sorted(pauses, key=lambda pause: -pause.seconds)[:PAUSES_TOLD]:
+            progress(f"long pause: {json.dumps(pause.story())}")
         return Report(self._figures(disturber, pauses, seconds, max(free_s, restarted_free_s)), self._violations)
 
     # Asking.
@@ -215,29 +256,32 @@ class _Chaos:
             self._violations.append({"fault": f"after {seconds:g} s slots, streams or queues are taken: {taken}"})
         return seconds
 
-    def _pauses(self, disturber: Disturber, prefill_token_s: float) -> Iterator[tuple[tuple[str, str], float]]:
-        """((request id, kind of harm), seconds beyond the prefill) of every failover that a harm explains."""
-        attempts = {attempt.request_id: attempt for attempt in self._attempts if not attempt.harms}
+    def _pauses(self, harms: list[Harm], prefill_token_s: float) -> Iterator[Pause]:
+        """Of the streams that reached their end through entries left alone, each gap in which a node failed them."""
+        losses: dict[str, list[_Loss]] = {}
         for loss in _losses(self._mesh.nodes):
-            attempt = attempts.get(loss.request_id)
-            harm = _cause(disturber.harms, loss)
-            if attempt is None or harm is None or attempt.answer.ending != "done":
-                self._counts["failovers_unexplained"] += attempt is not None
-                continue
-            times = attempt.answer.text_times
-            gaps = [b - a for a, b in pairwise(times)]
-            around = [b - a for a, b in pairwise(times) if b >= harm.begun_at and a <= loss.at + CLOCK_SLACK_S]
-            if not around or not loss.tokens:
+            losses.setdefault(loss.request_id, []).append(loss)
+        for attempt in self._attempts:
+            found = [loss for loss in losses.get(attempt.request_id, ()) if loss.tokens]
+            if not found or attempt.harms or attempt.answer.ending != "done":
                 continue
             usage = attempt.answer.usage or {"prompt_tokens": 0}
-            prefill_s = prefill_token_s * (usage["prompt_tokens"] + loss.tokens)
-            yield (loss.request_id, harm.kind), max(around) - statistics.median(gaps) - prefill_s
+            times = attempt.answer.text_times
+            median = statistics.median([b - a for a, b in pairwise(times)])
+            for a, b in pairwise(times):
+                inside = [loss for loss in found if a < loss.at + CLOCK_SLACK_S and loss.at < b + CLOCK_SLACK_S]
+                if not inside or b - a < CLOCK_SLACK_S:
+                    continue
+                found = [loss for loss in found if loss not in inside]
+                prefill_s = prefill_token_s * (usage["prompt_tokens"] + inside[-1].tokens)
+                causes = [_cause(harms, loss) for loss in inside]
+                yield Pause(attempt.request_id, b - a - median - prefill_s, a, inside, causes)
+            self._counts["failovers_without_a_gap"] += len(found)
 
-    def _figures(
-        self, disturber: Disturber, pauses: dict[tuple[str, str], float], seconds: float, free_s: float
-    ) -> dict[str, Any]:
+    def _figures(self, disturber: Disturber, pauses: list[Pause], seconds: float, free_s: float) -> dict[str, Any]:
         counts, options = self._counts, self._options
-        kill, stop = ([s for (_, kind), s in pauses.items() if kind == wanted] for wanted in ("kill", "stop"))
+        by_kind = {kind: [pause.seconds for pause in pauses if pause.kind == kind] for kind in PAUSE_KINDS}
+        kill, stop = by_kind["kill"], by_kind["stop"]
         spared_faults = sum(1 for v in self._violations if v.get("entry_harmed") == [])
         return {
             "seed": options.seed,
@@ -259,9 +303,8 @@ class _Chaos:
                 reason: counts[f"failovers_{reason}"] for reason in ("link", "hang", "fault", "refused", "drain")
             },
             "answers_lost": counts["lost"],
-            "failovers_unexplained": counts["failovers_unexplained"],
-            "pause_kill_s": quantiles(kill),
-            "pause_stop_s": quantiles(stop),
+            "failovers_without_a_gap": counts["failovers_without_a_gap"],
+            "pause_s": {kind: quantiles(seconds) for kind, seconds in by_kind.items()},
             "free_after_s": round(free_s, 2),
             "laws": {
                 "errors": law(spared_faults, at_most=0),
@@ -281,6 +324,7 @@ class _Loss:
     peer: str
     at: float
     tokens: int
+    error: str
 
 
 def _losses(nodes: list[NodeProcess]) -> Iterator[_Loss]:
@@ -294,7 +338,9 @@ def _losses(nodes: list[NodeProcess]) -> Iterator[_Loss]:
             except json.JSONDecodeError:  # the last line of a node that was killed
                 continue
             at = datetime.fromisoformat(record["@timestamp"]).timestamp() - offset
-            yield _Loss(record.get("request_id", ""), record["peer"], at, record["completion_tokens"])
+            yield _Loss(
+                record.get("request_id", ""), record["peer"], at, record["completion_tokens"], record["error.message"]
+            )
 
 
 def _cause(harms: list[Harm], loss: _Loss) -> Harm | None:
