@@ -50,10 +50,11 @@ class Disturber:
         self._nodes = nodes
         self._rng = rng
         self._before_kill = before_kill
+        self._condemned: set[str] = set()  # chosen, and not harmed yet
 
     def up(self) -> list[NodeProcess]:
         harmed = {harm.node for harm in self.harms if harm.over_at is None}
-        return [node for node in self._nodes if node.name not in harmed]
+        return [node for node in self._nodes if node.name not in harmed | self._condemned]
 
     def touched(self, node: str, start: float, end: float) -> list[Harm]:
         return [harm for harm in self.harms if harm.node == node and harm.touches(start, end)]
@@ -63,21 +64,28 @@ class Disturber:
         async with trio.open_nursery() as nursery:
             while not await self._pause(BETWEEN_S):
                 up = self.up()
-                if len(up) <= UP_MIN or (harms_max is not None and len(self.harms) >= harms_max):
+                count = len(self.harms) + len(self._condemned)
+                if len(up) <= UP_MIN or (harms_max is not None and count >= harms_max):
                     continue
-                kind: Literal["kill", "stop"] = "stop" if self._rng.random() < STOP_SHARE else "kill"
+                is_stop = self._rng.random() < STOP_SHARE
                 if harms_max is not None:  # few of them: each kind has its turn
-                    kind = "kill" if len(self.harms) % 2 == 0 else "stop"
+                    is_stop = count % 2 == 1
                 node = self._rng.choice(up)
-                harm = Harm(node.name, kind, time.monotonic())
-                self.harms.append(harm)
-                nursery.start_soon(self._kill if kind == "kill" else self._stop, node, harm)
+                self._condemned.add(node.name)
+                nursery.start_soon(self._stop if is_stop else self._kill, node)
 
-    async def _kill(self, node: NodeProcess, harm: Harm) -> None:
+    def _begin(self, node: NodeProcess, kind: Literal["kill", "stop"]) -> Harm:
+        harm = Harm(node.name, kind, time.monotonic())
+        self.harms.append(harm)
+        self._condemned.discard(node.name)
+        return harm
+
+    async def _kill(self, node: NodeProcess) -> None:
         await trio.to_thread.run_sync(self._before_kill, node)
-        await self._kill_and_restart(node, harm)
+        await self._kill_and_restart(node, self._begin(node, "kill"))
 
-    async def _stop(self, node: NodeProcess, harm: Harm) -> None:
+    async def _stop(self, node: NodeProcess) -> None:
+        harm = self._begin(node, "stop")
         os.kill(node.pid, signal.SIGSTOP)
         is_finished = await self._pause(STOPPED_S)
         if not is_finished and self._rng.random() < KILLED_WHILE_STOPPED_SHARE:
