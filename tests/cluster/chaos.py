@@ -81,8 +81,8 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """seconds: beyond the median gap and the prefill. begun_at, ended_at: when the texts around it came. causes: what had
-    been done to the nodes that failed in it; None where nothing had."""
+    """seconds: beyond the median gap and the prefill. begun_at, ended_at: when the texts around it came. causes: what
+    had been done to the nodes that failed in it; None where nothing had."""
 
     request_id: str
     seconds: float
