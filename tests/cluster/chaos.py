@@ -13,7 +13,7 @@ of the same requests on one node before. Exit status 1 where one of these does n
 
 A pause is the gap between two texts in which the serving node failed, less the median gap of the stream and what an
 idle engine takes to prefill the answer so far. Which node failed when is taken from what the entries logged. Where
-several failed one after the other in one pause ("several") it has no bound; the longest pauses are told on stderr.
+several were harmed in one pause, the one that went on included ("several"), it has no bound; the longest pauses are told on stderr.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ ATTEMPTS_MAX = 12
 CLOCK_SLACK_S = 0.05
 PROGRESS_INTERVAL_S = 5.0
 PAUSES_TOLD = 5
+LOSS_MESSAGE = "a node did not serve a request"
+RESUMPTION_MESSAGE = "an answer goes on at another node"
 PAUSE_KINDS = ("kill", "stop", "several", "unexplained")
 
 
@@ -82,7 +84,8 @@ class Attempt:
 @dataclass(frozen=True, slots=True)
 class Pause:
     """seconds: beyond the median gap and the prefill. begun_at, ended_at: when the texts around it came. causes: what
-    had been done to the nodes that failed in it; None where nothing had."""
+    had been done to the nodes that failed in it; None where nothing had. onto: who went on, and what was done to it
+    meanwhile."""
 
     request_id: str
     seconds: float
@@ -90,21 +93,33 @@ class Pause:
     ended_at: float
     losses: list[_Loss]
     causes: list[Harm | None]
+    onto: _Resumption | None
+    onto_harms: list[Harm]
 
     @property
     def kind(self) -> str:
         """Of its one cause, or why it is neither."""
         if None in self.causes:
             return "unexplained"
-        return "several" if len(self.causes) > 1 else next(harm.kind for harm in self.causes if harm)
+        return "several" if len(self.causes) > 1 or self.onto_harms else next(harm.kind for harm in self.causes if harm)
 
     def story(self) -> dict[str, Any]:
         """For whoever wants to know why it was so long; times in seconds since the last text before it."""
+        onto = self.onto
         return {
             "request_id": self.request_id,
             "seconds": round(self.seconds, 3),
             "kind": self.kind,
             "text_again_at": round(self.ended_at - self.begun_at, 3),
+            "onto": onto and {"node": onto.peer, "at": round(onto.at - self.begun_at, 3)},
+            "onto_harmed": [
+                {
+                    "kind": harm.kind,
+                    "at": round(harm.begun_at - self.begun_at, 3),
+                    "over_at": harm.over_at and round(harm.over_at - self.begun_at, 3),
+                }
+                for harm in self.onto_harms
+            ],
             "failed": [
                 {
                     "node": loss.peer,
@@ -262,8 +277,12 @@ class _Chaos:
     def _pauses(self, harms: list[Harm], prefill_token_s: float) -> Iterator[Pause]:
         """Of the streams that reached their end through entries left alone, each gap in which a node failed them."""
         losses: dict[str, list[_Loss]] = {}
-        for loss in _losses(self._mesh.nodes):
-            losses.setdefault(loss.request_id, []).append(loss)
+        resumptions: dict[str, list[_Resumption]] = {}
+        for line in _logged(self._mesh.nodes):
+            if isinstance(line, _Loss):
+                losses.setdefault(line.request_id, []).append(line)
+            else:
+                resumptions.setdefault(line.request_id, []).append(line)
         for attempt in self._attempts:
             found = [loss for loss in losses.get(attempt.request_id, ()) if loss.tokens]
             if not found or attempt.harms or attempt.answer.ending != "done":
@@ -278,7 +297,11 @@ class _Chaos:
                 found = [loss for loss in found if loss not in inside]
                 prefill_s = prefill_token_s * (usage["prompt_tokens"] + inside[-1].tokens)
                 causes = [_cause(harms, loss) for loss in inside]
-                yield Pause(attempt.request_id, b - a - median - prefill_s, a, b, inside, causes)
+                later = (r for r in resumptions.get(attempt.request_id, ()) if r.at >= inside[-1].at)
+                onto = min(later, key=lambda resumption: resumption.at, default=None)
+                onto_harms = [h for h in harms if onto and h.node == onto.peer and h.touches(a, b)]
+                seconds = b - a - median - prefill_s
+                yield Pause(attempt.request_id, seconds, a, b, inside, causes, onto, onto_harms)
             self._counts["failovers_without_a_gap"] += len(found)
 
     def _figures(self, disturber: Disturber, pauses: list[Pause], seconds: float, free_s: float) -> dict[str, Any]:
@@ -327,20 +350,31 @@ class _Loss:
     error: str
 
 
-def _losses(nodes: list[NodeProcess]) -> Iterator[_Loss]:
+@dataclass(frozen=True, slots=True)
+class _Resumption:
+    """What an entry logged of the node that went on."""
+
+    request_id: str
+    peer: str
+    at: float
+
+
+def _logged(nodes: list[NodeProcess]) -> Iterator[_Loss | _Resumption]:
     offset = time.time() - time.monotonic()
     for node in nodes:
         for line in (node.folder / "logs" / "combined.log").read_text().splitlines():
-            if "a node did not serve a request" not in line:
+            if LOSS_MESSAGE not in line and RESUMPTION_MESSAGE not in line:
                 continue
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:  # the last line of a node that was killed
                 continue
             at = datetime.fromisoformat(record["@timestamp"]).timestamp() - offset
-            yield _Loss(
-                record.get("request_id", ""), record["peer"], at, record["completion_tokens"], record["error.message"]
-            )
+            if record["message"] == LOSS_MESSAGE:
+                tokens, error = record["completion_tokens"], record["error.message"]
+                yield _Loss(record["request_id"], record["peer"], at, tokens, error)
+            elif record["message"] == RESUMPTION_MESSAGE:
+                yield _Resumption(record["request_id"], record["peer"], at)
 
 
 def _cause(harms: list[Harm], loss: _Loss) -> Harm | None:
