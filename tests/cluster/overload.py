@@ -39,6 +39,9 @@ ATTEMPTS_MAX = 4
 # Clients come back a little later than told, as clients do, so that none comes too early by a rounding.
 RETRY_JITTER_S = 0.2
 WARM_UP_S = 3.0
+# After the overload: Retry-After is at most 60 s. Who has not been let in by then is counted as undecided where its
+# first time has come, and not at all where it has not.
+SETTLE_S = 65.0
 # Of the time offered, what is not counted at its beginning: the queues fill.
 RAMP_SHARE = 0.1
 FAULTS_KEPT = 20
@@ -69,6 +72,7 @@ class _Tally:
     refusal_s: list[float] = field(default_factory=list)
     told_and_let_in: list[tuple[float, float]] = field(default_factory=list)
     never_let_in: int = 0
+    undecided: int = 0
     let_in_at_attempt: Counter[int] = field(default_factory=Counter)
     late_s: list[float] = field(default_factory=list)
     faults: list[dict[str, Any]] = field(default_factory=list)
@@ -130,6 +134,7 @@ class _Overload:
             ended = time.monotonic()
             memory.append(rss_mib(self._nodes))
             progress("waiting for those who were told to come back")
+            clients.cancel_scope.deadline = trio.current_time() + SETTLE_S
         return tally, memory, (started + seconds * RAMP_SHARE, ended, arrived)
 
     async def _insist(self, entry: NodeProcess, tally: _Tally) -> None:
@@ -137,7 +142,11 @@ class _Overload:
         body = self._body()
         refused_at = told_s = 0.0
         for attempt in range(ATTEMPTS_MAX):
-            answer = await ask(entry.http, body)
+            try:
+                answer = await ask(entry.http, body)
+            except trio.Cancelled:
+                tally.undecided += attempt > 0
+                raise
             self._count(tally, answer)
             if answer.status != 503 or answer.retry_after_s is None:
                 if attempt and answer.status == 200:
@@ -146,7 +155,11 @@ class _Overload:
                 return
             if not attempt:
                 refused_at, told_s = answer.ended_at, answer.retry_after_s
-            await trio.sleep(answer.retry_after_s + self._rng.uniform(0, RETRY_JITTER_S))
+            try:
+                await trio.sleep(answer.retry_after_s + self._rng.uniform(0, RETRY_JITTER_S))
+            except trio.Cancelled:
+                tally.undecided += attempt > 0
+                raise
         tally.never_let_in += 1
 
     def _body(self) -> dict[str, Any]:
@@ -184,7 +197,7 @@ class _Overload:
         goodput = sum(tokens for at, tokens in tally.done if begin <= at <= end) / (end - begin)
         maximum = (before + after) / 2
         errors = [abs(let_in_s - told_s) / told_s for told_s, let_in_s in tally.told_and_let_in]
-        errors += [ERROR_NEVER] * tally.never_let_in
+        errors += [ERROR_NEVER] * (tally.never_let_in + tally.undecided)
         growth = max(memory[2][name] / memory[1][name] - 1 for name in memory[1])
         refusal = quantiles(tally.refusal_s, 1e3)
         return {
@@ -203,6 +216,7 @@ class _Overload:
             "refusal_ms": refusal,
             "let_in_at_retry": {str(attempt): count for attempt, count in sorted(tally.let_in_at_attempt.items())},
             "never_let_in": tally.never_let_in,
+            "undecided": tally.undecided,
             "told_s": quantiles([told_s for told_s, _ in tally.told_and_let_in]),
             "rss_mib": dict(zip(("start", "middle", "end"), memory, strict=True)),
             "client_late_ms": quantiles(tally.late_s, 1e3),
