@@ -13,8 +13,8 @@ of the same requests on one node before. Exit status 1 where one of these does n
 
 A pause is the gap between two texts in which the serving node failed, less the median gap of the stream and what an
 idle engine takes to prefill the answer so far. Which node failed when is taken from what the entries logged. Where
-several were harmed in one pause, the one that went on included ("several"), it has no bound. The longest pauses are told
-on stderr.
+several were harmed in one pause, the one that went on included ("several"), it has no bound. The longest are told on
+stderr.
 """
 
 from __future__ import annotations

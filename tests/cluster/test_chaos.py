@@ -8,7 +8,7 @@ from tests.cluster import chaos
 
 
 async def test_streams_of_entries_left_alone_are_exact_while_other_nodes_are_killed_and_stopped(tmp_path: Path) -> None:
-    options = chaos.Options(streams=40, tokens=(300, 600), harms_max=3, seed=11)
+    options = chaos.Options(streams=40, tokens=(250, 500), harms_max=3, seed=11)
     report = await chaos.run(tmp_path, options)
     assert report.violations == []
     assert report.figures["done"] == 40
