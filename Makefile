@@ -5,7 +5,7 @@ VENV   ?= .venv
 NODES  ?= 3
 BIN    := $(VENV)/bin
 
-.PHONY: run test lint bench bench-gossip soak fuzz fuzz-guided lock clean
+.PHONY: run test lint bench bench-gossip chaos soak fuzz fuzz-guided lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make test    every test; make lint: ruff, mypy --strict, import contracts; make bench: the benchmark"
 	@echo "make soak    20,000 generations on a tiny model: does the engine's memory stay flat? (some minutes)"
 	@echo "make bench-gossip   gossip of N=10 processes beside serf's, in network namespaces (root; half an hour)"
+	@echo "make chaos   500 streams while nodes are killed and stopped, overload, rude clients, forwarding (a quarter of an hour)"
 	@echo "make fuzz    a million random and mutated inputs to every decoder (a quarter of an hour); make fuzz-guided: by coverage"
 	@echo "make lock    compute requirements.lock anew from pyproject.toml; make clean: remove the environment"
 
@@ -42,6 +43,13 @@ bench: $(VENV)/.installed
 
 soak: $(VENV)/.installed
 	$(BIN)/python -m tests.soak.engine
+
+# Each prints one JSON line and fails where a law is broken; --help says which. Alone on the machine, or times mean nothing.
+chaos: $(VENV)/.installed
+	$(BIN)/python -m tests.cluster.chaos --streams 500 --kill
+	$(BIN)/python -m tests.cluster.forwarding
+	$(BIN)/python -m tests.cluster.rude_clients
+	$(BIN)/python -m tests.cluster.overload
 
 # As root: sudo make bench-gossip N=30. Needs iproute2 and nftables; serf where it is to be measured too.
 N ?= 10
