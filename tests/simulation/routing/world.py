@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from mesh.prefix_digests import encode_digest
+from mesh.prefix_digests import DIGEST_INTERVAL_S, encode_digest
 from mesh.state import QUEUE_JUMP
 from mesh.view import (
     Address,
@@ -27,7 +27,6 @@ from tests.simulation.routing.traces import Request, Trace, arrivals, next_turn
 
 MODEL = "demo"
 PUBLISH_INTERVAL_S = 1.0
-DIGEST_INTERVAL_S = 4.0
 LOAD_INTERVAL_S = 0.1  # how often a node looks whether its load has jumped
 DELAY_S = (0.01, 0.06)  # from a publication to an entry
 HOP_S = 0.001  # a request to a node, and a refusal back
