@@ -5,13 +5,22 @@ from __future__ import annotations
 import http.client
 import json
 
+import pytest
+
 from mesh.prefix_digests import NAME_BYTES, named_indices
 from nodes.engine.prefix_digest import text_blocks
+from nodes.model_tools.llama_onnx import LlamaShape
+from nodes.model_tools.random_llama import SIZES, write_random_llama
 from tests.cluster.mesh import Mesh, NodeProcess, wait_for
 
 JSON = {"content-type": "application/json"}
 CONVERSATIONS = 6  # of two nodes: without knowing the holders, all second turns reach them once in 64 runs
-FILLER = 1_600  # characters before the question: half a dozen blocks and 400 tokens, whose prefill outweighs a near tie
+# Characters before the question: half a dozen blocks, whose prefill takes longer than what counts as a near tie.
+FILLER = 1_600
+# The built-in model's template keeps the last message alone; this one reads whole conversations.
+SHAPE = LlamaShape(
+    hidden=256, layers=6, heads=4, kv_heads=2, head_dim=64, ffn=704, vocab=512, context=2048, tied=False
+)
 DIGEST_TIMEOUT_S = 15.0  # one each 4 s, and the way here
 
 
@@ -43,8 +52,12 @@ def digest_bytes(observer: NodeProcess, name: str) -> int:
     return next(int(m["prefix_digest_bytes"]) for m in observer.status()["members"] if m["node_id"] == name)
 
 
-def test_an_entry_sends_a_conversation_it_never_saw_to_the_node_that_has_it_cached(mesh: Mesh) -> None:
-    servers = [mesh.add("--slots", "8"), mesh.add("--slots", "8")]
+def test_an_entry_sends_a_conversation_it_never_saw_to_the_node_that_has_it_cached(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SIZES, "chat", SHAPE)
+    model = write_random_llama(mesh.folder / "model", "chat")
+    servers = [mesh.add("--model", f"{model}=demo", "--slots", "8") for _ in range(2)]
     first, second = mesh.add("--no-model", name="edge-1"), mesh.add("--no-model", name="edge-2")
     mesh.wait_until_agreed()
     holders = []
