@@ -194,14 +194,14 @@ class EngineCollector(Collector):
         yield _gauge("engine_slots", "Slots by state (active, free).", ("model", "state"), active | free)
         queued = {model: float(engine.queued) for model, engine in engines.items()}
         yield _gauge("engine_queue_depth", "Requests that wait for a slot.", ("model",), queued)
-        for key, help_text, count in (
-            ("queries", "Prompts looked up in the prefix cache.", lambda engine: engine.cache_queries_total),
-            ("hits", "Prompts whose beginning was in the prefix cache.", lambda engine: engine.cache_hits_total),
-            ("query_tokens", "Tokens of the prompts looked up.", lambda engine: engine.cache_query_tokens_total),
-            ("hit_tokens", "Tokens found, and not computed again.", lambda engine: engine.cache_hit_tokens_total),
-        ):
-            counts = {model: float(count(engine)) for model, engine in engines.items()}
-            yield _counter(f"prefix_cache_{key}", help_text, ("model",), counts)
+        queries = {model: float(engine.cache_queries_total) for model, engine in engines.items()}
+        yield _counter("prefix_cache_queries", "Prompts looked up in the prefix cache.", ("model",), queries)
+        hits = {model: float(engine.cache_hits_total) for model, engine in engines.items()}
+        yield _counter("prefix_cache_hits", "Those whose beginning was there.", ("model",), hits)
+        asked = {model: float(engine.cache_query_tokens_total) for model, engine in engines.items()}
+        yield _counter("prefix_cache_query_tokens", "Tokens of the prompts looked up.", ("model",), asked)
+        found = {model: float(engine.cache_hit_tokens_total) for model, engine in engines.items()}
+        yield _counter("prefix_cache_hit_tokens", "Those found there, not computed again.", ("model",), found)
 
 
 class MeshCollector(Collector):

@@ -18,9 +18,7 @@ CONVERSATIONS = 6  # of two nodes: without knowing the holders, all second turns
 # Characters before the question: half a dozen blocks, whose prefill takes longer than what counts as a near tie.
 FILLER = 1_600
 # The built-in model's template keeps the last message alone; this one reads whole conversations.
-SHAPE = LlamaShape(
-    hidden=256, layers=6, heads=4, kv_heads=2, head_dim=64, ffn=704, vocab=512, context=2048, tied=False
-)
+SHAPE = LlamaShape(hidden=256, layers=6, heads=4, kv_heads=2, head_dim=64, ffn=704, vocab=512, context=2048, tied=False)
 DIGEST_TIMEOUT_S = 15.0  # one each 4 s, and the way here
 
 
@@ -83,7 +81,6 @@ def test_an_entry_sends_a_conversation_it_never_saw_to_the_node_that_has_it_cach
     assert all(cached_tokens(answer) > 64 for _, answer in answers)
     grown = {s.name: s.metric("ai_cluster_prefix_cache_hits_total") - hits[s.name] for s in servers}
     assert grown == {s.name: holders.count(s.name) for s in servers}
-
 
 
 def test_an_edge_node_is_ready_and_answers_with_what_others_serve_and_is_never_chosen(mesh: Mesh) -> None:

@@ -1,4 +1,4 @@
-"""The routing simulator on a few nodes: what the router owes at 80 % load. Figures of larger meshes: docs/routing.md."""
+"""The routing simulator on a few nodes: what the router owes at 80 % load. Larger meshes: docs/routing.md."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from statistics import fmean, median, quantiles
 
 from tests.simulation.routing.engine import Speed
 from tests.simulation.routing.policies import POLICIES
-from tests.simulation.routing.traces import TRACES
+from tests.simulation.routing.traces import TRACES, Trace
 from tests.simulation.routing.world import Figures, Setting, World
 
 COLUMNS = ("mean_s", "p50_s", "p99_s", "prefill_tokens", "tokens_per_s", "refusals", "retry_error", "answered")
@@ -48,32 +48,26 @@ def main() -> int:
             if not options.json:
                 print(f"{nodes} nodes, {options.load:.0%} load, {trace}")
                 print(f"  {'policy':18}" + "".join(f"{name:>15}" for name in COLUMNS))
+            settings = _settings(options, nodes, trace)
             for policy in options.policy or POLICIES:
                 began = time.monotonic()
-                rows = [
-                    summary(World(setting, POLICIES[policy]).run(), setting)
-                    for setting in (
-                        Setting(
-                            nodes,
-                            options.load,
-                            trace,
-                            seed,
-                            options.seconds,
-                            min(options.entries, nodes),
-                            options.slots,
-                            options.queue,
-                            Speed().times(options.speed),
-                        )
-                        for seed in range(options.seed, options.seed + options.seeds)
-                    )
-                ]
-                row = medians(rows)
+                row = medians([summary(World(setting, POLICIES[policy]).run(), setting) for setting in settings])
                 if options.json:
                     about = {"nodes": nodes, "trace": trace, "policy": policy, "seeds": options.seeds}
                     print(json.dumps({**about, **row, "took_s": round(time.monotonic() - began, 1)}), flush=True)
                 else:
                     print(f"  {policy:18}" + "".join(f"{_shown(row[column]):>15}" for column in COLUMNS), flush=True)
     return 0
+
+
+def _settings(options: argparse.Namespace, nodes: int, trace: Trace) -> list[Setting]:
+    """One for each seed."""
+    speed = Speed().times(options.speed)
+    entries = min(options.entries, nodes)
+    return [
+        Setting(nodes, options.load, trace, seed, options.seconds, entries, options.slots, options.queue, speed)
+        for seed in range(options.seed, options.seed + options.seeds)
+    ]
 
 
 def summary(figures: Figures, setting: Setting) -> Summary:

@@ -1,15 +1,16 @@
-"""What entries know of the other nodes: production gossip cores in virtual time, and the loads that ride on peer links.
+"""What entries know of the other nodes: production gossip cores in virtual time, and loads that ride on peer links.
 
-A node takes its load ten times a second and its digest each DIGEST_INTERVAL_S, as nodes/node.py does, and gossip decides
-what becomes of them: in the simulated mesh of tests.simulation, with its delays. Where an entry has answers running on a
-node, that node's load rides on their events, and on the answer to a ping where none come, as mesh/link_connection.py
-has it."""
+A node takes its load ten times a second and its digest each DIGEST_INTERVAL_S, as nodes/node.py does, and gossip
+decides what becomes of them: in the simulated mesh of tests.simulation, with its delays. Where an entry has answers
+running on a node, that node's load rides on their events, and on the answer to a ping where none come, as
+mesh/link_connection.py has it."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from mesh.prefix_digests import DIGEST_INTERVAL_S, encode_digest
 from mesh.view import ClusterView, NodeLoad, NodeProfile
@@ -21,10 +22,13 @@ JOIN_SPREAD_S = 1.0
 LOAD_INTERVAL_S = 0.1  # as nodes/node.py and mesh/link_connection.py have it
 PING_TICKS = 5  # of LOAD_INTERVAL_S between two pings of a link
 
+# Of a world: when, and what then.
+Schedule = Callable[[float, Callable[[], None]], None]
+
 
 class Hearsay:
     """names: of the nodes, by number. load(node): its load now. conversations(node): what it has cached, by model.
-    decoding(node), open(node): entries whose answers make tokens there, and those that have any there."""
+    decoding(node), open_at(node): entries whose answers make tokens there, and those that have any there."""
 
     def __init__(
         self,
@@ -45,10 +49,9 @@ class Hearsay:
         self._decoding = decoding
         self._open_at = open_at
         self._rng = random.Random(f"{seed}|hearsay")
-        self._ticks = 0
 
     @contextmanager
-    def settled(self, at: Callable[[float, Callable[[], None]], None]) -> Iterator[None]:
+    def settled(self, at: Schedule) -> Iterator[None]:
         """Run it up to time 0 and schedule what nodes do from then on; while inside, cores share their decoding."""
         with shared_decoding(), rare_collections(len(self.names)):
             self._gossip.run_for(JOIN_SPREAD_S + 1.0)
@@ -57,11 +60,8 @@ class Hearsay:
             self._gossip.run_until(SETTLE_S)
             for node in range(len(self.names)):
                 start = self._rng.random()
-                at(start * LOAD_INTERVAL_S, lambda node=node, due=start * LOAD_INTERVAL_S: self._tick(node, due, 0, at))
-                at(
-                    start * DIGEST_INTERVAL_S,
-                    lambda node=node, due=start * DIGEST_INTERVAL_S: self._digest(node, due, at),
-                )
+                at(start * LOAD_INTERVAL_S, partial(self._tick, node, start * LOAD_INTERVAL_S, 0, at))
+                at(start * DIGEST_INTERVAL_S, partial(self._digest, node, start * DIGEST_INTERVAL_S, at))
             yield
 
     def view(self, entry: int, now: float) -> ClusterView:
@@ -70,7 +70,7 @@ class Hearsay:
         self._gossip.set_load(self.names[entry], self._load(entry))
         return self._gossip.view(self.names[entry])
 
-    def _tick(self, node: int, now: float, tick: int, at: Callable[[float, Callable[[], None]], None]) -> None:
+    def _tick(self, node: int, now: float, tick: int, at: Schedule) -> None:
         self._gossip.run_until(SETTLE_S + now)
         load = self._load(node)
         self._gossip.set_load(self.names[node], load)
@@ -79,10 +79,10 @@ class Hearsay:
                 observer = self._gossip.nodes[self.names[entry]]
                 observer.core.observe_load(self.names[node], load, observer.clock(self._gossip.now))
         due = now + LOAD_INTERVAL_S
-        at(due, lambda: self._tick(node, due, tick + 1, at))
+        at(due, partial(self._tick, node, due, tick + 1, at))
 
-    def _digest(self, node: int, now: float, at: Callable[[float, Callable[[], None]], None]) -> None:
+    def _digest(self, node: int, now: float, at: Schedule) -> None:
         self._gossip.run_until(SETTLE_S + now)
         self._gossip.set_bulk(self.names[node], encode_digest(self._conversations(node)))
         due = now + DIGEST_INTERVAL_S
-        at(due, lambda: self._digest(node, due, at))
+        at(due, partial(self._digest, node, due, at))
