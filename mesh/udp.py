@@ -76,7 +76,7 @@ class GossipSocket:
     it a question and returns its answer; fails likewise. on_change: told of each change of membership, after it was
     logged; on_fenced: that another process has this node's name; on_seed_unanswered: of a seed that is silent. None of
     these three may block.
-    Use set_load, set_profile, set_bulk and link_failed here rather than on the Gossip: urgent news leaves at once then."""
+    Use set_load, set_profile, set_bulk and link_failed here, not on the Gossip, so that urgent news leaves at once."""
 
     def __init__(
         self,
