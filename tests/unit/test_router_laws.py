@@ -98,9 +98,9 @@ def may_serve(view: ClusterView, member: MemberView, request: RouteRequest) -> b
     return is_fresh and is_up and has_room
 
 
-@given(views(), requests, st.integers(0, 2**32))
+@given(views(), requests, st.lists(st.sampled_from(NAMES), max_size=30), st.integers(0, 2**32))
 def test_the_ranking_is_a_permutation_of_the_nodes_that_may_serve_witnessed_ones_last(
-    view: ClusterView, request: RouteRequest, seed: int
+    view: ClusterView, request: RouteRequest, sent: list[str], seed: int
 ) -> None:
     eligible = {name for name, member in view.members.items() if may_serve(view, member, request)}
     router = Router(random.Random(seed))
@@ -113,6 +113,9 @@ def test_the_ranking_is_a_permutation_of_the_nodes_that_may_serve_witnessed_ones
             router.rank(view, request, view.now)
         assert RETRY_AFTER_MIN_S <= raised.value.retry_after_s <= RETRY_AFTER_MAX_S
         return
+    router.rank(view, request, view.now)
+    for name in sent:  # so that other entries are supposed to send as much
+        router.opened(router.dispatched(name, request.model, request.prompt_bytes, 1))
     ranked = router.rank(view, request, view.now)
     assert len(ranked) == len(eligible)
     assert set(ranked) == eligible
