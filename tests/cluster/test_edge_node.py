@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
+import socket
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +17,7 @@ from nodes.model_tools.llama_onnx import LlamaShape
 from nodes.model_tools.random_llama import SIZES, write_random_llama
 from tests.cluster.mesh import Mesh, NodeProcess, wait_for
 
+PAGE = Path(__file__).parents[2] / "docs" / "failover.md"
 JSON = {"content-type": "application/json"}
 CONVERSATIONS = 6  # of two nodes: without knowing the holders, all second turns reach them once in 64 runs
 # Characters before the question: half a dozen blocks, whose prefill takes longer than what counts as a near tie.
@@ -108,6 +113,22 @@ def test_an_edge_node_is_ready_and_answers_with_what_others_serve_and_is_never_c
     assert edge.metric("ai_cluster_collector_errors_total") == 0
 
 
+def test_the_client_of_the_failover_page_goes_from_a_dead_entry_to_a_living_one(mesh: Mesh) -> None:
+    server = mesh.add()
+    dead = f"http://127.0.0.1:{unused_port()}"
+    names: dict[str, Any] = {}
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    exec(code, names)
+    names["ENTRIES"] = [dead, server.url]
+    question = [{"role": "user", "content": "How do I add a node?"}]
+    assert names["ask"](question) == text_of(chat(server, question, max_tokens=200)[1])
+
+
+def unused_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
 def test_an_edge_node_alone_is_ready_and_says_that_nobody_has_the_model(mesh: Mesh) -> None:
     server, edge = mesh.add(), mesh.add("--no-model", name="edge")
     mesh.wait_until_agreed()
@@ -118,6 +139,5 @@ def test_an_edge_node_alone_is_ready_and_says_that_nobody_has_the_model(mesh: Me
     response = connection.getresponse()
     answer = json.loads(response.read())
     connection.close()
-    assert response.status in (404, 503), answer
-    assert answer["error"]["message"]
+    assert (response.status, answer["error"]["code"]) == (503, "no_capacity"), answer
     assert edge.is_ready()
