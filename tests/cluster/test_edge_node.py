@@ -118,7 +118,7 @@ def test_the_client_of_the_failover_page_goes_from_a_dead_entry_to_a_living_one(
     dead = f"http://127.0.0.1:{unused_port()}"
     names: dict[str, Any] = {}
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    exec(code, names)
+    exec(code, names)  # noqa: S102  the page's own code, as a reader pastes it
     names["ENTRIES"] = [dead, server.url]
     question = [{"role": "user", "content": "How do I add a node?"}]
     assert names["ask"](question) == text_of(chat(server, question, max_tokens=200)[1])
