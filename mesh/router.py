@@ -74,6 +74,7 @@ class _Candidate:
     estimate_s: float
     occupancy: float  # requests per slot
     is_local: bool
+    uncached_s: float  # the estimate for a prompt of which nothing is cached
     added_s: float  # by which one more request raises the estimate
 
 
@@ -210,8 +211,7 @@ class Router:
         candidates = [candidate for candidate in candidates if candidate.node_id not in ordered]
         start = 0
         while start < len(candidates):
-            best_s = candidates[start].estimate_s
-            limit_s = best_s + max(NEAR_TIE_S, best_s * NEAR_TIE_SHARE)
+            limit_s = _near_tie_s(candidates[start].estimate_s)
             end = start + 1
             while end < len(candidates) and candidates[end].estimate_s <= limit_s:
                 end += 1
@@ -235,16 +235,20 @@ class Router:
         peers = [candidate for candidate in candidates if not candidate.is_local]
         if not peers or unseen <= 0.0:
             return []
-        best_s = candidates[0].estimate_s
-        costs_s = [max(peer.added_s, COST_MIN_S) for peer in peers]
-        level_s = water_level([peer.estimate_s for peer in peers], costs_s, unseen)
-        if level_s <= best_s + max(NEAR_TIE_S, best_s * NEAR_TIE_SHARE):
+        # The others' requests have other beginnings: what a node has cached of this one draws none of them.
+        peers.sort(key=lambda peer: peer.uncached_s)
+        level_s = water_level([p.uncached_s for p in peers], [max(p.added_s, COST_MIN_S) for p in peers], unseen)
+        if level_s <= _near_tie_s(peers[0].uncached_s):
             return []
-        local = next((candidate for candidate in candidates if candidate.is_local), None)
-        if local is not None and local.estimate_s <= level_s:  # of the own row nothing is unseen
+        # Of the own row nothing is unseen.
+        expected = [(c.estimate_s + (0.0 if c.is_local else max(0.0, level_s - c.uncached_s)), c) for c in candidates]
+        limit_s = _near_tie_s(min(expected_s for expected_s, _ in expected))
+        near = [candidate for expected_s, candidate in expected if expected_s <= limit_s]
+        local = next((candidate for candidate in near if candidate.is_local), None)
+        if local is not None:
             return [local.node_id]
-        weights = [max(0.0, level_s - peer.estimate_s) / cost_s for peer, cost_s in zip(peers, costs_s, strict=True)]
-        return [self._rng.choices(peers, weights)[0].node_id]
+        weights = [max(0.0, level_s - c.uncached_s) / max(c.added_s, COST_MIN_S) for c in near]
+        return [(self._rng.choices(near, weights)[0] if sum(weights) > 0.0 else near[0]).node_id]
 
     # Who is refused, and until when.
 
@@ -306,6 +310,11 @@ def _owners(view: ClusterView, model: str) -> list[tuple[MemberView, ModelInfo]]
     return owners
 
 
+def _near_tie_s(best_s: float) -> float:
+    """Up to which an estimate is as good as the best."""
+    return best_s + max(NEAR_TIE_S, best_s * NEAR_TIE_SHARE)
+
+
 def _own_share(view: ClusterView, nodes: Sequence[_Placeable]) -> float:
     """Of all requests at these nodes, the part this entry has sent; at least what is one member's."""
     present = sum(load.active + load.queued + own.count for _, _, load, own in nodes)
@@ -325,10 +334,12 @@ def _candidates(
         prompt_tokens = tokens
         if matches and (waiting < load.free_slots or not has_free_slot):
             prompt_tokens = _uncached_tokens(prompt_bytes, matches.get(member.node_id, 0))
-        estimate_s = first_token_s(load, own, prompt_tokens) + (0.0 if member.is_self else HOP_S)
+        hop_s = 0.0 if member.is_self else HOP_S
+        estimate_s = first_token_s(load, own, prompt_tokens) + hop_s
+        uncached_s = estimate_s if prompt_tokens == tokens else first_token_s(load, own, tokens) + hop_s
         occupancy = (load.active + waiting) / max(1, info.slots)
         cost_s = added_s(load, own, prompt_tokens_mean)
-        candidates.append(_Candidate(member.node_id, estimate_s, occupancy, member.is_self, cost_s))
+        candidates.append(_Candidate(member.node_id, estimate_s, occupancy, member.is_self, uncached_s, cost_s))
     return candidates
 
 
