@@ -46,6 +46,14 @@ def first_token_s(load: ModelLoad, own: Ledger, prompt_tokens: int) -> float:
     return prefill_s + decode_s + slot_s
 
 
+def added_s(load: ModelLoad, own: Ledger, prompt_tokens: float) -> float:
+    """Seconds by which one more such request ahead of it delays the next one's first token."""
+    if load.free_slots <= load.queued + own.count:
+        return slot_interval_s(load)
+    token_s = load.prompt_token_s or 1 / _rate(load.prefill_rate, PREFILL_RATE_DEFAULT)
+    return max(prompt_tokens, 1.0) * token_s
+
+
 def slot_interval_s(load: ModelLoad) -> float:
     """Seconds from one slot becoming free to the next, with all of them busy."""
     return (load.answer_tokens or ANSWER_TOKENS_DEFAULT) / _rate(load.decode_rate, DECODE_RATE_DEFAULT)

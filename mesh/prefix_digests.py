@@ -24,6 +24,8 @@ NAME_BYTES = 4
 _NAME_SHIFT = 32  # the upper half of an 8-byte name
 FIRST_BLOCKS = 4  # named one by one
 THINNING = 1.25  # from there on each block named has at least this many times the index of the one before
+# How often a node tells a new one, at most.
+DIGEST_INTERVAL_S = 4.0
 # A node's own digest. It travels inside datagrams then; 30 peers with one each 4 s are a fifth of the byte budget.
 DIGEST_BYTES_MAX = BULK_INLINE_BYTES_MAX
 # Names taken from one node, whatever it sends.

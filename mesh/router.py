@@ -7,7 +7,8 @@ counts for nothing as long as another candidate has a free one.
 Gossip is a second old. What this node has dispatched since a peer's last report is added to that report, so a burst
 does not pile up on the node that was best when it began. Among near-equal nodes the choice is random, or all entries
 would send to the same one; of two random candidates the less occupied goes first, which evens out most of what pure
-chance leaves uneven (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001).
+chance leaves uneven (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001). The more the other
+entries have sent since the reports, the more nodes are as good as the best, with mesh.stale_reports.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from mesh.errors import ModelUnknown, NoCapacity
-from mesh.first_token import BYTES_PER_TOKEN, answers_per_s, first_token_s, tokens_of
+from mesh.first_token import BYTES_PER_TOKEN, added_s, answers_per_s, first_token_s, tokens_of
 from mesh.own_dispatches import Ledger, OwnDispatch
 from mesh.prefix_digests import OwnMark, PrefixDigests
 from mesh.retry_after import RETRY_AFTER_MAX_S, RETRY_AFTER_MIN_S, RetryQueue
+from mesh.stale_reports import DispatchRate, water_level
 from mesh.view import ClusterView, MemberView, ModelInfo, ModelLoad
 
 __all__ = ["RETRY_AFTER_MAX_S", "RETRY_AFTER_MIN_S", "OwnDispatch", "RouteRequest", "Router"]
@@ -31,6 +33,7 @@ BLOCK_TOKENS = BLOCK_BYTES // BYTES_PER_TOKEN
 # Estimates this close say nothing about which node is sooner: they rest on a report up to a second old.
 NEAR_TIE_S = 0.005
 NEAR_TIE_SHARE = 0.10
+COST_MIN_S = 1e-6  # of a request, where a node reports none
 # Pairs of node and model with own dispatches. Forgetting one makes its node look idler for at most a second.
 LEDGERS_MAX = 4096
 RETRY_NOT_READY_S = 5.0  # about what loading a model or the verdict on a suspect takes
@@ -59,10 +62,12 @@ class RouteRequest:
 
 @dataclass(slots=True)
 class _Traffic:
-    """Of one model, as this entry sees it: who was refused, and how long prompts are that had to be prefilled."""
+    """Of one model, as this entry sees it: who was refused, how long prompts are that had to be prefilled, and how many
+    come a second."""
 
     retries: RetryQueue
     prompt_tokens: float
+    rate: DispatchRate
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,8 @@ class _Candidate:
     estimate_s: float
     occupancy: float  # requests per slot
     is_local: bool
+    uncached_s: float  # the estimate for a prompt of which nothing is cached
+    added_s: float  # by which one more request raises the estimate
 
 
 _Placeable = tuple[MemberView, ModelInfo, ModelLoad, Ledger]
@@ -114,10 +121,12 @@ class Router:
             raise self._no_capacity(view, request, owners, placeable, full)
         matches = self._match(view, request, owners)
         sound = [entry for entry in placeable if entry[0].node_id not in view.witnessed]
-        ranked = self._order(_candidates(sound, request.prompt_bytes, matches))
+        prompt_tokens = self._traffic_of(request.model, tokens_of(request.prompt_bytes)).prompt_tokens
+        unseen = self._unseen_arrivals(view, request.model, sound)
+        ranked = self._order(_candidates(sound, request.prompt_bytes, matches, prompt_tokens), unseen)
         if len(sound) < len(placeable):
             stuck = [entry for entry in placeable if entry[0].node_id in view.witnessed]
-            ranked += self._order(_candidates(stuck, request.prompt_bytes, matches))
+            ranked += self._order(_candidates(stuck, request.prompt_bytes, matches, prompt_tokens), 0.0)
         return ranked
 
     def dispatched(
@@ -144,6 +153,7 @@ class Router:
         entry = ledger.add(tokens, self._now)
         traffic = self._traffic_of(model, tokens)
         traffic.prompt_tokens += (tokens - traffic.prompt_tokens) * PROMPT_SHARE
+        traffic.rate.note(self._now)
         mark = self._digests.dispatched(node_id, model, blocks, generation)
         if mark is not None:
             self._marks[entry] = node_id, mark
@@ -188,13 +198,22 @@ class Router:
         self._matches = request.blocks, matches
         return matches
 
-    def _order(self, candidates: list[_Candidate]) -> list[str]:
+    def _unseen_arrivals(self, view: ClusterView, model: str, nodes: Sequence[_Placeable]) -> float:
+        """How many requests other entries have sent to these nodes since their reports, peers' only."""
+        ages_s = [member.load_age_s for member, *_ in nodes if not member.is_self]
+        if not ages_s or model not in self._traffic:
+            return 0.0
+        others = 1 / _own_share(view, nodes) - 1
+        return self._traffic[model].rate.per_s(self._now) * others * sum(ages_s) / len(ages_s)
+
+    def _order(self, candidates: list[_Candidate], unseen: float) -> list[str]:
+        """unseen: requests that the estimates of the peers among them do not contain."""
         candidates.sort(key=lambda candidate: candidate.estimate_s)
-        ordered: list[str] = []
+        ordered = self._spread(candidates, unseen)
+        candidates = [candidate for candidate in candidates if candidate.node_id not in ordered]
         start = 0
         while start < len(candidates):
-            best_s = candidates[start].estimate_s
-            limit_s = best_s + max(NEAR_TIE_S, best_s * NEAR_TIE_SHARE)
+            limit_s = _near_tie_s(candidates[start].estimate_s)
             end = start + 1
             while end < len(candidates) and candidates[end].estimate_s <= limit_s:
                 end += 1
@@ -212,6 +231,26 @@ class Router:
                 ordered.append(near.pop().node_id)
             ordered.extend(candidate.node_id for candidate in near)
         return ordered
+
+    def _spread(self, candidates: Sequence[_Candidate], unseen: float) -> list[str]:
+        """The node that goes first because others have sent so many where it looks best; none where few have."""
+        peers = [candidate for candidate in candidates if not candidate.is_local]
+        if not peers or unseen <= 0.0:
+            return []
+        # The others' requests have other beginnings: what a node has cached of this one draws none of them.
+        peers.sort(key=lambda peer: peer.uncached_s)
+        level_s = water_level([p.uncached_s for p in peers], [max(p.added_s, COST_MIN_S) for p in peers], unseen)
+        if level_s <= _near_tie_s(peers[0].uncached_s):
+            return []
+        # Of the own row nothing is unseen.
+        expected = [(c.estimate_s + (0.0 if c.is_local else max(0.0, level_s - c.uncached_s)), c) for c in candidates]
+        limit_s = _near_tie_s(min(expected_s for expected_s, _ in expected))
+        near = [candidate for expected_s, candidate in expected if expected_s <= limit_s]
+        local = next((candidate for candidate in near if candidate.is_local), None)
+        if local is not None:
+            return [local.node_id]
+        weights = [max(0.0, level_s - c.uncached_s) / max(c.added_s, COST_MIN_S) for c in near]
+        return [(self._rng.choices(near, weights)[0] if sum(weights) > 0.0 else near[0]).node_id]
 
     # Who is refused, and until when.
 
@@ -252,18 +291,14 @@ class Router:
     ) -> float:
         """How often this entry is given a place: as many answers as the nodes complete a second, times its share. Of
         all requests that are in their slots and queues it sent so many, so it will get that part of their places."""
-        rate_per_s = sum(answers_per_s(load, prompt_tokens) for _, _, load, _ in nodes)
-        present = sum(load.active + load.queued + own.count for _, _, load, own in nodes)
-        own_open = sum(own.open for _, _, _, own in nodes)
-        fair_share = 1 / max(1, sum(view.is_routable(member) for member in view.members.values()))
-        return rate_per_s * min(1.0, max(fair_share, own_open / max(1, present)))
+        return sum(answers_per_s(load, prompt_tokens) for _, _, load, _ in nodes) * _own_share(view, nodes)
 
     def _traffic_of(self, model: str, prompt_tokens: int) -> _Traffic:
         traffic = self._traffic.get(model)
         if traffic is None:
             if len(self._traffic) >= MODELS_MAX:
                 del self._traffic[next(iter(self._traffic))]
-            traffic = self._traffic[model] = _Traffic(RetryQueue(), float(prompt_tokens))
+            traffic = self._traffic[model] = _Traffic(RetryQueue(), float(prompt_tokens), DispatchRate())
         return traffic
 
 
@@ -277,7 +312,22 @@ def _owners(view: ClusterView, model: str) -> list[tuple[MemberView, ModelInfo]]
     return owners
 
 
-def _candidates(placeable: Sequence[_Placeable], prompt_bytes: int, matches: dict[str, int]) -> list[_Candidate]:
+def _near_tie_s(best_s: float) -> float:
+    """Up to which an estimate is as good as the best."""
+    return best_s + max(NEAR_TIE_S, best_s * NEAR_TIE_SHARE)
+
+
+def _own_share(view: ClusterView, nodes: Sequence[_Placeable]) -> float:
+    """Of all requests at these nodes, the part this entry has sent; at least what is one member's."""
+    present = sum(load.active + load.queued + own.count for _, _, load, own in nodes)
+    own_open = sum(own.open for _, _, _, own in nodes)
+    fair_share = 1 / max(1, sum(view.is_routable(member) for member in view.members.values()))
+    return min(1.0, max(fair_share, own_open / max(1, present)))
+
+
+def _candidates(
+    placeable: Sequence[_Placeable], prompt_bytes: int, matches: dict[str, int], prompt_tokens_mean: float
+) -> list[_Candidate]:
     has_free_slot = any(load.free_slots > load.queued + own.count for _, _, load, own in placeable)
     tokens = tokens_of(prompt_bytes)
     candidates = []
@@ -286,9 +336,12 @@ def _candidates(placeable: Sequence[_Placeable], prompt_bytes: int, matches: dic
         prompt_tokens = tokens
         if matches and (waiting < load.free_slots or not has_free_slot):
             prompt_tokens = _uncached_tokens(prompt_bytes, matches.get(member.node_id, 0))
-        estimate_s = first_token_s(load, own, prompt_tokens) + (0.0 if member.is_self else HOP_S)
+        hop_s = 0.0 if member.is_self else HOP_S
+        estimate_s = first_token_s(load, own, prompt_tokens) + hop_s
+        uncached_s = estimate_s if prompt_tokens == tokens else first_token_s(load, own, tokens) + hop_s
         occupancy = (load.active + waiting) / max(1, info.slots)
-        candidates.append(_Candidate(member.node_id, estimate_s, occupancy, member.is_self))
+        cost_s = added_s(load, own, prompt_tokens_mean)
+        candidates.append(_Candidate(member.node_id, estimate_s, occupancy, member.is_self, uncached_s, cost_s))
     return candidates
 
 

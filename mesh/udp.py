@@ -76,7 +76,7 @@ class GossipSocket:
     it a question and returns its answer; fails likewise. on_change: told of each change of membership, after it was
     logged; on_fenced: that another process has this node's name; on_seed_unanswered: of a seed that is silent. None of
     these three may block.
-    Use set_load, set_profile and link_failed here rather than on the Gossip, so that urgent news leaves at once."""
+    Use set_load, set_profile, set_bulk and link_failed here, not on the Gossip, so that urgent news leaves at once."""
 
     def __init__(
         self,
@@ -142,6 +142,11 @@ class GossipSocket:
     def set_profile(self, profile: NodeProfile) -> None:
         """Gossip.set_profile, now."""
         self._gossip.set_profile(profile, self._clock())
+        self.wake()
+
+    def set_bulk(self, bulk: bytes) -> None:
+        """Gossip.set_bulk, now."""
+        self._gossip.set_bulk(bulk, self._clock())
         self.wake()
 
     def link_failed(self, node_id: str) -> None:

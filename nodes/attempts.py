@@ -143,7 +143,7 @@ class Attempts:
                 raise AttemptFailed(member, exc) from exc
             raise
         if member.is_self:
-            self._router.finished(entry)  # from now on the own row of the view contains it
+            self._router.opened(entry)  # from now on the own row of the view contains it
         self.counts.forwards += not member.is_self
         return Attempt(member, stream, self._router, entry)
 

@@ -22,6 +22,7 @@ from mesh import state_exchange
 from mesh.errors import HandshakeRefused, MalformedDatagram, PeerUnavailable
 from mesh.forwarder import Forwarder, IncomingStream
 from mesh.gossip import Gossip
+from mesh.prefix_digests import DIGEST_INTERVAL_S, encode_digest
 from mesh.router import Router
 from mesh.seal import BOOT_ID_BYTES
 from mesh.state import decode_load, encode_load
@@ -209,6 +210,7 @@ class Node:
             logger.info("serving HTTP", extra={"address": str(self._http_address)})
             self._publish_profile()
             nursery.start_soon(self._publish_load)
+            nursery.start_soon(self._publish_digest)
             nursery.start_soon(self._check_seeds)
             nursery.start_soon(self._watch_fence)
             nursery.start_soon(self._load_models, engines)
@@ -290,6 +292,16 @@ class Node:
                     await trio.to_thread.run_sync(self._keep_generation, generation)
                 except OSError as exc:  # the next start learns it from peers again
                     logger.error("cannot keep the generation", extra={"reason": str(exc)})
+
+    async def _publish_digest(self) -> None:
+        """Tell the mesh which conversations this node's engines have cached, as often as a digest may change."""
+        told: dict[str, list[tuple[int, ...]]] = {}
+        while True:
+            await trio.sleep(DIGEST_INTERVAL_S)
+            cached = {name: engine.cached_conversations() for name, engine in self._engines.items()}
+            if cached != told:
+                told = cached
+                self._gossip_socket.set_bulk(encode_digest(cached))
 
     def _check_engines(self) -> None:
         """A node whose engine has failed, or is stuck in a step, takes no requests; in the second case for a while."""

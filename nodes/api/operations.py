@@ -101,6 +101,7 @@ def _member(view: ClusterView, member: MemberView) -> dict[str, Any]:
         "age_s": round(member.age_s, 3),
         "active_requests": member.load.active_requests,
         "tokens_per_s": round(member.load.tokens_per_s, 1),
+        "prefix_digest_bytes": len(member.bulk),
         "models": [
             {"name": model.name, "fingerprint": model.fingerprint, "context_length": model.context_length}
             | _load(member, model.name)

@@ -226,10 +226,11 @@ class Engine:
         GrammarUnavailable for a tokenizer that grammars do not work with."""
         return self._grammars.compile(spec)
 
-    def prefix_digest(self) -> frozenset[int]:
-        """Names, from prefix_digest, of the conversation beginnings whose rows are in a slot."""
+    def cached_conversations(self) -> list[tuple[int, ...]]:
+        """For each conversation whose rows are in a slot, the names (nodes.engine.prefix_digest) of its blocks that are
+        cached, the first block first. Those in use come first, then the most recently used; at most one a slot."""
         with self._wake:
-            return self._scheduler.kv.text_blocks()
+            return self._scheduler.kv.conversations()
 
     def statistics(self) -> EngineStatistics:
         now = self.now()

@@ -115,14 +115,16 @@ class KvSlots:
         """What idle slots hold."""
         return [rows for rows in self._retained if rows is not None]
 
-    def text_blocks(self) -> frozenset[int]:
-        """Hashes of all conversations whose rows are in some slot."""
+    def conversations(self) -> list[tuple[int, ...]]:
+        """By slot that holds rows of a named conversation: the names of the text blocks they cover. Those of busy slots
+        first, then the most recently used; at most one for each slot."""
         busy = [
             _blocks_of(sequence, int(self.lengths[slot]))
             for slot, sequence in enumerate(self._sequences)
             if sequence is not None
         ]
-        return frozenset().union(*busy, *(rows.text_blocks for rows in self.retained()))
+        idle = sorted(self.retained(), key=lambda rows: -rows.last_used)
+        return [blocks for blocks in (*busy, *(rows.text_blocks for rows in idle)) if blocks]
 
     def match(self, ids: list[int]) -> Match:
         """The longest beginning of ids that a slot holds: a block at least, and never all, so that there are logits."""

@@ -196,6 +196,11 @@ class World:
         self.disturbed_at = self.now
         self._reschedule(node)
 
+    def set_bulk(self, name: str, bulk: bytes) -> None:
+        node = self.nodes[name]
+        node.core.set_bulk(bulk, node.clock(self.now))
+        self._reschedule(node)
+
     def cut(self, pairs: set[tuple[str, str]]) -> None:
         """Nothing goes from the first of each pair to the second from now on."""
         self.network.cuts |= pairs

@@ -31,6 +31,10 @@ class FakeEngineFigures:
     queued: int = 0
     free_slots: int = 0
     tokens_per_s: float = 0.0
+    cache_queries_total: int = 0
+    cache_hits_total: int = 0
+    cache_query_tokens_total: int = 0
+    cache_hit_tokens_total: int = 0
 
 
 def make_member(node_id: str, status: MemberStatus = MemberStatus.ALIVE, **changes: object) -> MemberView:
@@ -130,11 +134,18 @@ def test_members_beyond_the_limit_share_one_row_and_no_request_is_lost() -> None
 
 
 def test_engines_are_exported_by_model() -> None:
-    engines = {"demo": FakeEngineFigures(active=3, queued=2, free_slots=5, tokens_per_s=12.5)}
+    cache = {"cache_queries_total": 9, "cache_hits_total": 4, "cache_query_tokens_total": 900}
+    engines = {
+        "demo": FakeEngineFigures(
+            active=3, queued=2, free_slots=5, tokens_per_s=12.5, cache_hit_tokens_total=300, **cache
+        )
+    }
     metrics = list(EngineCollector(Snapshot(make_view(), engines=engines)).collect())
     assert rows(metrics, "ai_cluster_tokens_per_second") == {("demo", "me"): 12.5}
     assert rows(metrics, "ai_cluster_engine_slots") == {("demo", "active"): 3, ("demo", "free"): 5}
     assert rows(metrics, "ai_cluster_engine_queue_depth") == {("demo",): 2}
+    for key, count in {"queries": 9, "hits": 4, "query_tokens": 900, "hit_tokens": 300}.items():
+        assert rows(metrics, f"ai_cluster_prefix_cache_{key}_total") == {("demo",): count}
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,7 @@ class Nodes:
         self.streams: list[ScriptedStream] = []
         self.failed: list[str] = []
         self._deaths: list[tuple[float, str]] = []
+        self.router = Router(random.Random(1))
         members = {}
         for queued, node_id in enumerate(scripts):
             load = NodeLoad(Readiness.READY, models={"m": ModelLoad(queued=queued * 10, decode_rate=10.0)})
@@ -94,7 +95,7 @@ class Nodes:
         self.view = ClusterView("a", 0.0, MappingProxyType(members))
         self.dispatch = Dispatch(
             view=self._view_now,
-            router=Router(random.Random(1)),
+            router=self.router,
             local=_Node(self, "a"),
             remote=lambda member: _Node(self, member.node_id),
             peer_failed=self.failed.append,
@@ -188,6 +189,15 @@ async def test_a_fault_in_mid_stream_goes_on_at_the_next_node_with_the_ids_so_fa
     statistics = nodes.dispatch.statistics()
     assert (statistics.failovers, statistics.resumed_tokens, statistics.lost) == ({reason: 1}, 3, 0)
     assert stream.failovers == 1
+
+
+async def test_an_answer_generated_here_is_this_entrys_own_until_it_ends_and_counted_by_its_row_alone() -> None:
+    nodes = Nodes(a=[TOKEN, LAST], b=[TOKEN, LAST])
+    async with await nodes.dispatch.open(request()) as stream:
+        assert stream.path == ["a"]
+        ledger = nodes.router._ledgers["a", "m"]
+        assert (ledger.count, ledger.open) == (0, 1)
+    assert (ledger.count, ledger.open) == (0, 0)
 
 
 async def test_several_nodes_may_fail_one_after_the_other() -> None:

@@ -537,14 +537,14 @@ async def test_what_is_cached_does_not_change_what_comes(engine: Engine) -> None
     assert warm == cold == [found[index] for index in range(len(prompts))]
 
 
-async def test_the_digest_names_the_conversations_whose_rows_are_there() -> None:
+async def test_the_engine_names_the_conversations_whose_rows_are_there() -> None:
     engine, _ = fake_engine()
     async with running(engine):
         await read(engine.submit(PROMPTS[3], greedy(1), FAR, text_blocks=(7, 8)))
         await read(engine.submit(PROMPTS[0], greedy(1), FAR, text_blocks=(9,)))
         await until(engine, active=0)
         await read(engine.submit([99], greedy(1), FAR))
-        assert engine.prefix_digest() == {7, 8}, "what is shorter than a block is not kept"
+        assert engine.cached_conversations() == [(7, 8)], "what is shorter than a block is not kept"
 
 
 SCHEMA = GrammarSpec(

@@ -172,7 +172,7 @@ def test_where_rows_must_not_be_mixed_only_prefilled_blocks_are_reused() -> None
         assert kv.match(answered).length == length
 
 
-def test_text_blocks_of_busy_and_idle_slots_are_told_of() -> None:
+def test_conversations_of_busy_and_idle_slots_are_told_of() -> None:
     kv = KvSlots(SLOTS)
     for topic in (1, 2):
         one = Sequence(
@@ -185,13 +185,15 @@ def test_text_blocks_of_busy_and_idle_slots_are_told_of() -> None:
             text_blocks=(topic, topic + 10),
         )
         kv.begin(one)
-        assert topic not in kv.text_blocks(), "no row is there yet"
+        assert all(topic not in blocks for blocks in kv.conversations()), "no row is there yet"
         kv.lengths[kv.active] = BLOCK_TOKENS + 1
         kv.promote()
     kv.release([0])
-    assert kv.text_blocks() == {1, 11, 2, 12}
+    assert kv.conversations() == [(2, 12), (1, 11)], "the busy one first"
+    kv.release([0])
+    assert kv.conversations() == [(2, 12), (1, 11)], "the one used last first"
     kv.clear()
-    assert kv.text_blocks() == frozenset()
+    assert kv.conversations() == []
 
 
 STEPS = st.lists(

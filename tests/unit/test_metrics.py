@@ -274,6 +274,7 @@ class WatchedFigures:
     """Notes from which thread it is read."""
 
     active, free_slots, tokens_per_s = 0, 0, 0.0
+    cache_queries_total = cache_hits_total = cache_query_tokens_total = cache_hit_tokens_total = 0
 
     def __init__(self) -> None:
         self.threads: set[int] = set()

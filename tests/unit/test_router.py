@@ -286,3 +286,40 @@ def test_every_node_that_may_serve_is_ranked_exactly_once(loads: list[ModelLoad]
     with pytest.raises(NoCapacity) as raised:
         rank(*members, request=request, seed=seed)
     assert RETRY_AFTER_MIN_S <= raised.value.retry_after_s <= RETRY_AFTER_MAX_S
+
+
+def test_the_more_other_entries_send_between_reports_the_more_nodes_are_chosen_from() -> None:
+    """Three peers whose reports say that one of them is a little sooner, and is so for all entries alike."""
+    measured = replace(IDLE, prompt_token_s=0.001, wait_s=0.2)
+    best = replace(measured, wait_s=0.0)
+
+    def first_choices(others_present: int) -> set[str]:
+        chosen = set()
+        for seed in range(40):
+            router = Router(random.Random(seed))
+            peers = [
+                member(name, replace(load, active=others_present, free_slots=SLOTS - 1), load_age_s=1.0)
+                for name, load in {"b": best, "c": measured, "d": measured}.items()
+            ]
+            view = view_of(member("edge", model=None, is_self=True), *peers)
+            router.rank(view, REQUEST, 0.0)
+            own = [router.dispatched(name, "demo", REQUEST.prompt_bytes, 1) for name in "bcd"]
+            for entry in own:
+                router.opened(entry)  # their reports contain them
+            chosen.add(router.rank(view, REQUEST, 0.0)[0])
+        return chosen
+
+    assert first_choices(others_present=1) == {"b"}, "all there are this entry's own"
+    assert first_choices(others_present=7) == {"b", "c", "d"}
+
+
+def test_the_own_node_is_known_exactly_and_goes_before_peers_that_others_fill_meanwhile() -> None:
+    measured = replace(IDLE, prompt_token_s=0.001, active=7, free_slots=1)
+    for seed in range(20):
+        router = Router(random.Random(seed))
+        peers = [member(name, measured, load_age_s=1.0) for name in "bc"]
+        view = view_of(member("me", replace(measured, wait_s=0.05), is_self=True), *peers)
+        router.rank(view, REQUEST, 0.0)
+        for name in "bc":
+            router.opened(router.dispatched(name, "demo", REQUEST.prompt_bytes, 1))
+        assert router.rank(view, REQUEST, 0.0)[0] == "me"

@@ -80,6 +80,10 @@ class Engine:
     def outstanding(self) -> int:
         return len(self.decoding) + (self.prefilling is not None) + len(self.waiting)
 
+    def runs(self) -> list[Run]:
+        """All that are here."""
+        return [*self.decoding, *([self.prefilling] if self.prefilling else []), *self.waiting]
+
     def submit(self, request: Request, now: float) -> bool:
         """False when its queue is full."""
         if self.outstanding - self.slots >= self.queue_limit:

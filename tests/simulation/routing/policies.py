@@ -39,17 +39,18 @@ class OwnRouter:
 
     def __init__(self, world: World, entry: int, *, is_affine: bool = True) -> None:
         self._world = world
+        self._hearsay = world.listen()
         self._entry = entry
         self._is_affine = is_affine
         self._router = Router(random.Random(f"{world.setting.seed}|router|{entry}"))
         self._open: dict[Request, OwnDispatch] = {}
 
     def choose(self, request: Request, failed: frozenset[str]) -> int | Refused:
-        view = self._world.view(self._entry)
+        view = self._hearsay.view(self._entry, self._world.now)
         blocks = request.blocks if self._is_affine else ()
         route = RouteRequest("demo", request.prompt_bytes, failed, blocks, ticket=str(request.number))
         try:
-            node_id = self._router.rank(view, route, self._world.now)[0]
+            node_id = self._router.rank(view, route, view.now)[0]
         except NoCapacity as exc:
             return Refused(exc.retry_after_s)
         member = view.members[node_id]
@@ -60,7 +61,8 @@ class OwnRouter:
 
     def refuse(self, request: Request, failed: frozenset[str]) -> float:
         route = RouteRequest("demo", request.prompt_bytes, failed, ticket=str(request.number))
-        return self._router.refused(self._world.view(self._entry), route, self._world.now).retry_after_s
+        view = self._hearsay.view(self._entry, self._world.now)
+        return self._router.refused(view, route, view.now).retry_after_s
 
     def opened(self, request: Request, node: int) -> None:
         if node == self._entry:

@@ -1,4 +1,4 @@
-"""Nodes, entries and time. Every entry sees the others through reports as old as gossip's; its own row is as of now."""
+"""Nodes, entries and time. What an entry hears of the others is routing.hearsay's; its own row is as of now."""
 
 from __future__ import annotations
 
@@ -6,33 +6,18 @@ import heapq
 import math
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
-from mesh.prefix_digests import encode_digest
-from mesh.state import QUEUE_JUMP
-from mesh.view import (
-    Address,
-    ClusterView,
-    MemberStatus,
-    MemberView,
-    ModelInfo,
-    ModelLoad,
-    NodeLoad,
-    NodeProfile,
-    Readiness,
-)
+from mesh.view import ModelInfo, NodeLoad, NodeProfile, Readiness
 from tests.simulation.routing.engine import Engine, Speed
+from tests.simulation.routing.hearsay import Hearsay
 from tests.simulation.routing.policies import Policy, Refused
 from tests.simulation.routing.traces import Request, Trace, arrivals, next_turn
 
 MODEL = "demo"
-PUBLISH_INTERVAL_S = 1.0
-DIGEST_INTERVAL_S = 4.0
-LOAD_INTERVAL_S = 0.1  # how often a node looks whether its load has jumped
-DELAY_S = (0.01, 0.06)  # from a publication to an entry
 HOP_S = 0.001  # a request to a node, and a refusal back
 TRIES_MAX = 4  # nodes tried for one request
-ADDRESS = Address("127.0.0.1", 7946)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +38,6 @@ class Setting:
     @property
     def counted_from(self) -> float:
         return self.seconds / 4
-
-
-@dataclass(slots=True)
-class Report:
-    """What an entry last heard of a node."""
-
-    load: NodeLoad
-    heard_at: float
-    version: int
-    bulk: bytes
-    bulk_version: int
 
 
 @dataclass(slots=True)
@@ -94,14 +68,9 @@ class World:
         self.engines = [
             Engine(speed, slots, setting.queue_limit, self.at, self._began, self._ended) for _ in range(setting.nodes)
         ]
-        self.names = [f"node-{number}" for number in range(setting.nodes)]
+        self.names = [f"n{number}" for number in range(setting.nodes)]
         self._profile = NodeProfile(models=(ModelInfo(MODEL, "f", 4096, slots, setting.queue_limit),))
-        idle = NodeLoad(Readiness.READY, models={MODEL: ModelLoad(free_slots=slots)})
-        self._reports = [[Report(idle, 0.0, 0, b"", 0) for _ in self.engines] for _ in range(setting.entries)]
-        self._published_queue = [0] * setting.nodes
-        self._versions = [0] * setting.nodes
-        self._bulks = [(b"", 0)] * setting.nodes
-        self._is_hurried = [False] * setting.nodes
+        self._hearsay: Hearsay | None = None
         self._policies = [policy(self, entry) for entry in range(setting.entries)]
 
     def run(self) -> Figures:
@@ -116,15 +85,13 @@ class World:
             setting.seconds,
         ):
             self.at(request.at, lambda request=request: self._ask(request))
-        for node in range(setting.nodes):
-            self.at(self.rng.random() * PUBLISH_INTERVAL_S, lambda node=node: self._publish(node))
-            self.at(self.rng.random() * DIGEST_INTERVAL_S, lambda node=node: self._digest(node))
         self.at(setting.counted_from, self._warm)
-        while self._events:
-            self.now, _, action = heapq.heappop(self._events)
-            if self.now > setting.seconds:
-                break
-            action()
+        with self._hearsay.settled(self.at) if self._hearsay is not None else nullcontext():
+            while self._events:
+                self.now, _, action = heapq.heappop(self._events)
+                if self.now > setting.seconds:
+                    break
+                action()
         self.figures.prefill_tokens = sum(engine.prefilled_tokens for engine in self.engines)
         return self.figures
 
@@ -132,28 +99,19 @@ class World:
         self._sequence += 1
         heapq.heappush(self._events, (time, self._sequence, action))
 
-    def view(self, entry: int) -> ClusterView:
-        """The cluster as the entry sees it now."""
-        members = {}
-        for node, (name, report) in enumerate(zip(self.names, self._reports[entry], strict=True)):
-            is_self = node == entry
-            load = self._load_of(node) if is_self else report.load
-            members[name] = MemberView(
-                name,
-                ADDRESS,
-                MemberStatus.ALIVE,
-                1,
-                report.version,
-                load,
+    def listen(self) -> Hearsay:
+        """What entries hear of the nodes; for policies that know no more than that."""
+        if self._hearsay is None:
+            self._hearsay = Hearsay(
+                self.setting.nodes,
+                self.setting.seed,
                 self._profile,
-                age_s=0.0,
-                is_self=is_self,
-                load_age_s=0.0 if is_self else self.now - report.heard_at,
-                load_version=report.version,
-                bulk=report.bulk,
-                bulk_version=report.bulk_version,
+                load=self._load_of,
+                conversations=lambda node: {MODEL: self.engines[node].conversations()},
+                decoding=lambda node: {run.request.entry for run in self.engines[node].decoding},
+                open_at=lambda node: {run.request.entry for run in self.engines[node].runs()},
             )
-        return ClusterView(self.names[entry], self.now, members)
+        return self._hearsay
 
     def _load_of(self, node: int) -> NodeLoad:
         return NodeLoad(Readiness.READY, models={MODEL: self.engines[node].load(self.now)})
@@ -161,40 +119,6 @@ class World:
     def _warm(self) -> None:
         for engine in self.engines:
             engine.prefilled_tokens = 0
-
-    # Gossip.
-
-    def _publish(self, node: int, *, is_urgent: bool = False) -> None:
-        self._is_hurried[node] = False
-        self._versions[node] += 1
-        load = self._load_of(node)
-        self._published_queue[node] = load.models[MODEL].queued
-        bulk, bulk_version = self._bulks[node]
-        report = (load, self._versions[node], bulk, bulk_version)
-        for entry in range(self.setting.entries):
-            delay_s = self.rng.uniform(*DELAY_S)
-            self.at(self.now + delay_s, lambda entry=entry: self._hear(entry, node, *report))
-        if not is_urgent:
-            self.at(self.now + PUBLISH_INTERVAL_S, lambda: self._publish(node))
-
-    def _hear(self, entry: int, node: int, load: NodeLoad, version: int, bulk: bytes, bulk_version: int) -> None:
-        if version > self._reports[entry][node].version:
-            self._reports[entry][node] = Report(load, self.now, version, bulk, bulk_version)
-
-    def _digest(self, node: int) -> None:
-        bulk = encode_digest({MODEL: self.engines[node].conversations()})
-        if bulk != self._bulks[node][0]:
-            self._bulks[node] = bulk, self._versions[node] + 1
-        self.at(self.now + DIGEST_INTERVAL_S, lambda: self._digest(node))
-
-    def _hurry(self, node: int) -> None:
-        """Publish at once where the queue jumped."""
-        engine = self.engines[node]
-        queued = max(0, engine.outstanding - engine.slots)
-        if abs(queued - self._published_queue[node]) >= QUEUE_JUMP and not self._is_hurried[node]:
-            self._is_hurried[node] = True
-            due = math.ceil(self.now / LOAD_INTERVAL_S) * LOAD_INTERVAL_S
-            self.at(due, lambda: self._publish(node, is_urgent=True))
 
     # Requests.
 
@@ -231,7 +155,6 @@ class World:
             policy.finished(request)
             self.figures.turned_away += 1
             self.at(self.now + HOP_S, lambda: self._try(request, entry, failed | {self.names[node]}))
-        self._hurry(node)
 
     def _refuse(self, request: Request, retry_after_s: float) -> None:
         told_s = max(1, math.ceil(retry_after_s))  # whole seconds, as HTTP has it
@@ -252,6 +175,3 @@ class World:
         following = next_turn(request, self._follow_ups, now)
         if following is not None:
             self.at(following.at, lambda: self._ask(following))
-        for node, engine in enumerate(self.engines):
-            if engine.waiting or self._published_queue[node]:
-                self._hurry(node)
