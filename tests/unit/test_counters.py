@@ -484,9 +484,9 @@ def test_what_was_begun_is_unheard_until_it_was_told_and_has_arrived() -> None:
     assert owner.section(50.0)
     owner.begin("k", 7, 50.1)
     assert owner.unheard("k", 50.1) == Unheard(3, 127)
-    assert owner.unheard("k", 50.0 + TRANSIT_S) == Unheard(1, 7)
+    assert owner.unheard("k", 50.01 + TRANSIT_S) == Unheard(1, 7)
     assert owner.section(51.0)
-    assert owner.unheard("k", 51.0 + TRANSIT_S) == Unheard()
+    assert owner.unheard("k", 51.01 + TRANSIT_S) == Unheard()
 
 
 def test_a_window_says_when_it_lets_go() -> None:
