@@ -146,9 +146,7 @@ class Store:
         """Of each day since then that has rows. Raises ConfigInvalid for a damaged file."""
         return await trio.to_thread.run_sync(self._read_digests, first_day, limiter=self._limiter)
 
-    async def usage_rows(
-        self, day: int, after: tuple[str, str, str, int] | None, rows_max: int
-    ) -> list[UsageRow]:
+    async def usage_rows(self, day: int, after: tuple[str, str, str, int] | None, rows_max: int) -> list[UsageRow]:
         """The next ones of one day, in the order of their identities. Raises ConfigInvalid for a damaged file."""
         return await trio.to_thread.run_sync(self._read_usage, day, after, rows_max, limiter=self._limiter)
 

@@ -25,7 +25,8 @@ ANONYMOUS = "anonymous"
 # A request that finds room but has to wait for the others to hear of its forerunners waits so long at most.
 SHARE_WAIT_S = 1.0
 SHARE_POLL_S = 0.05
-# Wrong keys from one address within the window; then it is refused without a look, for the rest of the window.
+# Wrong keys from one address within the window, after which further ones are told to wait. Keys that work always do:
+# whoever shares an address with a guesser is not shut out, and nobody guesses 256 bits.
 FAILURES_MAX = 20
 FAILURE_WINDOW_S = 60.0
 ADDRESSES_MAX = 4_096
@@ -116,16 +117,14 @@ class Gate:
                 "this node's HTTP address is off loopback, so it takes requests with an API key only, and none was "
                 "created yet: ai-cluster keys create --name NAME"
             )
-        now = self._now()
-        retry_after_s = self._failures.retry_after_s(address, now)
-        if retry_after_s is not None:
-            raise LimitReached("too many requests with wrong API keys from this address", "address", retry_after_s, {})
         scheme, _, token = authorization.partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
             raise Unauthorized("no API key: send the header Authorization: Bearer sk-…")
         key = self._book.of_token(token.strip())
         if key is None:
-            self._failures.failed(address, now)
+            retry_after_s = self._failures.failed(address, self._now())
+            if retry_after_s is not None:
+                raise LimitReached("too many wrong API keys from this address", "address", retry_after_s, {})
             raise Unauthorized("this API key is not one of this cluster, or was revoked")
         if not key.settings.is_enabled:
             raise Unauthorized("this API key is disabled")
@@ -226,12 +225,13 @@ class Admission:
 
 
 class FailureLimiter:
-    """Counts wrong keys by address; the longest quiet ones are forgotten first."""
+    """Counts wrong keys by address; the longest quiet addresses are forgotten first."""
 
     def __init__(self) -> None:
         self._failures: OrderedDict[str, tuple[float, int]] = OrderedDict()  # since when, how many
 
-    def failed(self, address: str, now: float) -> None:
+    def failed(self, address: str, now: float) -> float | None:
+        """Seconds to wait, where it were too many."""
         network = _network_of(address)
         since, count = self._failures.pop(network, (now, 0))
         if now - since >= FAILURE_WINDOW_S:
@@ -239,12 +239,7 @@ class FailureLimiter:
         self._failures[network] = (since, count + 1)
         if len(self._failures) > ADDRESSES_MAX:
             self._failures.popitem(last=False)
-
-    def retry_after_s(self, address: str, now: float) -> float | None:
-        """None while it may try."""
-        since, count = self._failures.get(_network_of(address), (now, 0))
-        left_s = since + FAILURE_WINDOW_S - now
-        return left_s if count >= FAILURES_MAX and left_s > 0 else None
+        return since + FAILURE_WINDOW_S - now if count >= FAILURES_MAX else None
 
 
 def _network_of(address: str) -> str:

@@ -91,7 +91,9 @@ class KeyBook:
     def create(self, settings: KeySettings, wall_time: float) -> NewKey:
         """Raises KeyMalformed, and EditRefused where there are too many keys or another one has the name."""
         if any(key.settings.name == settings.name for key in self.keys()):
-            raise EditRefused(f"there is a key named {settings.name!r} already; give another --name, or rotate that one")
+            raise EditRefused(
+                f"there is a key named {settings.name!r} already; give another --name, or rotate that one"
+            )
         key, token = new_key(settings, wall_time)
         return NewKey(key, token, [self._draft(key)])
 

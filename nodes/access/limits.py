@@ -131,11 +131,14 @@ class Limiter:
                 "tokens",
                 limits.tokens_per_minute,
                 tokens,
-                _Use(
-                    used.tokens + used.reserved_tokens, lost.tokens + lost.reserved_tokens, unheard.reserved_tokens
-                ),
+                _Use(used.tokens + used.reserved_tokens, lost.tokens + lost.reserved_tokens, unheard.reserved_tokens),
             ),
-            ("concurrency", limits.concurrency, 1, _Use(used.running, lost.running, min(unheard.requests, own.running))),
+            (
+                "concurrency",
+                limits.concurrency,
+                1,
+                _Use(used.running, lost.running, min(unheard.requests, own.running)),
+            ),
         )
         for kind, limit, cost, use in demands:
             if limit is None:

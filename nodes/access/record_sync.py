@@ -142,9 +142,7 @@ class RecordSync:
         differing = [peer for peer in peers if peer.profile.records_digest not in ("", self._published)]
         if len(differing) < len(peers):
             self.has_compared.set()  # by their digests
-        self._differs_since = {
-            peer.node_id: self._differs_since.get(peer.node_id, now) for peer in differing
-        }
+        self._differs_since = {peer.node_id: self._differs_since.get(peer.node_id, now) for peer in differing}
         self._not_before = {name: at for name, at in self._not_before.items() if at > now}
         due = [
             peer

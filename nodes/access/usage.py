@@ -108,7 +108,9 @@ class UsageLog:
                 with trio.move_on_after(PEER_TIMEOUT_S):
                     try:
                         for at in range(0, len(rows), ROWS_PER_MESSAGE):
-                            await self._ask(peer, _pack([_GIVE, [_fields(row) for row in rows[at:][:ROWS_PER_MESSAGE]]]))
+                            await self._ask(
+                                peer, _pack([_GIVE, [_fields(row) for row in rows[at:][:ROWS_PER_MESSAGE]]])
+                            )
                     except MeshError as exc:  # it asks for them when it is back
                         logger.debug("usage was not told", extra={"peer": peer.node_id, "error.message": str(exc)})
 

@@ -26,9 +26,18 @@ from mesh.replica import Record, Replica
 from nodes import store as store_module
 from nodes.config import ConfigInvalid
 from nodes.durable_replica import DurableReplica
-from nodes.store import APPLICATION_ID, FILE_NAME, TEXT_BYTES_MAX, Store, StoreFailed, DayDigest, UsageRow, UsageSum, open_store
+from nodes.store import (
+    APPLICATION_ID,
+    FILE_NAME,
+    TEXT_BYTES_MAX,
+    DayDigest,
+    Store,
+    StoreFailed,
+    UsageRow,
+    UsageSum,
+    open_store,
+)
 from tests.unit.test_replica import records
-
 
 DAY = 20_000  # since 1970
 
