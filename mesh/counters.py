@@ -76,7 +76,9 @@ class Window:
 
     def expiries(self) -> Iterator[tuple[float, int, int]]:
         """(when, requests, tokens) that will be let go, the earliest first."""
-        return (((bucket + 1) * self._bucket_s + WINDOW_S, *used) for bucket, *used in self._buckets)
+        return (
+            ((bucket + 1) * self._bucket_s + WINDOW_S, requests, tokens) for bucket, requests, tokens in self._buckets
+        )
 
 
 @dataclass(frozen=True, slots=True)

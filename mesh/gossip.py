@@ -65,7 +65,8 @@ class Gossip:
     """The state of one node in the mesh.
 
     address: where peers reach it, an IP address. boot_id: 16 random bytes, new with each process. now: seconds on a
-    monotonic clock, the same in every method. usage: OwnCounters.section, asked at each publication. Methods may be called in any order, with `now` never falling.
+    monotonic clock, the same in every method. usage: OwnCounters.section, asked at each
+    publication. Methods may be called in any order, with `now` never falling.
     Raises ValueError for an id that is empty or too long, or an address that is a host name."""
 
     def __init__(

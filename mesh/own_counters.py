@@ -19,7 +19,7 @@ from mesh.counters_wire import (
 )
 
 OWN_KEYS_MAX = 16_384  # more than there are keys that work
-# A publication that was told so long ago has arrived, or is lost: then the next one, which says the same, is on its way.
+# A publication that was told so long ago has arrived, or is lost: then the next one, which says the same, is under way.
 TRANSIT_S = 0.3
 
 

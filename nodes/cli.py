@@ -94,6 +94,10 @@ def serve(
         bool | None, typer.Option("--open", help="serve /v1 to everyone, also off loopback; put a proxy before it")
     ] = None,
     deadline_s: Annotated[float | None, typer.Option(metavar="S", help="longest time of a request [600]")] = None,
+    limits_partition_hold_s: Annotated[
+        float | None,
+        typer.Option("--limits-partition-hold-s", help="how long a lost node keeps its share of the keys' limits"),
+    ] = None,
     hedge: Annotated[bool | None, typer.Option("--hedge", help="open late requests on a second node as well")] = None,
     drain_s: Annotated[float | None, typer.Option(metavar="S", help="time for streams to finish at stop [30]")] = None,
     nodes_expected: Annotated[int | None, typer.Option(metavar="N", help="nodes there should be, for alerts")] = None,

@@ -57,7 +57,10 @@ ON CONFLICT (day, key, model, node_id, generation) DO UPDATE SET requests = max(
   prompt_tokens = max(prompt_tokens, excluded.prompt_tokens),
   completion_tokens = max(completion_tokens, excluded.completion_tokens)
 """
-_USAGE_COLUMNS = "day, key, model, node_id, generation, requests, prompt_tokens, completion_tokens"
+_USAGE_PAGE = """
+SELECT day, key, model, node_id, generation, requests, prompt_tokens, completion_tokens FROM usage
+WHERE day = ? AND (key, model, node_id, generation) > (?, ?, ?, ?) ORDER BY key, model, node_id, generation LIMIT ?
+"""
 
 
 class StoreFailed(Exception):
@@ -212,7 +215,7 @@ class Store:
         with _naming(self._file):
             rows = self._connection.execute(
                 "SELECT day, key, model, sum(requests), sum(prompt_tokens), sum(completion_tokens) FROM usage "
-                "WHERE day BETWEEN ? AND ? AND (? IS NULL OR key = ?) GROUP BY day, key, model ORDER BY day, key, model",
+                "WHERE day BETWEEN ? AND ? AND (? IS NULL OR key = ?) GROUP BY 1, 2, 3 ORDER BY 1, 2, 3",
                 (first_day, last_day, key, key),
             )
             return [UsageSum(day, of_key, model, Totals(*totals)) for day, of_key, model, *totals in rows]
@@ -229,11 +232,13 @@ class Store:
     def _read_usage(self, day: int, after: tuple[str, str, str, int] | None, rows_max: int) -> list[UsageRow]:
         with _naming(self._file):
             rows = self._connection.execute(
-                f"SELECT {_USAGE_COLUMNS} FROM usage WHERE day = ? AND (key, model, node_id, generation) > (?, ?, ?, ?) "  # noqa: S608
-                "ORDER BY key, model, node_id, generation LIMIT ?",
+                _USAGE_PAGE,
                 (day, *(after or ("", "", "", -1)), rows_max),
             )
-            return [UsageRow(*row[:5], Totals(*row[5:])) for row in rows]
+            return [
+                UsageRow(of_day, key, model, node_id, generation, Totals(*totals))
+                for of_day, key, model, node_id, generation, *totals in rows
+            ]
 
 
 def _record_row(record: Record) -> tuple[str, bool, int, str, int, bytes]:

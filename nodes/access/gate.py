@@ -77,9 +77,9 @@ class Caller:
 
 
 class Gate:
-    """is_open: no key is needed where none was ever created. has_synchronised: this node knows its mesh's keys as far as
-    any peer does. usage_changed: GossipSocket.usage_changed. now: the counters' clock; wall_clock: seconds since 1970.
-    """
+    """is_open: no key is needed where none was ever created. has_synchronised: this node knows its mesh's keys as well
+    as some peer does. usage_changed: GossipSocket.usage_changed. now: the counters' clock; wall_clock: seconds since
+    1970."""
 
     def __init__(
         self,
@@ -179,8 +179,8 @@ class Gate:
 
 
 class Admission:
-    """One request that was let in. What it uses is counted as it goes, and the rest of what was reserved for it is given
-    back at its end."""
+    """One request that was let in. What it uses is counted as it goes, what was reserved for it is given back at its
+    end."""
 
     def __init__(
         self, gate: Gate, caller: Caller, model: str, reserved_tokens: int, limits: Limits | None = None

@@ -1,4 +1,4 @@
-"""What operators do with API keys and ask of usage, through whichever node they reach. See nodes/api/keys.py for HTTP."""
+"""What operators do with API keys and ask of usage, through whichever node they reach. Over HTTP: nodes/api/keys.py."""
 
 from __future__ import annotations
 
@@ -42,8 +42,10 @@ class KeyAdmin:
         self._wall_clock = wall_clock
         self._editing = trio.Lock()  # so that no draft is made from what another edit is about to change
 
+    @property
     def keys(self) -> list[ApiKey]:
-        return self._book.keys()
+        """Those that are not revoked, the oldest first."""
+        return self._book.keys
 
     @property
     def revoked_count(self) -> int:
@@ -55,7 +57,7 @@ class KeyAdmin:
         key = self._book.find(public_id)
         if key is not None:
             return key
-        named = [key for key in self._book.keys() if key.settings.name == name]
+        named = [key for key in self._book.keys if key.settings.name == name]
         if len(named) > 1:
             raise KeyUnknown(f"{len(named)} keys are named {name!r}; give the id of one")
         if not named:
@@ -108,7 +110,7 @@ class KeyAdmin:
 
     def names(self) -> dict[str, str]:
         """By family."""
-        return {key.family: key.settings.name for key in self._book.keys()}
+        return {key.family: key.settings.name for key in self._book.keys}
 
     async def _commit(self, drafts: Sequence[Record], what: str, key: ApiKey) -> dict[str, str]:
         with trio.CancelScope(shield=True):  # bounded by the store's and the peers' timeouts: never half of it

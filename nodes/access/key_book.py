@@ -69,6 +69,7 @@ class KeyBook:
         key = self.find(public_id) if public_id else None
         return key if key is not None and key.accepts(token) else None
 
+    @property
     def keys(self) -> list[ApiKey]:
         """Those that are not revoked, the oldest first."""
         position, keys = self._listed
@@ -90,10 +91,8 @@ class KeyBook:
 
     def create(self, settings: KeySettings, wall_time: float) -> NewKey:
         """Raises KeyMalformed, and EditRefused where there are too many keys or another one has the name."""
-        if any(key.settings.name == settings.name for key in self.keys()):
-            raise EditRefused(
-                f"there is a key named {settings.name!r} already; give another --name, or rotate that one"
-            )
+        if any(key.settings.name == settings.name for key in self.keys):
+            raise EditRefused(f"there is a key named {settings.name!r} already; give another name, or rotate that one")
         key, token = new_key(settings, wall_time)
         return NewKey(key, token, [self._draft(key)])
 

@@ -108,9 +108,8 @@ class UsageLog:
                 with trio.move_on_after(PEER_TIMEOUT_S):
                     try:
                         for at in range(0, len(rows), ROWS_PER_MESSAGE):
-                            await self._ask(
-                                peer, _pack([_GIVE, [_fields(row) for row in rows[at:][:ROWS_PER_MESSAGE]]])
-                            )
+                            told = rows[at : at + ROWS_PER_MESSAGE]
+                            await self._ask(peer, _pack([_GIVE, [_fields(row) for row in told]]))
                     except MeshError as exc:  # it asks for them when it is back
                         logger.debug("usage was not told", extra={"peer": peer.node_id, "error.message": str(exc)})
 

@@ -75,7 +75,7 @@ class RotateBody(_Body):
 def register(app: Quart, admin: KeyAdmin) -> None:
     @app.get("/admin/keys")
     async def list_api_keys() -> Response:
-        keys = [_shown(key, admin) for key in admin.keys()]
+        keys = [_shown(key, admin) for key in admin.keys]
         return jsonify({"keys": keys, "revoked": admin.revoked_count})
 
     @app.post("/admin/keys")
@@ -126,7 +126,7 @@ def register(app: Quart, admin: KeyAdmin) -> None:
             for row in sums
         ]
         counted = ("requests", "prompt_tokens", "completion_tokens")
-        return jsonify({"usage": rows, "total": {name: sum(row[name] for row in rows) for name in counted}})  # type: ignore[misc]
+        return jsonify({"usage": rows, "total": {name: sum(row[name] for row in rows) for name in counted}})
 
 
 def _day(argument: str, default: str) -> int:

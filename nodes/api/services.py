@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mesh.view import ClusterView
+from nodes.access.key_admin import KeyAdmin
 from nodes.api.admin_access import AdminAccess
 from nodes.api.auth import Access
 from nodes.dispatch import Dispatch
@@ -38,3 +39,4 @@ class Services:
     nodes_expected: int | None
     admin_access: AdminAccess
     operations: MeshOperations
+    key_admin: KeyAdmin

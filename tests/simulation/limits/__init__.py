@@ -1,1 +1,1 @@
-"""A world of limiters alone: nodes that count, tell each other with delay and loss, are cut apart, die and come back."""
+"""A world of limiters alone: nodes that count, and tell each other what they counted with delay and loss."""
