@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import BaseModel
 
-from nodes import cli_mesh
+from nodes import cli_keys, cli_mesh
 from nodes.cli_models import models_app
 from nodes.config import SECRET_KEYS, ConfigInvalid, load_config
 
@@ -30,6 +30,7 @@ app.add_typer(cli_mesh.keyring_app, name="keyring")
 app.add_typer(config_app, name="config")
 app.add_typer(models_app, name="models")
 cli_mesh.register(app)
+cli_keys.register(app)
 
 Url = Annotated[
     str, typer.Option("--url", envvar="AI_CLUSTER_URL", help="HTTP address of any node of the mesh", metavar="URL")
