@@ -36,9 +36,7 @@ Requests = Annotated[
 ]
 Tokens = Annotated[
     int | None,
-    typer.Option(
-        "--tokens-per-minute", metavar="N", help="prompts and answers, in any 60 seconds (0: no limit)", min=0
-    ),
+    typer.Option("--tokens-per-minute", metavar="N", help="prompts and answers, as requests (0: no limit)", min=0),
 ]
 Concurrency = Annotated[
     int | None, typer.Option("--concurrency", metavar="N", help="requests at the same time (0: no limit)", min=0)
@@ -147,13 +145,9 @@ def keys_revoke(key: Key, url: Url = DEFAULT_URL, data_dir: DataDir = DEFAULT_DA
 
 
 def usage(
-    key: Annotated[
-        str | None, typer.Option("--key", metavar="KEY", help="id or name of one key (default: all)")
-    ] = None,
-    first: Annotated[
-        str | None, typer.Option("--from", metavar="DAY", help="2026-11-01 (default: 30 days ago)")
-    ] = None,
-    last: Annotated[str | None, typer.Option("--to", metavar="DAY", help="2026-11-30 (default: today)")] = None,
+    key: Annotated[str | None, typer.Option("--key", metavar="KEY", help="id or name (default: all)")] = None,
+    first: Annotated[str | None, typer.Option("--from", metavar="DAY", help="such as 2026-11-01 [30 days ago]")] = None,
+    last: Annotated[str | None, typer.Option("--to", metavar="DAY", help="such as 2026-11-30 [today]")] = None,
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
     data_dir: DataDir = DEFAULT_DATA_DIR,
