@@ -77,9 +77,10 @@ def test_what_is_no_token_has_no_id(text: str) -> None:
     assert public_id_of(text) is None
 
 
-@given(
-    st.binary(max_size=200) | st.recursive(st.none() | st.integers(0, 2**62) | st.text(), st.lists).map(msgpack.packb)
-)
+packable = st.recursive(st.none() | st.integers(0, 2**62) | st.text(), st.lists)
+
+
+@given(st.binary(max_size=200) | packable.map(msgpack.packb))
 def test_bytes_that_are_no_record_are_refused(value: bytes) -> None:
     with pytest.raises(KeyMalformed):
         decode_key("key/abc", value)
