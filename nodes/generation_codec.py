@@ -25,8 +25,8 @@ from nodes.generation import (
 
 # A request travels in one frame of a peer link; the HTTP body limit is below it.
 REQUEST_BYTES_MAX = 8 * 1024 * 1024
-# Raised when a field is added that must not be ignored: a node refuses what was encoded by a later version. A request is
-# marked with the lowest version that has all it needs, so nodes of different versions share what both know.
+# Raised when a field is added that must not be ignored: a node refuses what was encoded by a later version. A request
+# is marked with the lowest version that has all it needs, so nodes of different versions share what both know.
 REQUEST_VERSION = 2
 VERSION_OF_MESSAGES = 1  # messages of role and content alone
 VERSION_OF_TOOLS_AND_PROMPTS = 2

@@ -84,8 +84,10 @@ class Message(Body):
         """The content as one string."""
         if not isinstance(self.content, list):
             self._require(
-                self.content is not None or self.role == "assistant", path, "content", "it may be left out by none but "
-                "the assistant"
+                self.content is not None or self.role == "assistant",
+                path,
+                "content",
+                "it may be left out by none but the assistant",
             )
             return self.content or self.refusal or ""
         texts = []
@@ -125,9 +127,9 @@ class ChatCompletionRequest(GenerationBody, ConstraintFields):
     parallel_tool_calls: bool | None = None
     store: Literal[False] | None = Field(None, description="Nothing is stored.")
     service_tier: Literal["auto", "default"] | None = None
-    metadata: (
-        dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None
-    ) = Field(None, max_length=METADATA_MAX, description="Accepted; nothing depends on it.")
+    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = Field(
+        None, max_length=METADATA_MAX, description="Accepted; nothing depends on it."
+    )
     safety_identifier: str | None = Field(None, description="Accepted; nothing depends on it.")
     prompt_cache_key: str | None = Field(None, description="Accepted; prompts are found by how they begin.")
 

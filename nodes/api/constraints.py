@@ -78,19 +78,22 @@ class Constraint:
 
 def constraint_of(fields: ConstraintFields, response_format: ResponseFormat | None = None) -> Constraint | None:
     """Raises RequestInvalid where more than one is asked for."""
-    newer = fields.structured_outputs or StructuredOutputs()
+    newer = fields.structured_outputs
     asked = [
         ("response_format", _format_grammar(response_format)),
         ("guided_json", _json_grammar(fields.guided_json)),
         ("guided_regex", _grammar("regex", fields.guided_regex)),
         ("guided_choice", _choice_grammar(fields.guided_choice)),
         ("guided_grammar", _grammar("grammar", fields.guided_grammar)),
-        ("structured_outputs", _json_grammar(newer.json_)),
-        ("structured_outputs", _grammar("regex", newer.regex)),
-        ("structured_outputs", _choice_grammar(newer.choice)),
-        ("structured_outputs", _grammar("grammar", newer.grammar)),
-        ("structured_outputs", Grammar("json_object") if newer.json_object else None),
     ]
+    if newer is not None:
+        asked += [
+            ("structured_outputs", _json_grammar(newer.json_)),
+            ("structured_outputs", _grammar("regex", newer.regex)),
+            ("structured_outputs", _choice_grammar(newer.choice)),
+            ("structured_outputs", _grammar("grammar", newer.grammar)),
+            ("structured_outputs", Grammar("json_object") if newer.json_object else None),
+        ]
     found = [Constraint(grammar, param) for param, grammar in asked if grammar is not None]
     if len(found) > 1:
         raise RequestInvalid(

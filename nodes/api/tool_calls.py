@@ -26,6 +26,10 @@ CALL_CHARS_MAX = 256 * 1024
 # With which an object begins that could be a call. Any other object at an answer's beginning is passed on at once.
 _FIRST_KEYS = ("name", "type", "id", "function", "parameters", "arguments")
 _SEPARATORS = " \t\r\n;,"
+# Markers of an answer that begin no call, after which no more are looked for: each costs another look at the rest.
+GIVEN_UP_MAX = 16
+# Of a value: in which its first key is found, or it is none.
+CHARS_LOOKED_AT = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +66,12 @@ class ToolCallReader:
         self._names = names
         self._is_single = is_single
         self._calls = 0
+        self._given_up = 0
         self._phase = _Phase.TEXT
         self._form = HERMES
         self._buffer = ""  # not looked at yet
         self._held = ""  # of what may be a call: all since its marker's begin
+        self._lead = 1  # of `held`: its marker and what is before, or the bracket that it begins with
         self._value_at = 0  # in `held`, where its value begins
         self._scanner = JsonScanner()
         self._is_beginning = True  # no content yet, and no call
@@ -81,19 +87,14 @@ class ToolCallReader:
 
     def finish(self) -> list[Piece]:
         pieces: list[Piece] = []
-        if self._phase in (_Phase.OPENING, _Phase.VALUE):
-            self._give_up(pieces, is_last=True)
-        while self._buffer and self._step(pieces):
-            pass
-        if self._phase in (_Phase.OPENING, _Phase.VALUE):
-            self._give_up(pieces, is_last=True)
-        elif self._phase is _Phase.TEXT:
-            self._content(self._buffer, pieces)
-        elif self._phase is _Phase.NEXT and self._buffer.strip(_SEPARATORS):
-            self._content(self._buffer, pieces)
-        elif self._phase is _Phase.CLOSING and self._buffer.strip() and not HERMES.closing.startswith(
-            self._buffer.strip()
-        ):
+        while True:
+            while self._buffer and self._step(pieces):
+                pass
+            if self._phase not in (_Phase.OPENING, _Phase.VALUE):
+                break
+            self._give_up(pieces)
+        is_form = self._phase is _Phase.CLOSING or not self._buffer.strip(_SEPARATORS)
+        if self._phase is _Phase.TEXT or not is_form:
             self._content(self._buffer, pieces)
         if self._blanks and not self._calls:
             pieces.append(Content(self._blanks))
@@ -115,6 +116,10 @@ class ToolCallReader:
 
     def _read_text(self, pieces: list[Piece]) -> bool:
         text = self._buffer
+        if self._given_up > GIVEN_UP_MAX:
+            self._content(text, pieces)
+            self._buffer = ""
+            return False
         if self._is_beginning:
             start = text.lstrip()
             if not start:
@@ -122,27 +127,26 @@ class ToolCallReader:
             if not any(form.marker.startswith(start[: len(form.marker)]) for form in MARKED):
                 for form in (BARE_OBJECT, BARE_LIST):
                     if start[0] in form.opening:
-                        self._begin(form, len(text) - len(start), pieces)
+                        self._blanks += text[: len(text) - len(start)]
+                        self._begin(form, "", start)
                         return True
         found = [(at, form) for form in MARKED if (at := text.find(form.marker)) >= 0]
         if found:
             at, form = min(found, key=lambda pair: pair[0])
             self._content(text[:at], pieces)
-            self._begin(form, at, pieces)
+            self._begin(form, form.marker, text[at + len(form.marker) :])
             return True
         held = max(_overlap(text, form.marker) for form in MARKED)
-        if held == len(text):
-            return False
-        self._content(text[: len(text) - held], pieces)
-        self._buffer = text[len(text) - held :]
+        if held < len(text):
+            self._content(text[: len(text) - held], pieces)
+            self._buffer = text[len(text) - held :]
         return False
 
-    def _begin(self, form: _Form, at: int, pieces: list[Piece]) -> None:
-        if not form.marker:
-            self._blanks += self._buffer[:at]
+    def _begin(self, form: _Form, held: str, rest: str) -> None:
         self._form = form
-        self._held = form.marker
-        self._buffer = self._buffer[at + len(form.marker) :]
+        self._held = held
+        self._lead = max(1, len(held))
+        self._buffer = rest
         self._phase = _Phase.OPENING
 
     def _read_opening(self, pieces: list[Piece]) -> bool:
@@ -165,12 +169,11 @@ class ToolCallReader:
         taken = self._buffer if end is None else self._buffer[:end]
         self._held += taken
         self._buffer = self._buffer[len(taken) :]
+        is_unlikely = not self._form.marker and not _may_be_call(self._held[self._value_at :][:CHARS_LOOKED_AT])
+        if is_unlikely or len(self._held) - self._value_at > CALL_CHARS_MAX:
+            self._give_up(pieces)
+            return True
         if end is None:
-            value_chars = len(self._held) - self._value_at
-            is_unlikely = not self._form.marker and not _may_be_call(self._held[self._value_at :][:CHARS_LOOKED_AT])
-            if is_unlikely or value_chars > CALL_CHARS_MAX:
-                self._give_up(pieces)
-                return True
             return False
         calls = _calls(self._held[self._value_at :], self._names)
         if calls is None:
@@ -197,33 +200,26 @@ class ToolCallReader:
 
     def _read_next(self) -> bool:
         start = self._buffer.lstrip(_SEPARATORS)
-        if not start:
-            return False
+        separators = self._buffer[: len(self._buffer) - len(start)]
         marker = self._form.marker
-        if marker and start.startswith(marker):
-            start = start[len(marker) :]
-            self._held = marker
-        elif marker and marker.startswith(start):
+        if not start or (marker and start != marker and marker.startswith(start)):
             return False
+        if marker and start.startswith(marker):
+            self._begin(self._form, separators + marker, start[len(marker) :])
         elif start[0] in self._form.opening:
-            self._held = self._buffer[: len(self._buffer) - len(start)]
+            self._begin(self._form, separators, start)
         else:
             self._phase = _Phase.TEXT
-            return True
-        self._buffer = start
-        self._phase = _Phase.OPENING
         return True
 
-    def _give_up(self, pieces: list[Piece], *, is_last: bool = False) -> None:
-        """It was no call: its first character is content, and what follows is looked at again for another marker."""
+    def _give_up(self, pieces: list[Piece]) -> None:
+        """It was no call: its marker is content, and what follows is looked at again, for there may be one in it."""
         held, self._held = self._held, ""
         self._phase = _Phase.TEXT
         self._is_beginning = False
-        kept = max(1, len(self._form.marker)) if held else 0
-        if not self._form.marker and not is_last:
-            kept = len(held)
-        self._content(held[:kept], pieces)
-        self._buffer = held[kept:] + self._buffer
+        self._given_up += 1
+        self._buffer = held[self._lead :] + self._buffer
+        self._content(held[: self._lead], pieces)
 
     def _content(self, text: str, pieces: list[Piece]) -> None:
         """Blanks at its end wait for what follows."""
@@ -235,9 +231,6 @@ class ToolCallReader:
         if kept:
             self._is_beginning = self._drops_blanks = False
             pieces.append(Content(kept))
-
-
-CHARS_LOOKED_AT = 256
 
 
 def _may_be_call(value: str) -> bool:

@@ -49,9 +49,7 @@ class AllowedTools(Body):
 
 
 ToolList = Annotated[list[Tool], Field(fail_fast=True, max_length=TOOLS_MAX)]
-ToolChoice = (
-    Literal["none", "auto", "required"] | Annotated[NamedTool | AllowedTools, Field(discriminator="type")]
-)
+ToolChoice = Literal["none", "auto", "required"] | Annotated[NamedTool | AllowedTools, Field(discriminator="type")]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from mesh.view import (
     NodeProfile,
     Readiness,
 )
-from nodes.api import chat
+from nodes.api import answering
 from nodes.api.admin_access import AdminAccess
 from nodes.api.app import build_app
 from nodes.api.auth import Access
@@ -224,7 +224,7 @@ async def test_a_plain_answer_that_breaks_is_an_error() -> None:
 
 
 async def test_a_late_first_event_sends_headers_and_keep_alives(autojump_clock: trio.testing.MockClock) -> None:
-    pause = chat.FIRST_EVENT_S + 2 * chat.KEEP_ALIVE_S + 1.0
+    pause = answering.FIRST_EVENT_S + 2 * answering.KEEP_ALIVE_S + 1.0
     response = await Api(ScriptedDispatch(pause, *ANSWER)).chat(stream=True)
     found = events(response)
     assert found.count(": keep-alive") == 2

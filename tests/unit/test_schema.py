@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from nodes.api.schema import parse_chat
+from nodes.api.chat_schema import parse_chat
 from nodes.generation import GenerateRequest, RequestInvalid
 
 MESSAGE = {"role": "user", "content": "hi"}
@@ -13,7 +13,7 @@ def body(**fields: object) -> bytes:
 
 
 def generate(**fields: object) -> GenerateRequest:
-    return parse_chat(body(**fields)).generate_request("req_1", 600.0, "a")
+    return parse_chat(body(**fields)).plan("req_1", 600.0, "a").generations[0]
 
 
 def test_fields_become_a_generate_request() -> None:
