@@ -22,6 +22,8 @@ LOGIT_BIASES_MAX = 1_024
 CHARS_SHOWN = 100
 # Fields whose keys are the client's own words, which an error's `param` does not repeat.
 FREE_KEYS = ("logit_bias", "metadata")
+# Fields of several types told apart by a tag, which pydantic puts into a fault's place.
+TAGGED = ("response_format", "tool_choice")
 
 
 class Body(BaseModel):
@@ -127,9 +129,13 @@ def _path(location: tuple[int | str, ...]) -> str:
     """("messages", 0, "role") → "messages[0].role"; the names pydantic adds for members of a union are left out: those
     of types, which no field is called by, and of models, which begin with a capital."""
     path = ""
+    is_tag_seen = False
     for part in location:
         if path in FREE_KEYS:
             break
+        if path in TAGGED and not is_tag_seen and isinstance(part, str) and part.isidentifier():
+            is_tag_seen = True
+            continue
         if isinstance(part, int):
             path += f"[{part}]"
         elif part.isidentifier() and not part[0].isupper() and part not in ("str", "int", "constrained"):
