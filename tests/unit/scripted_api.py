@@ -145,6 +145,7 @@ class Api:
                 operations=None,  # type: ignore[arg-type]
             )
         )
+        self.app = app
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)  # type: ignore[arg-type]
         self.client = httpx.AsyncClient(transport=transport, base_url="http://test")
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-import httpx
-import openai
 import pytest
 import trio
 
 from mesh.errors import NoCapacity
 from nodes.generation import GenerateEvent, GenerationFailed, RequestInvalid, TokenLogprob, Usage
-from tests.unit.scripted_api import ANSWER, BODY, Api, ScriptedDispatch, Step, events, view
+from tests.unit.scripted_api import ANSWER, Api, ScriptedDispatch, Step, events, view
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 LOGPROBS = (
@@ -215,27 +212,3 @@ async def test_a_grammar_that_the_node_refuses_is_the_field_that_asked_for_it(
     response = await Api(ScriptedDispatch(refusal=refusal)).chat(**fields)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
-
-
-@pytest.fixture
-def client() -> openai.AsyncOpenAI:
-    """The official client over the application. Its own answer types are checked by use."""
-    scripts = [told("Hel", "lo"), told(CALL), told("Hel", "lo"), told(CALL)]
-    api = Api(ScriptedDispatch(scripts=scripts))
-    return openai.AsyncOpenAI(base_url="http://test/v1", api_key="any", http_client=api.client, max_retries=0)
-
-
-async def test_the_official_client_reads_streams_calls_and_errors() -> None:
-    api = Api(ScriptedDispatch(scripts=[told("Hel", "lo"), told(CALL), told("x"), told("y")]))
-    # Its own HTTP transport wants asyncio, so what it would parse is handed to its types.
-    chunks = [
-        openai.types.chat.ChatCompletionChunk.model_validate(chunk, strict=True)
-        for chunk in (await stream(api, stream_options={"include_usage": True}))[0]
-    ]
-    assert chunks[-1].usage is not None
-    assert [choice.finish_reason for chunk in chunks for choice in chunk.choices][-1] == "stop"
-    completion = openai.types.chat.ChatCompletion.model_validate((await api.chat(tools=[TOOL])).json(), strict=True)
-    assert completion.choices[0].message.tool_calls is not None
-    assert isinstance(BODY, dict)
-    assert httpx.codes.OK == 200
-    assert json.dumps(BODY)
