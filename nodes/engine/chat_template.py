@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2.meta import find_undeclared_variables
+import jinja2.nodes
 
 from nodes.engine.template_allowance import ALLOWANCE, Allowance, AllowanceExceeded
 from nodes.engine.template_sandbox import TemplateSandbox
@@ -56,7 +56,8 @@ class ChatTemplate:
         environment.globals |= {"raise_exception": _complain, "bos_token": bos_token, "eos_token": eos_token}
         try:
             self._template = environment.from_string(source)
-            self.knows_tools = "tools" in find_undeclared_variables(environment.parse(source))
+            names = environment.parse(source).find_all(jinja2.nodes.Name)
+            self.knows_tools = any(name.name == "tools" and name.ctx == "load" for name in names)
         except jinja2.TemplateSyntaxError as exc:
             raise ChatTemplateInvalid(f"line {exc.lineno}: {exc.message}") from exc
         except (SyntaxError, ValueError, RecursionError, MemoryError) as exc:  # of Python's compiler

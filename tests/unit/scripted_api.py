@@ -110,7 +110,9 @@ def view(
             generation=1,
             version=1,
             load=NodeLoad(readiness=readiness),
-            profile=NodeProfile("127.0.0.1:8080", "0.1", tuple(ModelInfo(model, fingerprint, 1024, 8) for model in models)),
+            profile=NodeProfile(
+                "127.0.0.1:8080", "0.1", tuple(ModelInfo(model, fingerprint, 1024, 8) for model in models)
+            ),
             age_s=0.0,
             is_self=node_id == "a",
         )
