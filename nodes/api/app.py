@@ -8,7 +8,7 @@ from quart import Quart, Response, jsonify, request
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 
-from nodes.api import admin, chat, completions, models, operations
+from nodes.api import admin, chat, completions, models, openapi, operations
 from nodes.api.accounting import Accounting, exchange_of
 from nodes.api.errors import api_error
 from nodes.api.services import Services
@@ -51,4 +51,5 @@ def build_app(services: Services) -> Accounting:
     models.register(app, services)
     operations.register(app, services)
     admin.register(app, services)
+    openapi.register(app, services)
     return Accounting(app, services.metrics)  # type: ignore[arg-type]

@@ -39,9 +39,10 @@ def docs_page(document: dict[str, Any]) -> str:
 
 
 def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
-    rows = []
-    for parameter in operation.get("parameters", ()):
-        rows.append(("parameter", escape(parameter["name"]), f"in the {escape(parameter['in'])}"))
+    rows = [
+        ("parameter", escape(parameter["name"]), f"in the {escape(parameter['in'])}")
+        for parameter in operation.get("parameters", ())
+    ]
     if "requestBody" in operation:
         for content_type, content in operation["requestBody"]["content"].items():
             rows.append(("body", _type(content["schema"]), escape(content_type)))

@@ -43,6 +43,7 @@ ERRORS = {
     401: "No API key that this node takes",
     404: "No node has the model, or there is no such path",
     408: "The body did not come in time",
+    409: "The mesh has no such node",
     413: "The body is larger than this node accepts",
     415: "The body's content type is not JSON",
     500: "A fault of the node; the log has it under the request id",
@@ -50,7 +51,8 @@ ERRORS = {
     503: "No node has room now; `retry-after` says when one should",
     504: "The request's deadline passed",
 }
-GENERATING = tuple(ERRORS)
+GENERATING = (400, 401, 404, 408, 413, 415, 500, 502, 503, 504)
+CHANGING = (400, 401, 408, 409, 413, 500)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +127,13 @@ ROUTES = (
         Route(method, path, "Admin", summary, body, {LINES: None}, errors, security="admin_token", query=query)
         for method, path, summary, body, errors, query in (
             ("get", "/admin/keyring", "The cluster keys of every node", None, (401, 500), ()),
-            ("post", "/admin/keyring/install", "Install a cluster key", admin.InstallBody, admin.STATUSES, ()),
-            ("post", "/admin/keyring/use", "Seal with another key", admin.KeyBody, admin.STATUSES, ()),
-            ("post", "/admin/keyring/remove", "Remove a cluster key", admin.KeyBody, admin.STATUSES, ()),
-            ("get", "/admin/members", "Members, or what one believes", None, (400, 401, 404, 500), ("of",)),
-            ("post", "/admin/join", "Join through a node", admin.JoinBody, admin.STATUSES, ()),
-            ("post", "/admin/leave", "Have a node leave", admin.LeaveBody, admin.STATUSES, ()),
-            ("post", "/admin/forget", "Forget a node that is gone", admin.ForgetBody, admin.STATUSES, ()),
+            ("post", "/admin/keyring/install", "Install a cluster key", admin.InstallBody, CHANGING, ()),
+            ("post", "/admin/keyring/use", "Seal with another key", admin.KeyBody, CHANGING, ()),
+            ("post", "/admin/keyring/remove", "Remove a cluster key", admin.KeyBody, CHANGING, ()),
+            ("get", "/admin/members", "Members, or what one believes", None, (401, 409, 500), ("of",)),
+            ("post", "/admin/join", "Join through a node", admin.JoinBody, CHANGING, ()),
+            ("post", "/admin/leave", "Have a node leave", admin.LeaveBody, CHANGING, ()),
+            ("post", "/admin/forget", "Forget a node that is gone", admin.ForgetBody, CHANGING, ()),
         )
     ),
 )
@@ -161,7 +163,7 @@ def openapi_document(version: str) -> dict[str, Any]:
     """OpenAPI 3.1. version: of the API's node."""
     answers = [kind for route in ROUTES for kind in (route.answer or {}).values() if kind is not None]
     bodies = [route.body for route in ROUTES if route.body is not None]
-    kinds = list(dict.fromkeys([*bodies, *answers, ErrorAnswer]))
+    kinds: list[type[BaseModel]] = list(dict.fromkeys([*bodies, *answers, ErrorAnswer]))
     _, schemas = models_json_schema([(kind, "validation") for kind in kinds], ref_template=REF)
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
@@ -203,7 +205,9 @@ def _operation(route: Route) -> dict[str, Any]:
     }
     if route.body is not None:
         operation["requestBody"] = {"required": True, "content": {JSON: {"schema": _ref(route.body)}}}
-    parameters = [{"name": field, "in": "query", "schema": {"type": "string"}} for field in route.query]
+    parameters: list[dict[str, Any]] = [
+        {"name": field, "in": "query", "schema": {"type": "string"}} for field in route.query
+    ]
     if "{name}" in route.path:
         parameters.append({"name": "name", "in": "path", "required": True, "schema": {"type": "string"}})
     if parameters:
