@@ -72,7 +72,10 @@ class Constraint:
         """The JSON Schema of it; None where it is something else than one of objects."""
         if self.grammar.kind == "json_object":
             return {"type": "object"}
-        schema = json.loads(self.grammar.text) if self.grammar.kind == "json_schema" else None
+        try:
+            schema = json.loads(self.grammar.text) if self.grammar.kind == "json_schema" else None
+        except (ValueError, RecursionError):
+            return None
         return schema if isinstance(schema, dict) and schema.get("type") == "object" else None
 
 

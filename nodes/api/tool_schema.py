@@ -84,7 +84,8 @@ def offered_tools(tools: list[Tool] | None, choice: ToolChoice | None, parallel:
         case NamedTool():
             offered = OfferedTools((_named(known, choice.function.name),), is_forced=True, is_single=True)
         case AllowedTools():
-            allowed = tuple(_named(known, tool.function.name) for tool in choice.allowed_tools.tools)
+            names = dict.fromkeys(tool.function.name for tool in choice.allowed_tools.tools)
+            allowed = tuple(_named(known, name) for name in names)
             offered = OfferedTools(allowed, choice.allowed_tools.mode == "required", is_single)
         case _:
             offered = OfferedTools(tuple(known.values()), choice == "required", is_single)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,10 @@ from nodes.api.answer_schema import (
     ModelList,
     ModelObject,
 )
+from nodes.api.chat_schema import NOT_SERVED as CHAT_NOT_SERVED
+from nodes.api.chat_schema import ChatCompletionRequest
+from nodes.api.completion_schema import NOT_SERVED as COMPLETION_NOT_SERVED
+from nodes.api.completion_schema import CompletionRequest
 from nodes.api.openapi import ERRORS, ROUTES, openapi_document
 from nodes.generation import GenerateEvent, TokenLogprob, Usage
 from tests.unit.scripted_api import ANSWER, Api, ScriptedDispatch, events
@@ -151,3 +156,10 @@ async def test_the_page_shows_every_path_and_loads_nothing() -> None:
     assert page.links - {"openapi.json"} == {link for link in page.links if link[1:] in page.ids}
     for path in DOCUMENT["paths"]:
         assert path in response.text
+
+
+def test_every_field_is_on_its_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+)`", page))
+    fields = {*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields}
+    assert not (fields | CHAT_NOT_SERVED.keys() | COMPLETION_NOT_SERVED.keys()) - named

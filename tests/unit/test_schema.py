@@ -202,6 +202,8 @@ def test_a_schema_and_tools_together_allow_either() -> None:
         ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
         ({"guided_choice": []}, "guided_choice"),
         ({"guided_regex": "a", "tools": [TOOL]}, "guided_regex"),
+        ({"guided_json": "{", "tools": [TOOL]}, "guided_json"),
+        ({"guided_json": "[" * 100_000, "tools": [TOOL]}, "guided_json"),
         ({"structured_outputs": {"regex": "a", "grammar": "b"}}, "structured_outputs"),
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type"),
