@@ -40,7 +40,6 @@ from nodes.access.record_sync import RecordSync
 from nodes.access.usage import UsageLog
 from nodes.api.admin_access import AdminAccess
 from nodes.api.app import build_app
-from nodes.api.auth import Access
 from nodes.api.services import Services
 from nodes.config import ConfigInvalid, NodeConfig, is_loopback
 from nodes.dispatch import Dispatch
@@ -281,7 +280,7 @@ class Node:
             node_id=self._node_id,
             version=self._version,
             cluster_name=config.cluster_name,
-            access=Access(is_open=config.open or is_loopback(config.http.host)),
+            gate=self._gate,
             dispatch=self._dispatch,
             view=self._view,
             metrics=self._metrics,

@@ -16,6 +16,8 @@ from typing import Any
 
 import msgpack
 
+from nodes.generation import PRIORITY_DEFAULT
+
 PUBLIC_ID_CHARS = 12  # 71 bits: no two keys of a mesh ever share one
 SECRET_CHARS = 43  # 256 bits
 HASH_BYTES = 32
@@ -23,7 +25,6 @@ NAME_CHARS_MAX = 100
 MODELS_MAX = 16
 MODEL_CHARS_MAX = 256
 LIMIT_MAX = 2**53
-PRIORITY_DEFAULT = 10
 PRIORITY_MAX = 100
 TIME_MAX = 253_402_300_799  # the last second of the year 9999
 RECORD_PREFIX = "key/"

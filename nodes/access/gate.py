@@ -71,6 +71,9 @@ class Caller:
     def fairness_id(self) -> str:
         return "" if self.key is None else self.key.family
 
+    def may_use(self, model: str) -> bool:
+        return self.key is None or not self.key.settings.models or model in self.key.settings.models
+
     @property
     def priority(self) -> int:
         return PRIORITY_DEFAULT if self.key is None else self.key.settings.priority
@@ -132,17 +135,18 @@ class Gate:
             raise Unauthorized("this API key has expired")
         return Caller(key)
 
-    def check_model(self, caller: Caller, model: str) -> None:
+    @staticmethod
+    def check_model(caller: Caller, model: str) -> None:
         """Raises Forbidden."""
-        if caller.key is not None and caller.key.settings.models and model not in caller.key.settings.models:
+        if not caller.may_use(model):
             raise Forbidden(f"this API key may not use the model {model[:100]!r}; GET /v1/models lists what it may use")
 
-    async def admit(self, caller: Caller, model: str, tokens: int) -> Admission:
-        """Let a request in that may use so many tokens, prompt and answer together, and count it. The caller closes
+    async def admit(self, caller: Caller, model: str, prompt_tokens: int, answer_tokens: int) -> Admission:
+        """Let a request in that may use so many tokens, and count it. model: one that the mesh has. The caller closes
         what is returned, whatever happens. Raises LimitReached."""
-        key = caller.key
+        key, tokens = caller.key, prompt_tokens + answer_tokens
         if key is None:
-            return Admission(self, caller, model, 0)
+            return Admission(self, caller, model, prompt_tokens, 0)
         settings = key.settings
         limits = Limits(settings.requests_per_minute, settings.tokens_per_minute, settings.concurrency)
         give_up_at = self._now() + SHARE_WAIT_S
@@ -152,7 +156,7 @@ class Gate:
             await trio.sleep(SHARE_POLL_S)
         self._own.begin(key.family, tokens, self._now())
         self._usage_changed()
-        return Admission(self, caller, model, tokens, limits)
+        return Admission(self, caller, model, prompt_tokens, tokens, limits)
 
     def remaining(self, key: ApiKey, limits: Limits) -> dict[Kind, Remaining]:
         return self._limiter.remaining(key.family, limits, self._now())
@@ -178,21 +182,30 @@ class Gate:
             self._usage_changed()
 
 
-class Admission:
+class Admission(trio.abc.AsyncResource):
     """One request that was let in. What it uses is counted as it goes, what was reserved for it is given back at its
     end."""
 
     def __init__(
-        self, gate: Gate, caller: Caller, model: str, reserved_tokens: int, limits: Limits | None = None
+        self,
+        gate: Gate,
+        caller: Caller,
+        model: str,
+        prompt_tokens: int,
+        reserved_tokens: int,
+        limits: Limits | None = None,
     ) -> None:
+        """prompt_tokens: as estimated, which counts where nobody says better."""
         self._gate = gate
         self._caller = caller
         self._model = model
+        self._prompt_tokens = prompt_tokens
         self._reserved_tokens = reserved_tokens
         self._limits = limits
         self._counted = Totals()
         self._used = Totals()
         self._is_open = True
+        self._is_finished = False
 
     def remaining(self) -> dict[Kind, Remaining]:
         """Of the key's limits per minute; empty where it has none."""
@@ -200,18 +213,26 @@ class Admission:
             return {}
         return self._gate.remaining(self._caller.key, self._limits)
 
-    def used(self, prompt_tokens: int, completion_tokens: int) -> None:
-        """So far, in total. Never less than before."""
-        self._used = self._used.maximum(Totals(0, prompt_tokens, completion_tokens))
-        if self._used.tokens - self._counted.tokens >= SETTLE_TOKENS:
+    def generated(self, tokens: int) -> None:
+        """So many more tokens of answers came."""
+        self._used = self._used.plus(Totals(0, 0, tokens))
+        if self._used.completion_tokens - self._counted.completion_tokens >= SETTLE_TOKENS:
             self._settle()
 
-    def close(self) -> None:
+    def finished(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """What it used in all, as the model counted it."""
+        self._used = self._counted.maximum(Totals(0, prompt_tokens, completion_tokens))
+        self._is_finished = True
+
+    async def aclose(self) -> None:
         """Any number of times."""
         if self._is_open:
             self._is_open = False
+            if not self._is_finished and self._used.completion_tokens:
+                self._used = self._used.plus(Totals(0, self._prompt_tokens, 0))
             self._settle()
             self._gate.end(self._caller, self._model, self._reserved_tokens)
+        await trio.lowlevel.checkpoint()
 
     def _settle(self) -> None:
         rise = Totals(

@@ -18,7 +18,7 @@ from nodes.api.admin_access import AdminAccess
 from nodes.api.app import build_app
 from nodes.api.auth import Access
 from nodes.api.services import Services
-from tests.unit.test_api import CountingMetrics, ScriptedDispatch
+from tests.unit.scripted_api import CountingMetrics, ScriptedDispatch
 from tests.unit.test_mesh_operations import NEW, NEW_ID, OLD_ID, FakeMesh, member
 
 TOKEN = "the admin token"
