@@ -12,9 +12,10 @@ from urllib.parse import quote, urlencode
 
 import typer
 
-from nodes.access.api_key import PRIORITY_DEFAULT, PRIORITY_MAX
+from nodes.access.api_key import PRIORITY_MAX
 from nodes.cli_mesh import DEFAULT_DATA_DIR, DEFAULT_URL, EXIT_FAILED, EXIT_USAGE, AsJson, DataDir, Url
 from nodes.config import ConfigInvalid
+from nodes.generation import PRIORITY_DEFAULT
 
 _EPILOG = (
     "Needs the admin token of the node at URL, which is in its data directory (--data-dir) or AI_CLUSTER_ADMIN_TOKEN. "

@@ -60,7 +60,7 @@ class GenerateRequest:
     deadline_s: seconds left, counted from when it is opened. noise_seed: of the sampling where the client gave no seed;
     an answer that goes on elsewhere draws the same noise. generated_ids: what another node has generated of the answer;
     it goes on at the next token. fingerprint: of the model that these ids are of; empty where there are none.
-    fairness_id: whose request it is, an API key's id. priority: its share of a busy engine, in proportion to others'."""
+    fairness_id: whose request it is, an API key's id. priority: its share of a busy engine in proportion to others'."""
 
     request_id: str
     model: str

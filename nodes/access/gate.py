@@ -15,10 +15,11 @@ import trio
 
 from mesh.counters_wire import Totals
 from mesh.own_counters import OwnCounters
-from nodes.access.api_key import PRIORITY_DEFAULT, ApiKey
+from nodes.access.api_key import ApiKey
 from nodes.access.key_book import KeyBook
 from nodes.access.limits import Kind, Limiter, Limits, Refusal, Remaining
 from nodes.access.usage import UsageLog
+from nodes.generation import PRIORITY_DEFAULT
 
 # The label under which requests count that need no key.
 ANONYMOUS = "anonymous"

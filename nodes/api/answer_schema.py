@@ -179,3 +179,59 @@ class ClusterStatus(Answer):
     nodes_expected: int
     warnings: list[str]
     members: list[dict[str, Any]]
+
+
+class LimitLeft(Answer):
+    """Over all nodes together."""
+
+    limit: int
+    remaining: int
+
+
+class KeyObject(Answer):
+    """An API key without its secret. Limits are null where there is none, models empty where it may use all."""
+
+    id: str
+    name: str
+    enabled: bool
+    created_at: str
+    expires_at: str | None
+    models: list[str]
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    concurrency: int | None
+    priority: int
+    family: str = Field(description="The id of the first of a row of rotated keys; limits and usage are the family's")
+    remaining: dict[str, LimitLeft]
+
+
+class KeyList(Answer):
+    keys: list[KeyObject]
+    revoked: int
+
+
+class EditedKey(Answer):
+    key: KeyObject
+    untold: dict[str, str] = Field(description="Members that could not be told yet, and why; they learn it when back")
+    token: str | None = Field(None, description="Of a new key: shown this once")
+
+
+class KeyUsage(Answer):
+    day: str
+    key: str
+    name: str | None
+    model: str
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class UsageTotal(Answer):
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class UsageAnswer(Answer):
+    usage: list[KeyUsage]
+    total: UsageTotal

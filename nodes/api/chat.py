@@ -7,9 +7,9 @@ import uuid
 from quart import Quart, Response, request
 
 from nodes.api.accounting import exchange_of
-from nodes.api.auth import authenticate
 from nodes.api.answer_pieces import AnswerReader, CallStart, Content, Piece, PlainReader
 from nodes.api.answering import Asked, JsonObject, answer, check_content_type
+from nodes.api.auth import authenticate
 from nodes.api.chat_schema import ChatCompletionRequest, ChatPlan, parse_chat
 from nodes.api.forced_calls import ForcedCallReader
 from nodes.api.outcome import Outcome

@@ -5,8 +5,8 @@ from __future__ import annotations
 from quart import Quart, Response, request
 
 from nodes.api.accounting import exchange_of
-from nodes.api.auth import authenticate
 from nodes.api.answering import Asked, JsonObject, answer, check_content_type
+from nodes.api.auth import authenticate
 from nodes.api.completion_schema import CompletionRequest, parse_completion
 from nodes.api.outcome import Outcome
 from nodes.api.services import Services

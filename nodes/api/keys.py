@@ -10,11 +10,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from quart import Quart, Response, jsonify, request
 
 from mesh.replica import EditRefused
-from nodes.access.api_key import PRIORITY_DEFAULT, ApiKey, KeyMalformed, KeySettings
+from nodes.access.api_key import ApiKey, KeyMalformed, KeySettings
 from nodes.access.key_admin import Edited, KeyAdmin
 from nodes.access.key_book import KeyUnknown
 from nodes.access.usage import DAY_S
-from nodes.generation import RequestInvalid
+from nodes.generation import PRIORITY_DEFAULT, RequestInvalid
 from nodes.store import StoreFailed
 
 USAGE_DAYS_DEFAULT = 30
@@ -81,7 +81,7 @@ def register(app: Quart, admin: KeyAdmin) -> None:
     @app.post("/admin/keys")
     async def create_api_key() -> Response:
         settings = _settings(await _body(CreateBody))
-        return _answer(await _done(lambda: admin.create(settings)), admin, status=201)
+        return _answer(await _done(lambda: admin.create(settings)), admin)
 
     @app.get("/admin/keys/<name>")
     async def show_api_key(name: str) -> Response:
@@ -100,7 +100,7 @@ def register(app: Quart, admin: KeyAdmin) -> None:
     @app.post("/admin/keys/<name>/rotate")
     async def rotate_api_key(name: str) -> Response:
         body = await _body(RotateBody)
-        return _answer(await _done(lambda: admin.rotate(name, body.grace_s)), admin, status=201)
+        return _answer(await _done(lambda: admin.rotate(name, body.grace_s)), admin)
 
     @app.delete("/admin/keys/<name>")
     async def revoke_api_key(name: str) -> Response:
@@ -164,12 +164,11 @@ async def _done(edit: Callable[[], Awaitable[Edited]]) -> Edited:
         raise RequestInvalid(str(exc), code="not_kept", status=507) from exc
 
 
-def _answer(edited: Edited, admin: KeyAdmin, status: int = 200) -> Response:
+def _answer(edited: Edited, admin: KeyAdmin) -> Response:
     body: dict[str, Any] = {"key": _shown(edited.key, admin), "untold": dict(edited.untold)}
     if edited.token:
         body["token"] = edited.token
     response = jsonify(body)
-    response.status_code = status
     response.headers["cache-control"] = "no-store"
     return response
 

@@ -11,16 +11,20 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from quart import Quart, Response
 
-from nodes.api import admin
+from nodes.api import admin, keys
 from nodes.api.answer_schema import (
     ChatCompletion,
     ChatCompletionChunk,
     ClusterStatus,
     Completion,
+    EditedKey,
     ErrorAnswer,
     Health,
+    KeyList,
+    KeyObject,
     ModelList,
     ModelObject,
+    UsageAnswer,
 )
 from nodes.api.chat_schema import ChatCompletionRequest
 from nodes.api.completion_schema import CompletionRequest
@@ -41,17 +45,20 @@ PAGE_HEADERS = {
 ERRORS = {
     400: "The request is not valid; `param` names the field",
     401: "No API key that this node takes",
+    403: "The key may not use this model",
     404: "No node has the model, or there is no such path",
     408: "The body did not come in time",
     409: "The mesh has no such node",
     413: "The body is larger than this node accepts",
+    429: "A limit of the key; `retry-after` says when there is room again",
     415: "The body's content type is not JSON",
     500: "A fault of the node; the log has it under the request id",
     502: "The node that generated failed, and no other could go on",
     503: "No node has room now; `retry-after` says when one should",
     504: "The request's deadline passed",
+    507: "The disk does not take the change; nothing was changed",
 }
-GENERATING = (400, 401, 404, 408, 413, 415, 500, 502, 503, 504)
+GENERATING = (400, 401, 403, 404, 408, 413, 415, 429, 500, 502, 503, 504)
 CHANGING = (400, 401, 408, 409, 413, 500)
 
 
@@ -134,6 +141,26 @@ ROUTES = (
             ("post", "/admin/join", "Join through a node", admin.JoinBody, CHANGING, ()),
             ("post", "/admin/leave", "Have a node leave", admin.LeaveBody, CHANGING, ()),
             ("post", "/admin/forget", "Forget a node that is gone", admin.ForgetBody, CHANGING, ()),
+        )
+    ),
+    *(
+        Route(method, path, "Keys", summary, body, {JSON: kind}, errors, security="admin_token", query=query)
+        for method, path, summary, body, kind, errors, query in (
+            ("get", "/admin/keys", "All API keys that are not revoked", None, KeyList, (401, 500), ()),
+            ("post", "/admin/keys", "Make an API key", keys.CreateBody, EditedKey, (*CHANGING, 507), ()),
+            ("get", "/admin/keys/{name}", "One key, by id or name", None, KeyObject, (401, 404, 500), ()),
+            ("patch", "/admin/keys/{name}", "Change a key", keys.ChangeBody, EditedKey, (*CHANGING, 404, 507), ()),
+            ("delete", "/admin/keys/{name}", "Revoke a key", None, EditedKey, (401, 404, 500, 507), ()),
+            (
+                "post",
+                "/admin/keys/{name}/rotate",
+                "Make a new key for an old one",
+                keys.RotateBody,
+                EditedKey,
+                (*CHANGING, 404, 507),
+                (),
+            ),
+            ("get", "/admin/usage", "What keys used", None, UsageAnswer, (400, 401, 500), ("from", "to", "key")),
         )
     ),
 )

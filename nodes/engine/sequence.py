@@ -106,7 +106,8 @@ class Sequence:
     """One request from its submission to its end.
 
     capacity: KV rows of a slot, which hold prompt and answer; the prompt is shorter. deadline: on the engine's clock.
-    generated_ids: of the answer, made before (is_resumed); replays: by decode steps. fairness_id: whose request it is; weight: its share.
+    generated_ids: of the answer, made before (is_resumed); replays: by decode steps. fairness_id, weight: whose request
+    it is, and its share.
     text_blocks: hashes of the conversation's beginning, see prefix_digest. matcher: of the params' grammar, fresh.
     accept() must not be called after the end.
 

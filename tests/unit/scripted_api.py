@@ -22,9 +22,9 @@ from mesh.view import (
 )
 from nodes.api.admin_access import AdminAccess
 from nodes.api.app import build_app
-from nodes.api.auth import Access
 from nodes.api.services import Services
 from nodes.generation import GenerateEvent, GenerateRequest, Usage
+from tests.unit.fake_access import FakeAccess
 
 Step = GenerateEvent | Exception | float
 
@@ -87,6 +87,10 @@ class CountingMetrics:
         self.http: list[tuple[str, str, int]] = []
         self.keys: list[tuple[str, str]] = []
         self.streams: list[tuple[str, str]] = []
+        self.limited: list[str] = []
+
+    def rate_limited(self, key_id: str) -> None:
+        self.limited.append(key_id)
 
     def http_request(self, method: str, path: str, status: int, seconds: float) -> None:
         self.http.append((method, path, status))
@@ -125,6 +129,7 @@ class Api:
     def __init__(self, dispatch: ScriptedDispatch, cluster: ClusterView | None = None, is_open: bool = True) -> None:
         self.dispatch = dispatch
         self.metrics = CountingMetrics()
+        self.access = FakeAccess(is_open=is_open)
         cluster = cluster or view()
 
         async def render_metrics(accept: str) -> tuple[str, bytes]:
@@ -135,7 +140,7 @@ class Api:
                 node_id="a",
                 version="0.1",
                 cluster_name="test",
-                access=Access(is_open=is_open),
+                gate=self.access.gate,
                 dispatch=dispatch,  # type: ignore[arg-type]
                 view=lambda: cluster,
                 metrics=self.metrics,
@@ -145,6 +150,7 @@ class Api:
                 nodes_expected=None,
                 admin_access=AdminAccess("the admin token"),
                 operations=None,  # type: ignore[arg-type]
+                key_admin=self.access.admin,
             )
         )
         self.app = app

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from operator import itemgetter
 from pathlib import Path
 
 import msgpack
@@ -14,44 +13,13 @@ import trio
 
 from mesh.counters_wire import Totals
 from mesh.errors import MalformedDatagram
-from mesh.replica import Record
 from nodes.access.usage import COMPARE_INTERVAL_S, DAY_S, FLUSH_INTERVAL_S, ROWS_PER_MESSAGE, UsageLog
-from nodes.store import DayDigest, Store, UsageRow, UsageSum, open_store
+from nodes.store import Store, UsageRow, open_store
 from tests.unit.fake_peers import FakePeers
+from tests.unit.memory_store import MemoryStore
 
 DAY = 20_000
 ONE = Totals(1, 10, 5)
-
-
-class MemoryStore:
-    """The part of a Store that usage needs, without its thread, which a clock that jumps does not wait for."""
-
-    def __init__(self) -> None:
-        self._rows: dict[tuple[int, str, str, str, int], Totals] = {}
-
-    async def put(self, records: Sequence[Record] = (), usage: Sequence[UsageRow] = ()) -> None:
-        await trio.lowlevel.checkpoint()
-        for row in usage:
-            self._rows[row.identity] = self._rows.get(row.identity, Totals()).maximum(row.totals)
-
-    async def usage_sums(self, first_day: int, last_day: int, key: str | None = None) -> list[UsageSum]:
-        sums: dict[tuple[int, str, str], Totals] = {}
-        for (day, of_key, model, *_), totals in self._rows.items():
-            sums[day, of_key, model] = sums.get((day, of_key, model), Totals()).plus(totals)
-        return [UsageSum(*of, totals) for of, totals in sums.items()]
-
-    async def usage_digests(self, first_day: int) -> list[DayDigest]:
-        await trio.lowlevel.checkpoint()
-        found = []
-        for day in sorted({identity[0] for identity in self._rows}):
-            rows = [totals for identity, totals in self._rows.items() if identity[0] == day]
-            found.append(DayDigest(day, len(rows), sum(t.requests for t in rows), sum(t.tokens for t in rows)))
-        return found
-
-    async def usage_rows(self, day: int, after: tuple[str, str, str, int] | None, rows_max: int) -> list[UsageRow]:
-        await trio.lowlevel.checkpoint()
-        rows = [UsageRow(*identity, totals) for identity, totals in sorted(self._rows.items(), key=itemgetter(0))]
-        return [row for row in rows if row.day == day and (after is None or row.identity[1:] > after)][:rows_max]
 
 
 class Nodes:
