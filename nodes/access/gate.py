@@ -258,7 +258,8 @@ class FailureLimiter:
         since, count = self._failures.pop(network, (now, 0))
         if now - since >= FAILURE_WINDOW_S:
             since, count = now, 0
-        self._failures[network] = (since, count + 1)
+        count += 1
+        self._failures[network] = (since, count)
         if len(self._failures) > ADDRESSES_MAX:
             self._failures.popitem(last=False)
         return since + FAILURE_WINDOW_S - now if count >= FAILURES_MAX else None

@@ -29,13 +29,13 @@ def _time(value: object) -> object:
     return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
 
 
-def _models(value: list[str]) -> tuple[str, ...]:
+def _models(value: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(value))
 
 
 Limit = Annotated[int | None, Field(strict=True, ge=1)]
 Time = Annotated[int | None, BeforeValidator(_time)]
-Models = Annotated[list[str], AfterValidator(_models)]
+Models = Annotated[tuple[str, ...], AfterValidator(_models)]
 
 
 class _Body(BaseModel):
@@ -47,7 +47,7 @@ class CreateBody(_Body):
     requests_per_minute: Limit = None
     tokens_per_minute: Limit = None
     concurrency: Limit = None
-    models: Models = []
+    models: Models = ()
     priority: int = PRIORITY_DEFAULT
     expires_at: Time = None
     enabled: bool = True
@@ -60,7 +60,7 @@ class ChangeBody(_Body):
     requests_per_minute: Limit = None
     tokens_per_minute: Limit = None
     concurrency: Limit = None
-    models: Models = []
+    models: Models = ()
     priority: int = PRIORITY_DEFAULT
     expires_at: Time = None
     enabled: bool = True

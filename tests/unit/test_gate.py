@@ -19,6 +19,7 @@ from nodes.access.gate import (
     NotSynchronised,
     Unauthorized,
 )
+from nodes.access.limits import Shares
 from tests.unit.fake_access import FakeAccess
 
 HERE = "192.0.2.7"
@@ -150,7 +151,7 @@ async def test_a_request_waits_for_its_forerunners_to_be_heard_of_but_not_for_lo
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     access = FakeAccess()
-    access.gate._limiter._shares = lambda now: gate_module.Shares(4)  # type: ignore[attr-defined]
+    access.gate._limiter._shares = lambda now: Shares(4)
     caller = access.gate.authenticate(bearer(access.create(requests_per_minute=4)), HERE)
     await access.gate.admit(caller, "m", 1, 1)
     with pytest.raises(LimitReached) as refusal:
@@ -166,7 +167,7 @@ async def test_a_request_waits_for_its_forerunners_to_be_heard_of_but_not_for_lo
 async def test_a_refusal_says_which_limit_and_what_is_left() -> None:
     access = FakeAccess()
     caller = access.gate.authenticate(bearer(access.create(tokens_per_minute=100, requests_per_minute=9)), HERE)
-    with pytest.raises(LimitReached, match="100 tokens per minute.*may use 150") as refusal:
+    with pytest.raises(LimitReached, match=r"100 tokens per minute.*may use 150") as refusal:
         await access.gate.admit(caller, "m", 50, 100)
     assert (refusal.value.kind, refusal.value.retry_after_s) == ("tokens", None)
     assert refusal.value.remaining["requests"].remaining == 9
