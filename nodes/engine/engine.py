@@ -168,7 +168,7 @@ class Engine:
         generated_ids: what another engine of the same model has generated of the answer; the stream goes on at the next
         token. resume: how their rows are made. By prefill: fast. By replay, one decode step each: gives the very tokens
         that would have come without the interruption, also in quantised models. auto: replay where that matters, in a
-        model that is not exact and for requests that are greedy or seeded. fairness_id: whose request it is. weight: its
+        model that is not exact and for requests that are greedy or seeded. fairness_id: whose request; weight: its
         share in proportion to others'. text_blocks: the conversation's, from prefix_digest, under which its cached rows
         are told of. matcher: where params has a grammar, from compile_grammar().
 
