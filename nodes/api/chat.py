@@ -12,6 +12,7 @@ from nodes.api.answering import Asked, JsonObject, answer, check_content_type
 from nodes.api.chat_schema import ChatCompletionRequest, ChatPlan, parse_chat
 from nodes.api.forced_calls import ForcedCallReader
 from nodes.api.outcome import Outcome
+from nodes.api.request_body import read_body
 from nodes.api.services import Services
 from nodes.api.tool_calls import ToolCallReader
 from nodes.generation import FINISH_STOP, GenerateEvent, TokenLogprob
@@ -27,7 +28,7 @@ def register(app: Quart, services: Services) -> None:
         try:
             outcome.key_id = services.access.authorize()
             check_content_type(request.mimetype)
-            body = parse_chat(await request.get_data(False, False, False))
+            body = parse_chat(await read_body(request))
             outcome.note_request(body.model, bool(body.stream))
             plan = body.plan(exchange.request_id, services.deadline_s, services.node_id)
             asked = Asked(
