@@ -101,8 +101,14 @@ def serve(
     ] = None,
     hedge: Annotated[bool | None, typer.Option("--hedge", help="open late requests on a second node as well")] = None,
     drain_s: Annotated[float | None, typer.Option(metavar="S", help="time for streams to finish at stop [30]")] = None,
+    drain_notice_s: Annotated[
+        float | None, typer.Option(metavar="S", help="of which clients are told to go elsewhere [1]")
+    ] = None,
     nodes_expected: Annotated[int | None, typer.Option(metavar="N", help="nodes there should be, for alerts")] = None,
     body_bytes_max: Annotated[int | None, typer.Option(metavar="BYTES", help="largest request [4194304]")] = None,
+    http_connections_max: Annotated[
+        int | None, typer.Option(metavar="N", help="connections at once [3/4 of ulimit -n, <= 10000]")
+    ] = None,
     config: ConfigFile = None,
 ) -> None:
     """Run one node until SIGTERM or Ctrl-C, which let running streams finish first."""

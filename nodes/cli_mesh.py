@@ -1,4 +1,5 @@
-"""The commands that ask and change the mesh through one of its nodes: members, join, leave, forget, keyring."""
+"""The commands that ask and change the mesh through one of its nodes: members, join, drain, leave, forget,
+keyring."""
 
 from __future__ import annotations
 
@@ -53,6 +54,9 @@ keyring_app = typer.Typer(
 def register(app: typer.Typer) -> None:
     app.command(epilog=_EPILOG)(members)
     app.command(epilog=_EPILOG)(join)
+    app.command(epilog=f"For maintenance: ai-cluster drain node-2; ... ; ai-cluster drain --undo node-2. {_EPILOG}")(
+        drain
+    )
     app.command(epilog=_EPILOG)(leave)
     app.command(epilog=_EPILOG)(forget)
 
@@ -95,6 +99,17 @@ def join(
 ) -> None:
     """Let the node at URL join the mesh at ADDRESS, as serve --join does at a start."""
     raise typer.Exit(_change(url, data_dir, "/admin/join", {"address": address}))
+
+
+def drain(
+    node: Annotated[str | None, typer.Argument(metavar="[NODE]", help="which node (default: the one at URL)")] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="take requests again")] = False,
+    url: Url = DEFAULT_URL,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+) -> None:
+    """Let a node take no new requests, and finish its streams or hand them over. It stays a member and goes on running;
+    members shows it as draining. Waits until nothing runs there, at most 45 s."""
+    raise typer.Exit(_change(url, data_dir, "/admin/drain", {"node_id": node, "undo": undo}))
 
 
 def leave(

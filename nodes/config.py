@@ -136,11 +136,24 @@ class NodeConfig(BaseModel):
         "the first to answer is kept",
     )
     drain_s: float = Field(30.0, ge=0, le=3_600, description="how long running streams may finish at shutdown, seconds")
+    drain_notice_s: float = Field(
+        1.0,
+        ge=0,
+        le=60,
+        description="how long a node that stops takes new connections and tells its clients to go elsewhere, seconds",
+    )
     nodes_expected: int | None = Field(
         None, ge=1, description="nodes this cluster should have, for alerts; default: members known and not left"
     )
     body_bytes_max: int = Field(
         4 * 1024 * 1024, ge=1024, le=6 * 1024 * 1024, description="largest HTTP request body accepted, bytes"
+    )
+
+    http_connections_max: int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000,
+        description="HTTP connections open at once; default: 3/4 of the file descriptors allowed, at most 10000",
     )
 
     gossip: GossipSettings = Field(

@@ -1,4 +1,4 @@
-"""What mesh and dispatch have counted, under the metric keys of observability.collectors.MESH_FAMILIES."""
+"""What mesh, dispatch and HTTP have counted, under the metric keys of observability.collectors.MESH_FAMILIES."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from mesh.forwarder import ForwarderStatistics
 from mesh.gossip import GossipStatistics
 from mesh.udp import SocketStatistics
 from nodes.dispatch import DispatchStatistics
+from nodes.http_connection import CLOSE_REASONS
+from nodes.http_server import HttpStatistics
 from observability.collectors import Figure
 
 # Every value of the label, so that a scrape shows each from the start.
@@ -15,7 +17,11 @@ FAILOVER_REASONS = ("link", "fault", "hang", "drain", "refused")
 
 
 def mesh_figures(
-    gossip: GossipStatistics, udp: SocketStatistics, links: ForwarderStatistics, dispatch: DispatchStatistics
+    gossip: GossipStatistics,
+    udp: SocketStatistics,
+    links: ForwarderStatistics,
+    dispatch: DispatchStatistics,
+    http: HttpStatistics,
 ) -> Mapping[str, Figure]:
     sent = {("out", kind): float(count) for kind, count in gossip.packets_sent.items()}
     received = {("in", kind): float(count) for kind, count in gossip.packets_received.items()}
@@ -37,6 +43,8 @@ def mesh_figures(
         "probes": dispatch.probes,
         "nodes_witnessed": dispatch.witnessed,
         "streams_open": dispatch.open_streams,
+        "http_connections_open": http.connections,
+        "http_connections_closed": dict.fromkeys(CLOSE_REASONS, 0) | dict(http.closed),
         "links": links.links,
         "link_streams_open": links.streams,
         "link_streams": {"opened": links.streams_opened, "served": links.streams_served},

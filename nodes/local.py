@@ -259,10 +259,13 @@ class LocalStream(trio.abc.ReceiveChannel[GenerateEvent]):
         return GenerateEvent(event.text, event.token_ids, event.finish_reason, usage, logprobs)
 
     def _logprob(self, row: TokenLogprobs) -> TokenLogprob:
-        text = self._tokenizer.decode
         return TokenLogprob(
-            text([row.token_id]), row.logprob, tuple((text([other]), value) for other, value in row.top)
+            self._token(row.token_id), row.logprob, tuple((self._token(other), value) for other, value in row.top)
         )
+
+    def _token(self, token_id: int) -> str:
+        """Its text; of a special token, which has none, the name."""
+        return self._tokenizer.decode([token_id]) or self._tokenizer.token(token_id) or ""
 
     async def aclose(self) -> None:
         self._record.end("cancelled")

@@ -27,6 +27,7 @@ OPERATIONS_MAX = 16  # at once through this node
 LINES_MAX = 64  # of progress not yet read; beyond it the operation waits for its reader
 JOIN_WAIT_S = 15.0  # for gossip with a seed that has accepted the handshake
 LEAVE_WAIT_S = 45.0  # for a member to finish its streams and say farewell; beyond it the operator looks again
+DRAIN_WAIT_S = 45.0  # for a drained node to finish or move its streams; beyond it the operator looks again
 POLL_S = 0.05
 ABSENT_NAMED_MAX = 5
 
@@ -270,6 +271,35 @@ class MeshOperations:
             await report.ok(before.node_id, {"state": "has left"})
             return
         await report.ok(before.node_id, {"state": f"still finishes its streams after {LEAVE_WAIT_S:g} s"})
+
+    def drain(self, node_id: str | None, *, is_undone: bool) -> Operation:
+        """A node takes no new requests and stays a member, or takes them again. None: this one. Raises OperationFailed,
+        also for a member that is not there to be asked."""
+        member = self._member(node_id)
+        if not _is_live(member):
+            raise OperationFailed(f"{member.node_id} is {member.status.name.lower()}, and takes no requests anyway")
+
+        async def operation(report: Report) -> None:
+            if is_undone:
+                await self._at(report, member, names.UNDO_DRAIN, {})
+            else:
+                await self._await_drained(report, member)
+            back = f"it comes back with: ai-cluster drain --undo {member.node_id}, or a restart"
+            await self._end(report, "" if is_undone else back)
+
+        return operation
+
+    async def _await_drained(self, report: Report, member: MemberView) -> None:
+        deadline = trio.current_time() + DRAIN_WAIT_S
+        while (answer := await self._at(report, member, names.DRAIN, {}, told=False)) is not None:
+            running = answer.get("running")
+            if not running:
+                await report.ok(member.node_id, {"state": "takes no requests, and none runs"})
+                return
+            if trio.current_time() >= deadline:
+                state = f"takes no new requests; {running} still run after {DRAIN_WAIT_S:g} s"
+                await report.ok(member.node_id, {"state": state})
+                return
 
     def forget(self, node_id: str) -> Operation:
         """A dead member no longer counts and is not called again, at any node. If it comes back, it is a member.

@@ -1,7 +1,7 @@
 """One node, put together: sockets, mesh, engines, API; and the order in which they start and end.
 
 Nesting is lifecycle: the mesh runs around the engines, the engines around HTTP. Stopping unwinds it: not ready, running
-streams finish until the drain time is over, HTTP closes, gossip says LEAVE, the engines stop.
+streams finish until the drain time is over (nodes.drain), HTTP closes, gossip says LEAVE, the engines stop.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ from nodes.api.app import build_app
 from nodes.api.services import Services
 from nodes.config import ConfigInvalid, NodeConfig, is_loopback
 from nodes.dispatch import Dispatch
+from nodes.drain import Drain
 from nodes.durable_replica import DurableReplica
 from nodes.engine.engine import Engine, load_engine
 from nodes.engine.engine_statistics import FAILED, STUCK
 from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid
 from nodes.figures import mesh_figures
-from nodes.http_server import serve_http
+from nodes.http_server import HttpServer, connections_max
 from nodes.keyring_file import KeyringFile
 from nodes.local import LocalGenerator
 from nodes.mesh_operations import MeshOperations
@@ -70,9 +71,6 @@ LOAD_INTERVAL_S = 0.1
 SEED_CHECK_INTERVAL_S = 2.0
 # What is left of a late wake-up of the loop in the reported lag, each LOAD_INTERVAL_S.
 LAG_DECAY = 0.8
-DRAIN_POLL_S = 0.05
-# Of the drain time: how long answers may finish here. The rest is for those that go on at another node.
-DRAIN_FINISH_SHARE = 2 / 3
 MIB = 1024 * 1024
 # How long a node with seeds that has no keys waits for some peer's before it serves without.
 RECORDS_WAIT_S = 10.0
@@ -115,7 +113,7 @@ class Node:
         self._sockets = sockets
         self._node_id = config.node_id()
         self._version = version("ai-cluster")
-        self._readiness = Readiness.LOADING
+        self._readiness = Readiness.LOADING  # of the engines; a drain hides it
         self._loop_lag_s = 0.0
         self._records_digest = ""
         self._started_at = trio.current_time()
@@ -172,6 +170,9 @@ class Node:
             keyring_changed=self._forwarder.keyring_changed,
             forget=self._gossip_socket.forget,
             stop=self._leave_asked.set,
+            begin_drain=lambda: self._drain.begin(),
+            undo_drain=lambda: self._drain.undo(),
+            running=lambda: self._drain.running,
         )
         self._peer_server = PeerServer(self._local, self._own_operations.handlers)
         self._mesh_operations = MeshOperations(
@@ -189,6 +190,17 @@ class Node:
             peer_failed=self._peer_failed,
             rng=random.Random(),
             hedges=config.hedge,
+        )
+        self._http_address = bound_address(config.http, sockets.http)
+        self._http = HttpServer(build_app(self._services()), sockets.http, connections_max(config.http_connections_max))
+        self._drain = Drain(
+            self._http,
+            self._dispatch,
+            self._peer_server,
+            active_requests=self._active_requests,
+            changed=lambda: self._gossip_socket.set_load(self._load()),
+            drain_s=config.drain_s,
+            notice_s=config.drain_notice_s,
         )
 
     def _build_access(self, store: Store, records: list[Record]) -> None:
@@ -257,21 +269,16 @@ class Node:
     async def _serve(self, stop: StopRequest, engines: trio.Nursery) -> None:
         """Answer HTTP and load models, until the stop and the drain after it."""
         async with trio.open_nursery() as nursery:
-            http_stop = trio.Event()
-            app = build_app(self._services())
-            http = partial(serve_http, app, self._sockets.http, stop=http_stop, close_s=HTTP_CLOSE_S)
-            async with trio.open_nursery() as http_nursery:
-                await http_nursery.start(http)
-                address = bound_address(self._config.http, self._sockets.http)
-                logger.info("serving HTTP", extra={"address": str(address)})
-                self._publish_profile()
-                nursery.start_soon(self._publish_load)
-                nursery.start_soon(self._check_seeds)
-                nursery.start_soon(self._watch_fence)
-                nursery.start_soon(self._load_models, engines)
-                await stop.asked.wait()
-                await self._drain(stop)
-                http_stop.set()
+            await nursery.start(self._http.run)
+            logger.info("serving HTTP", extra={"address": str(self._http_address)})
+            self._publish_profile()
+            nursery.start_soon(self._publish_load)
+            nursery.start_soon(self._check_seeds)
+            nursery.start_soon(self._watch_fence)
+            nursery.start_soon(self._load_models, engines)
+            await stop.asked.wait()
+            await self._drain.leave(stop.hurried)
+            await self._http.close(HTTP_CLOSE_S)
             nursery.cancel_scope.cancel()
 
     def _services(self) -> Services:
@@ -338,6 +345,7 @@ class Node:
             self._loop_lag_s = max(late_s, self._loop_lag_s * LAG_DECAY)
             due += late_s
             self._check_engines()
+            self._drain.step()
             self._gossip_socket.set_load(self._load())
             generation = self._view().me.generation
             if generation > self._generation:
@@ -390,24 +398,6 @@ class Node:
                 told = message
             is_start = False
             await trio.sleep(SEED_CHECK_INTERVAL_S)
-
-    async def _drain(self, stop: StopRequest) -> None:
-        """Take no new requests, and let what runs here or through here finish until the drain time is over."""
-        logger.info("draining", extra={"drain_s": self._config.drain_s})
-        self._readiness = Readiness.DRAINING
-        self._gossip_socket.set_load(self._load())
-        started = trio.current_time()
-        move_at = started + self._config.drain_s * DRAIN_FINISH_SHARE
-        has_moved = False
-        while trio.current_time() < started + self._config.drain_s and not stop.hurried.is_set():
-            if not (self._dispatch.statistics().open_streams or self._load().active_requests):
-                return
-            if not has_moved and trio.current_time() >= move_at:
-                has_moved = True
-                moved = {"for_peers": self._peer_server.move_all(), "for_clients": self._dispatch.move_local()}
-                logger.info("answers generated here go on at other nodes", extra=moved)
-            await trio.sleep(DRAIN_POLL_S)
-        logger.warning("the streams still running are cut: the drain time is over, or a second signal came")
 
     async def _watch_fence(self) -> None:
         """Raises ConfigInvalid when another process has this node's name: two would take each other's requests."""
@@ -465,11 +455,15 @@ class Node:
     def _peer_failed(self, node_id: str) -> None:
         self._gossip_socket.link_failed(node_id)
 
+    def _active_requests(self) -> int:
+        statistics = [engine.statistics() for engine in self._engines.values()]
+        return sum(engine.active + engine.queued for engine in statistics)
+
     def _load(self) -> NodeLoad:
         engines = {name: engine.statistics() for name, engine in self._engines.items()}
         return NodeLoad(
-            readiness=self._readiness,
-            active_requests=sum(engine.active + engine.queued for engine in engines.values()),
+            readiness=Readiness.DRAINING if self._drain.is_active else self._readiness,
+            active_requests=self._active_requests(),
             tokens_per_s=sum(engine.tokens_per_s for engine in engines.values()),
             loop_lag_s=self._loop_lag_s,
             models={
@@ -504,8 +498,8 @@ class Node:
                     queue_limit=self._config.queue,
                 )
             )
-        http = str(bound_address(self._config.http, self._sockets.http))
-        self._gossip_socket.set_profile(NodeProfile(http, self._version, tuple(models), self._records_digest))
+        profile = NodeProfile(str(self._http_address), self._version, tuple(models), self._records_digest)
+        self._gossip_socket.set_profile(profile)
 
     async def _render_metrics(self, accept: str) -> tuple[str, bytes]:
         load = self._load()
@@ -518,6 +512,7 @@ class Node:
                 self._gossip_socket.statistics(),
                 self._forwarder.statistics(),
                 self._dispatch.statistics(),
+                self._http.statistics(),
             ),
             nodes_expected=self._config.nodes_expected,
             log_lines_dropped=self._log_writer.lines_dropped,

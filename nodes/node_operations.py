@@ -22,12 +22,17 @@ KEYRING_REMOVE = "keyring.remove"
 MEMBERS = "members"
 FORGET = "forget"
 LEAVE = "leave"
+DRAIN = "drain"
+UNDO_DRAIN = "drain.undo"
 
 # Members told in one answer; at about 300 bytes each they fit one event of a link.
 MEMBERS_TOLD_MAX = 4_096
 # How long a peer may take to hear by gossip that a member was forgotten, while it still holds that for suspect.
 FORGET_WAIT_S = 3.0
 FORGET_POLL_S = 0.05
+# How long one question for a drain waits for its end; whoever wants to wait longer asks again.
+DRAIN_WAIT_S = 3.0
+DRAIN_POLL_S = 0.05
 
 
 class KeyringKeeper(Protocol):
@@ -42,7 +47,7 @@ class KeyringKeeper(Protocol):
 
 class NodeOperations:
     """view is instant. keyring_changed: called after each change of the ring. forget: Gossip.forget. stop: begins the
-    drain, after which the node ends."""
+    drain, after which the node ends. begin_drain, undo_drain, running: of nodes.drain.Drain."""
 
     def __init__(
         self,
@@ -52,12 +57,18 @@ class NodeOperations:
         keyring_changed: Callable[[], None],
         forget: Callable[[str], bool],
         stop: Callable[[], None],
+        begin_drain: Callable[[], None],
+        undo_drain: Callable[[], None],
+        running: Callable[[], int],
     ) -> None:
         self._keyring = keyring
         self._view = view
         self._keyring_changed = keyring_changed
         self._forget = forget
         self._stop = stop
+        self._begin_drain = begin_drain
+        self._undo_drain = undo_drain
+        self._running = running
         self.handlers: Mapping[str, Handler] = {
             KEYRING_LIST: self._list_keys,
             KEYRING_INSTALL: self._install,
@@ -66,6 +77,8 @@ class NodeOperations:
             MEMBERS: self._members,
             FORGET: self._forget_member,
             LEAVE: self._leave,
+            DRAIN: self._drain,
+            UNDO_DRAIN: self._undo,
         }
 
     async def _list_keys(self, arguments: Arguments) -> Answer:
@@ -131,6 +144,20 @@ class NodeOperations:
         logger.info("an operator asks this node to leave")
         self._stop()
         return {}
+
+    async def _drain(self, arguments: Arguments) -> Answer:
+        """Tells how many requests still run after DRAIN_WAIT_S, or 0 as soon as none does."""
+        self._begin_drain()
+        with trio.move_on_after(DRAIN_WAIT_S):
+            while self._running():
+                await trio.sleep(DRAIN_POLL_S)
+        await trio.lowlevel.checkpoint()
+        return {"running": self._running()}
+
+    async def _undo(self, arguments: Arguments) -> Answer:
+        await trio.lowlevel.checkpoint()
+        self._undo_drain()
+        return {"state": "takes requests again"}
 
 
 def _belief(view: ClusterView, member: MemberView) -> Answer:

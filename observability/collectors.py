@@ -88,6 +88,13 @@ MESH_FAMILIES = (
     Family("probes", "counter", "Generations asked of degraded nodes, by outcome.", ("outcome",)),
     Family("nodes_witnessed", "gauge", "Nodes this one saw accept streams and make no progress."),
     Family("streams_open", "gauge", "Generations open at this entry, wherever they are executed."),
+    Family("http_connections_open", "gauge", "HTTP connections open, idle ones included."),
+    Family(
+        "http_connections_closed",
+        "counter",
+        "HTTP connections closed against their client's will, by why.",
+        ("reason",),
+    ),
     Family("links", "gauge", "Peer links up, opened by either side."),
     Family("link_streams_open", "gauge", "Streams open on peer links, opened and served ones."),
     Family("link_streams", "counter", "Streams begun on peer links, by role (opened, served).", ("role",)),

@@ -1,4 +1,4 @@
-"""What operators ask of the mesh: keys, members, join, leave, forget. Never open: every request shows the admin token.
+"""What operators ask of the mesh: keys, members, join, drain, leave, forget. Every request shows the admin token.
 
 Answers are lines of JSON (NDJSON), written as nodes answer: one a node, then a summary. What fails at a node is a line;
 a status other than 200 means that nothing was begun."""
@@ -16,6 +16,7 @@ from quart import Quart, Response, request
 from mesh.seal import parse_key
 from mesh.view import Address
 from nodes.api.accounting import exchange_of
+from nodes.api.request_body import read_body
 from nodes.api.services import Services
 from nodes.api.sse import EventStreamBody
 from nodes.config import parse_address
@@ -65,6 +66,13 @@ class LeaveBody(_Body):
     """node_id None: the node asked."""
 
     node_id: NodeId | None = None
+
+
+class DrainBody(_Body):
+    """node_id None: the node asked. undo: it takes requests again."""
+
+    node_id: NodeId | None = None
+    undo: bool = False
 
 
 class ForgetBody(_Body):
@@ -125,6 +133,11 @@ def register(app: Quart, services: Services) -> None:
         body = await _body(LeaveBody)
         return begin(_known(lambda: operations.leave(body.node_id)))
 
+    @app.post("/admin/drain")
+    async def drain() -> Response:
+        body = await _body(DrainBody)
+        return begin(_known(lambda: operations.drain(body.node_id, is_undone=body.undo)))
+
     @app.post("/admin/forget")
     async def forget() -> Response:
         body = await _body(ForgetBody)
@@ -141,7 +154,7 @@ def _known(make: Callable[[], Operation]) -> Operation:
 async def _body(model: type[BodyModel]) -> BodyModel:
     """Raises RequestInvalid, which never quotes what was sent: it may be a key."""
     try:
-        return model.model_validate_json(await request.get_data() or b"{}")
+        return model.model_validate_json(await read_body(request) or b"{}")
     except ValidationError as exc:
         fault = exc.errors(include_input=False, include_url=False)[0]
         param = ".".join(str(part) for part in fault["loc"]) or None

@@ -15,15 +15,11 @@ from nodes.api.services import Services
 
 logger = logging.getLogger(__name__)
 
-# A client that takes longer than this to send its body is answered 408.
-BODY_TIMEOUT_S = 60
-
 
 def build_app(services: Services) -> Accounting:
     """The ASGI application of one node."""
     app: Quart = QuartTrio("ai_cluster", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = services.body_bytes_max
-    app.config["BODY_TIMEOUT"] = BODY_TIMEOUT_S
     app.config["RESPONSE_TIMEOUT"] = None  # streams last as long as their deadline
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
 

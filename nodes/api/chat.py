@@ -13,6 +13,7 @@ from nodes.api.auth import authenticate
 from nodes.api.chat_schema import ChatCompletionRequest, ChatPlan, parse_chat
 from nodes.api.forced_calls import ForcedCallReader
 from nodes.api.outcome import Outcome
+from nodes.api.request_body import read_body
 from nodes.api.services import Services
 from nodes.api.tool_calls import ToolCallReader
 from nodes.generation import FINISH_STOP, GenerateEvent, TokenLogprob
@@ -29,7 +30,7 @@ def register(app: Quart, services: Services) -> None:
             caller = authenticate(services)
             outcome.key_id = caller.label
             check_content_type(request.mimetype)
-            body = parse_chat(await request.get_data(False, False, False))
+            body = parse_chat(await read_body(request))
             outcome.note_request(body.model, bool(body.stream))
             plan = body.plan(exchange.request_id, services.deadline_s, services.node_id)
             asked = Asked(

@@ -9,6 +9,7 @@ from nodes.api.answering import Asked, JsonObject, answer, check_content_type
 from nodes.api.auth import authenticate
 from nodes.api.completion_schema import CompletionRequest, parse_completion
 from nodes.api.outcome import Outcome
+from nodes.api.request_body import read_body
 from nodes.api.services import Services
 from nodes.generation import GenerateEvent, TokenLogprob
 
@@ -22,7 +23,7 @@ def register(app: Quart, services: Services) -> None:
             caller = authenticate(services)
             outcome.key_id = caller.label
             check_content_type(request.mimetype)
-            body = parse_completion(await request.get_data(False, False, False))
+            body = parse_completion(await read_body(request))
             outcome.note_request(body.model, bool(body.stream))
             asked = body.ask(exchange.request_id, services.deadline_s, services.node_id)
             return await answer(services, exchange, outcome, caller, asked, CompletionForm(body, asked))

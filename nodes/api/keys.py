@@ -14,6 +14,7 @@ from nodes.access.api_key import ApiKey, KeyMalformed, KeySettings
 from nodes.access.key_admin import Edited, KeyAdmin
 from nodes.access.key_book import KeyUnknown
 from nodes.access.usage import DAY_S
+from nodes.api.request_body import read_body
 from nodes.generation import PRIORITY_DEFAULT, RequestInvalid
 from nodes.store import StoreFailed
 
@@ -198,7 +199,7 @@ def _iso(seconds: int) -> str:
 async def _body(model: type[Any]) -> Any:
     """Raises RequestInvalid."""
     try:
-        return model.model_validate_json(await request.get_data() or b"{}")
+        return model.model_validate_json(await read_body(request) or b"{}")
     except ValidationError as exc:
         fault = exc.errors(include_input=False, include_url=False)[0]
         param = ".".join(str(part) for part in fault["loc"]) or None

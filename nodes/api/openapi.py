@@ -139,6 +139,7 @@ ROUTES = (
             ("post", "/admin/keyring/remove", "Remove a cluster key", admin.KeyBody, CHANGING, ()),
             ("get", "/admin/members", "Members, or what one believes", None, (401, 409, 500), ("of",)),
             ("post", "/admin/join", "Join through a node", admin.JoinBody, CHANGING, ()),
+            ("post", "/admin/drain", "Have a node finish and take nothing new", admin.DrainBody, CHANGING, ()),
             ("post", "/admin/leave", "Have a node leave", admin.LeaveBody, CHANGING, ()),
             ("post", "/admin/forget", "Forget a node that is gone", admin.ForgetBody, CHANGING, ()),
         )

@@ -70,6 +70,10 @@ class OfferedTools:
 
 def offered_tools(tools: list[Tool] | None, choice: ToolChoice | None, parallel: bool | None) -> OfferedTools:
     """Raises RequestInvalid where the choice names tools that are not there, or the tools are too large."""
+    for index, tool in enumerate(tools or ()):
+        if (tool.function.parameters or {}).get("type", "object") != "object":
+            path = f"tools[{index}].function.parameters"
+            raise RequestInvalid(f"{path}: arguments are an object, so its type is one", param=path)
     known = {tool.function.name: tool.model_dump(exclude_none=True) for tool in tools or ()}
     if len(known) < len(tools or ()):
         raise RequestInvalid("two tools have the same name", param="tools")

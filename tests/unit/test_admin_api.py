@@ -101,7 +101,7 @@ async def test_flags_reach_the_operation() -> None:
         assert [OLD_ID in ring for ring in api.mesh.rings.values()] == [False, True]
 
 
-async def test_members_join_leave_and_forget_over_http() -> None:
+async def test_members_join_drain_leave_and_forget_over_http() -> None:
     async with admin("b") as api:
         assert [line.get("node") for line in lines(await api.client.get("/admin/members"))] == ["a", None]
         everyone = await api.client.get("/admin/members", params={"of": "*"})
@@ -110,6 +110,10 @@ async def test_members_join_leave_and_forget_over_http() -> None:
         assert lines(await api.post("join", address="10.0.0.9:7946"))[0]["found"] == "b"
         api.mesh.members["b"] = member("b", MemberStatus.DEAD)
         assert lines(await api.post("forget", node_id="b"))[-1]["message"] == "b is forgotten"
+        assert lines(await api.post("drain", node_id="a"))[0]["state"] == "takes no requests, and none runs"
+        assert api.mesh.draining == ["a"]
+        assert lines(await api.post("drain", undo=True))[0]["state"] == "takes requests again"
+        assert api.mesh.draining == []
         assert lines(await api.post("leave"))[0]["node"] == "a"
         assert api.mesh.stopped == ["a"]
 

@@ -110,6 +110,8 @@ def test_each_node_is_a_line_and_failures_go_to_stderr_with_exit_code_1(node: Sc
     ("command", "request_sent"),
     [
         (["join", "10.0.0.9:1"], ("POST", "/admin/join", {"address": "10.0.0.9:1"})),
+        (["drain"], ("POST", "/admin/drain", {"node_id": None, "undo": False})),
+        (["drain", "--undo", "b"], ("POST", "/admin/drain", {"node_id": "b", "undo": True})),
         (["leave"], ("POST", "/admin/leave", {"node_id": None})),
         (["leave", "b"], ("POST", "/admin/leave", {"node_id": "b"})),
         (["forget", "b"], ("POST", "/admin/forget", {"node_id": "b"})),
@@ -242,9 +244,11 @@ def test_a_token_that_is_not_there_is_named_with_the_fix(tmp_path: Path) -> None
             find_token(url, folder, {})
 
 
-@pytest.mark.parametrize("command", [["members"], ["join"], ["leave"], ["forget"], ["keyring", "use"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [["members"], ["join"], ["drain"], ["leave"], ["forget"], ["keyring", "use"]], ids=" ".join
+)
 def test_help_says_where_the_token_is_and_what_exit_codes_mean(command: list[str]) -> None:
     words = " ".join(CliRunner().invoke(cli.app, [*command, "--help"]).output.split())
     assert "AI_CLUSTER_ADMIN_TOKEN" in words
     assert "Exit code 0" in words
-    assert command not in (["members"], ["leave"]) or "default: the one" in words
+    assert command not in (["members"], ["drain"], ["leave"]) or "default: the one" in words

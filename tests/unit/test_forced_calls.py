@@ -84,6 +84,22 @@ def test_beside_a_schema_an_answer_is_either(text: str, is_allowed: bool) -> Non
     assert allows(OfferedTools(TOOLS), text, CITY) is is_allowed
 
 
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"$ref": "#/$defs/a", "$defs": {"a": CITY | {"$defs": {}, "properties": {"city": {"enum": ["Ulm"]}}}}},
+        {"properties": {"city": {"enum": ["Ulm"]}}, "required": ["city"]},
+        {"anyOf": [{"type": "object", "properties": {"city": {"enum": ["Ulm"]}}, "required": ["city"]}]},
+    ],
+    ids=["a reference", "no type", "a choice of types"],
+)
+def test_parameters_may_be_written_in_several_ways(parameters: dict[str, Any]) -> None:
+    tools = OfferedTools(({"type": "function", "function": {"name": "f", "parameters": parameters}},), is_forced=True)
+    assert allows(tools, '[{"name": "f", "arguments": {"city": "Ulm"}}]')
+    assert not allows(tools, '[{"name": "f", "arguments": {"city": "Rome"}}]')
+    assert not allows(tools, '[{"name": "f", "arguments": []}]')
+
+
 def read(pieces_of_text: list[str], *, may_be_content: bool = False) -> tuple[str, list[tuple[str, str]]]:
     reader = ForcedCallReader(may_be_content=may_be_content)
     content = ""

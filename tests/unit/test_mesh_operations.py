@@ -62,6 +62,8 @@ class FakeMesh:
         self.seeds: list[Address] = []
         self.forgotten: list[str] = []
         self.stopped: list[str] = []
+        self.draining: list[str] = []
+        self.running = 0
         self.broken: dict[str, Callable[[], None]] = {}
         self.seed_answer: str | Exception = "b"
         self.asking = self.asking_most = 0
@@ -86,7 +88,20 @@ class FakeMesh:
             keyring_changed=lambda: None,
             forget=self._forget,
             stop=lambda: self.stopped.append(name),
+            begin_drain=lambda: self._begin_drain(name),
+            undo_drain=lambda: self._undo_drain(name),
+            running=lambda: self.running,
         )
+
+    def _begin_drain(self, name: str) -> None:
+        if name not in self.draining:
+            self.draining.append(name)
+
+    def _undo_drain(self, name: str) -> None:
+        if name in self.stopped:
+            raise OperationFailed("is about to end")
+        if name in self.draining:
+            self.draining.remove(name)
 
     def _forget(self, node_id: str) -> bool:
         if self.members[node_id].status is not MemberStatus.DEAD:
@@ -361,6 +376,50 @@ async def test_another_node_is_told_to_leave_and_awaited(autojump_clock: trio.te
         lines = await mesh.lines(mesh.operations.leave("c"))
         assert "still finishes its streams" in str(lines[0]["state"])
         assert mesh.stopped == ["b", "c"]
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+async def test_a_node_is_drained_until_nothing_runs_there_and_taken_back(
+    name: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with running(FakeMesh("b")) as mesh:
+        mesh.running = 2
+        channel = mesh.operations.start(mesh.operations.drain(name if name != "a" else None, is_undone=False))
+        await trio.sleep(10)
+        assert mesh.draining == [name]
+        mesh.running = 0
+        told = [line async for line in channel]
+        assert told[0] == {"node": name, "ok": True, "state": "takes no requests, and none runs"}
+        assert told[1]["message"] == f"it comes back with: ai-cluster drain --undo {name}, or a restart"
+        assert trio.current_time() < 11
+        for _ in range(2):  # it can be repeated
+            told = await mesh.lines(mesh.operations.drain(name, is_undone=True))
+            assert told[0] == {"node": name, "ok": True, "state": "takes requests again"}
+            assert (told[1]["done"], told[1]["message"]) == (True, "")
+        assert mesh.draining == []
+
+
+async def test_a_drain_that_takes_long_is_not_waited_for_to_the_end(autojump_clock: trio.testing.MockClock) -> None:
+    async with running(FakeMesh("b")) as mesh:
+        mesh.running = 3
+        told = await mesh.lines(mesh.operations.drain("b", is_undone=False))
+        assert told[0]["state"] == "takes no new requests; 3 still run after 45 s"
+        assert told[1]["done"]
+
+
+async def test_who_cannot_be_drained_is_told(autojump_clock: trio.testing.MockClock) -> None:
+    async with running(FakeMesh("b", "c")) as mesh:
+        mesh.members["c"] = member("c", MemberStatus.DEAD)
+        with pytest.raises(OperationFailed, match="c is dead, and takes no requests anyway"):
+            mesh.operations.drain("c", is_undone=False)
+        mesh.stopped.append("b")
+        told = await mesh.lines(mesh.operations.drain("b", is_undone=True))
+        assert told[0] == {"node": "b", "ok": False, "error": "is about to end"}
+        assert not told[1]["done"]
+        mesh.hang("b")
+        told = await mesh.lines(mesh.operations.drain("b", is_undone=False))
+        assert "gave no answer" in str(told[0]["error"])
+        assert told[1]["message"] == "1 of 1 nodes failed; the command can be repeated"
 
 
 async def test_a_seed_that_takes_this_node_is_called_and_awaited(autojump_clock: trio.testing.MockClock) -> None:

@@ -99,3 +99,35 @@ async def test_a_second_signal_cuts_the_drain(tmp_path: Path, caplog: pytest.Log
                 stop.asked.set()
                 stop.hurried.set()
     assert "are cut" in caplog.text
+
+
+async def test_a_drained_node_is_not_ready_also_when_its_model_is_loaded_meanwhile_and_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_load = threading.Event()
+
+    def load_when_told(*args: Any, **options: Any) -> Engine:
+        assert may_load.wait(30)
+        return load_engine(*args, **options)
+
+    monkeypatch.setattr(nodes.node, "load_engine", load_when_told)
+    async with running_node(tmp_path) as (client, _):
+        client.headers["authorization"] = f"Bearer {TOKEN}"
+        try:
+            assert (await client.post("/admin/drain", json={})).status_code == 200
+            health = await client.get("/health/ready")
+            assert (health.status_code, health.json()["status"]) == (503, "draining")
+            assert health.headers["connection"] == "close"
+        finally:
+            may_load.set()
+        with trio.fail_after(30):
+            while 'state="free"' not in (await client.get("/metrics")).text:
+                await trio.sleep(0.02)
+        assert (await client.get("/health/ready")).json()["status"] == "draining"
+        assert (await client.get("/health/live")).status_code == 200
+        refused = await client.post("/v1/chat/completions", json=CHAT)
+        assert refused.status_code == 503
+        assert (await client.post("/admin/drain", json={"undo": True})).status_code == 200
+        await wait_for_status(client, "/health/ready", 200)
+        assert "connection" not in (await client.get("/health/ready")).headers
+        assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200

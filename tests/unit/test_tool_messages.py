@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
-from nodes.engine.chat_template import ChatTemplate
+from nodes.engine.chat_template import ChatTemplate, ChatTemplateError
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Ülm"}'}}
@@ -88,3 +89,12 @@ def test_messages_given_are_not_changed() -> None:
 def test_large_tools_have_an_allowance_of_their_own() -> None:
     tools = [{"type": "function", "function": {"name": f"f{i}", "description": "x" * 1000}} for i in range(128)]
     assert len(template("{% for t in tools %}{{ t | tojson }}{% endfor %}").render(CONVERSATION, tools)) > 128_000
+
+
+@pytest.mark.parametrize("source", [PLAIN, "{% if tools %}{% endif %}{{ messages[0].tool_calls | tojson }}"])
+@pytest.mark.parametrize("depth", [100, 300, 900, 5_000, 100_000])
+def test_arguments_nested_deep_are_rendered_or_refused(source: str, depth: int) -> None:
+    arguments = '{"a":' * depth + "1" + "}" * depth
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    with suppress(ChatTemplateError):
+        assert "a" in template(source).render([{"role": "assistant", "content": "", "tool_calls": [call]}])
