@@ -7,7 +7,7 @@ so reports may be lost, doubled or reordered; whatever comes through brings all 
 A receiver counts a report's rise at its own clock's time of arrival. Rises it could not see arrive (it was away, or had
 forgotten the row) are limited to what the owner says is of the last minute, so neither a first sight nor the end of a
 partition counts old usage as new, and forgetting a row that is idle costs nothing. A window never counts less than what
-was reported of the last WINDOW_S seconds, and holds it for at most the time in transit and BUCKET_S longer.
+was reported of the last WINDOW_S seconds, and holds it for at most the time in transit and its bucket_s longer.
 
 Bounds: GENERATIONS_MAX generations of a row are merged exactly, whatever order they come in; what older ones counted is
 folded into a sum that late reports no longer change. Of a node KEYS_PER_NODE_MAX rows are kept, the longest unchanged
@@ -17,12 +17,14 @@ forgotten first; beyond ROWS_MAX over all, rows of the node that is silent for l
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mesh.counters_wire import NO_TOTALS, Report, Totals, Usage, decode_usage
 
 WINDOW_S = 60.0  # limits are per minute
-BUCKET_S = 1.0  # a window is held this much too long at most: 1.7 % of it
+BUCKET_S = 1.0  # of a window of one key on one node: held this much too long at most, 1.7 % of it
+FINE_BUCKET_S = 0.25  # of those that limits are judged by: what a node counts itself, and all others together
 GENERATIONS_MAX = 4  # more restarts than a node makes while one of its reports is on its way
 KEYS_PER_NODE_MAX = 2_048  # more than a node can report within WINDOW_S, a section of some 20 rows each second
 ROWS_MAX = 32_768  # of all nodes: some 30 MB
@@ -40,18 +42,19 @@ class Used:
 
 
 class Window:
-    """What was used in the last WINDOW_S seconds; at most one entry per BUCKET_S."""
+    """What was used in the last WINDOW_S seconds; at most one entry per bucket_s."""
 
-    __slots__ = ("_buckets", "requests", "tokens")
+    __slots__ = ("_bucket_s", "_buckets", "requests", "tokens")
 
-    def __init__(self) -> None:
+    def __init__(self, bucket_s: float = BUCKET_S) -> None:
+        self._bucket_s = bucket_s
         self._buckets: list[tuple[int, int, int]] = []  # the earliest first
         self.requests = 0
         self.tokens = 0
 
     def add(self, requests: int, tokens: int, now: float) -> None:
         self.expire(now)
-        bucket = int(now // BUCKET_S)
+        bucket = int(now // self._bucket_s)
         self.requests += requests
         self.tokens += tokens
         if self._buckets and self._buckets[-1][0] >= bucket:
@@ -63,13 +66,19 @@ class Window:
         """Let go what no second of the last WINDOW_S can hold; `requests` and `tokens` are right after it."""
         over = 0
         for bucket, requests, tokens in self._buckets:
-            if (bucket + 1) * BUCKET_S + WINDOW_S > now:
+            if (bucket + 1) * self._bucket_s + WINDOW_S > now:
                 break
             over += 1
             self.requests -= requests
             self.tokens -= tokens
         if over:
             del self._buckets[:over]
+
+    def expiries(self) -> Iterator[tuple[float, int, int]]:
+        """(when, requests, tokens) that will be let go, the earliest first."""
+        return (
+            ((bucket + 1) * self._bucket_s + WINDOW_S, requests, tokens) for bucket, requests, tokens in self._buckets
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +155,7 @@ class _Key:
     def __init__(self) -> None:
         self.rows: dict[str, _Row] = {}
         self.busy: dict[str, _Row] = {}
-        self.window = Window()
+        self.window = Window(FINE_BUCKET_S)
 
 
 class PeerCounters:
@@ -219,6 +228,11 @@ class PeerCounters:
             reserved_tokens += reserves
         of_key.window.expire(now)
         return Used(of_key.window.requests, of_key.window.tokens, running, reserved_tokens)
+
+    def expiries(self, key: str) -> Iterator[tuple[float, int, int]]:
+        """Of what all other nodes used; see Window."""
+        of_key = self._keys.get(key)
+        return of_key.window.expiries() if of_key else iter(())
 
     def totals(self, node_id: str, key: str) -> Totals:
         """Over all generations of that node. Never falls while the row is kept."""

@@ -6,7 +6,7 @@ It joins the parts: the member table, the failure detector, the own state, the d
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import MappingProxyType
 from typing import assert_never
 
@@ -28,6 +28,7 @@ from mesh.gossip_types import (
     PingLink,
     SeedUnanswered,
     SendDatagram,
+    UsageHeard,
 )
 from mesh.identity import Claim, Identity
 from mesh.membership import NEWS, Change, Member, MemberTable, PeerCycle, Plan, own_member
@@ -50,6 +51,7 @@ __all__ = [
     "PingLink",
     "SeedUnanswered",
     "SendDatagram",
+    "UsageHeard",
 ]
 
 LEAVE_PEERS_MAX = 12  # told of a leave by the leaver itself; the others hear of it from them
@@ -63,7 +65,8 @@ class Gossip:
     """The state of one node in the mesh.
 
     address: where peers reach it, an IP address. boot_id: 16 random bytes, new with each process. now: seconds on a
-    monotonic clock, the same in every method. Methods may be called in any order, with `now` never falling.
+    monotonic clock, the same in every method. usage: OwnCounters.section, asked at each
+    publication. Methods may be called in any order, with `now` never falling.
     Raises ValueError for an id that is empty or too long, or an address that is a host name."""
 
     def __init__(
@@ -77,6 +80,8 @@ class Gossip:
         boot_id: bytes,
         rng: random.Random,
         now: float,
+        *,
+        usage: Callable[[float, int], bytes] = lambda now, bytes_max: b"",
     ) -> None:
         if not 0 < len(node_id.encode()) <= wire.NODE_ID_BYTES_MAX:
             raise ValueError(f"a node id is 1 to {wire.NODE_ID_BYTES_MAX} bytes, {node_id!r} is not")
@@ -87,7 +92,7 @@ class Gossip:
         self._own = own_member(node_id, generation, address, boot_id, now)
         self._table = MemberTable(self._own)
         self._pace = Pace(config, self._table)
-        self._state = OwnState(config, self._pace, self._own, now)
+        self._state = OwnState(config, self._pace, self._own, now, usage)
         self._identity = Identity(self._table, now)
         self._detector = FailureDetector(config, self._table, rng, now)
         self._contacts = Contacts(config, self._table, seeds, rng)
@@ -243,6 +248,10 @@ class Gossip:
         Raises ValueError for more than BULK_BYTES_MAX; the former ones stay."""
         self._state.set_bulk(bulk, now)
 
+    def usage_changed(self, now: float) -> None:
+        """The next usage section holds what others must know soon: publish as soon as the packet budget allows."""
+        self._state.hurry_usage(now)
+
     def add_seed(self, address: Address, now: float) -> None:
         """Call this address as a configured seed is called, first with the next tick, which is due at once then."""
         self._contacts.add(address)
@@ -379,6 +388,8 @@ class Gossip:
         else:
             rumours.add_load(member.node_id, is_changed=member.hot != former_hot or bool(change & Change.BULK))
             self._view_is_old = True
+        if member.load.usage and member.hot != former_hot:
+            self._outbox.emit(UsageHeard(member.node_id, member.load.usage))
         if member.status is MemberStatus.SUSPECT and change & (Change.STATUS | Change.ACCUSED | Change.ADVANCED):
             self._detector.watch(member)
             if change & Change.STATUS and self._detector.wants_to_confirm(member):

@@ -107,6 +107,14 @@ class MemberChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class UsageHeard:
+    """A member published a usage section (mesh.counters_wire), which came here now."""
+
+    node_id: str
+    section: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class PingLink:
     """Ping this member over its peer link, then say link_answered or link_failed."""
 
@@ -148,7 +156,7 @@ class DuplicateNode:
     address: Address
 
 
-Effect = SendDatagram | MemberChanged | PingLink | ExchangeState | SeedUnanswered | DuplicateNode | Fenced
+Effect = SendDatagram | MemberChanged | UsageHeard | PingLink | ExchangeState | SeedUnanswered | DuplicateNode | Fenced
 
 
 @dataclass(frozen=True, slots=True)

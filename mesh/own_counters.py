@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from mesh.counters import Used, Window
+from mesh.counters import FINE_BUCKET_S, Used, Window
 from mesh.counters_wire import (
     KEY_BYTES_MAX,
     NO_TOTALS,
@@ -19,6 +19,22 @@ from mesh.counters_wire import (
 )
 
 OWN_KEYS_MAX = 16_384  # more than there are keys that work
+# A publication that was told so long ago has arrived, or is lost: then the next one, which says the same, is under way.
+TRANSIT_S = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Unheard:
+    """What was begun here that peers need not know of yet."""
+
+    requests: int = 0
+    reserved_tokens: int = 0
+
+    def plus(self, other: Unheard) -> Unheard:
+        return Unheard(self.requests + other.requests, self.reserved_tokens + other.reserved_tokens)
+
+
+NOTHING_UNHEARD = Unheard()
 
 
 @dataclass(slots=True)
@@ -28,6 +44,8 @@ class _OwnRow:
     running: int = 0
     reserved_tokens: int = 0
     is_forgotten: bool = False
+    untold: Unheard = NOTHING_UNHEARD
+    in_transit: list[tuple[float, Unheard]] = field(default_factory=list)  # by time told; of the last TRANSIT_S
 
 
 class OwnCounters:
@@ -48,6 +66,7 @@ class OwnCounters:
         row = self._row(key)
         row.running += 1
         row.reserved_tokens += reserved_tokens
+        row.untold = row.untold.plus(Unheard(1, reserved_tokens))
         self._add(key, row, Totals(requests=1), now)
 
     def count(self, key: str, prompt_tokens: int, completion_tokens: int, now: float) -> None:
@@ -71,6 +90,21 @@ class OwnCounters:
             return Used()
         row.window.expire(now)
         return Used(row.window.requests, row.window.tokens, row.running, row.reserved_tokens)
+
+    def unheard(self, key: str, now: float) -> Unheard:
+        row = self._rows.get(key)
+        if row is None:
+            return NOTHING_UNHEARD
+        _arrive(row, now)
+        unheard = row.untold
+        for _, begun in row.in_transit:
+            unheard = unheard.plus(begun)
+        return unheard
+
+    def expiries(self, key: str) -> Iterator[tuple[float, int, int]]:
+        """Of what this node used; see Window."""
+        row = self._rows.get(key)
+        return row.window.expiries() if row else iter(())
 
     def totals(self) -> Iterator[tuple[str, Totals]]:
         """Of this generation, by key."""
@@ -116,6 +150,11 @@ class OwnCounters:
             parts.append(report)
             told.append(key)
         for key in told:
+            row = self._rows[key]
+            _arrive(row, now)
+            if row.untold != NOTHING_UNHEARD:
+                row.in_transit.append((now, row.untold))
+                row.untold = NOTHING_UNHEARD
             self._changed.pop(key, None)
             self._told[key] = None
             self._told.move_to_end(key)
@@ -149,7 +188,7 @@ class OwnCounters:
                 raise ValueError(f"a key of {len(key.encode())} bytes is not between 1 and {KEY_BYTES_MAX}")
             if len(self._rows) >= OWN_KEYS_MAX:
                 raise ValueError(f"usage of {OWN_KEYS_MAX} keys is counted already; forget() those that are revoked")
-            row = self._rows[key] = _OwnRow(NO_TOTALS, Window())
+            row = self._rows[key] = _OwnRow(NO_TOTALS, Window(FINE_BUCKET_S))
         return row
 
     def _add(self, key: str, row: _OwnRow, rise: Totals, now: float) -> None:
@@ -165,3 +204,8 @@ class OwnCounters:
         row = self._rows[key]
         row.window.expire(now)
         return Report(key, row.totals, row.running, row.reserved_tokens, row.window.requests, row.window.tokens)
+
+
+def _arrive(row: _OwnRow, now: float) -> None:
+    """Let go what was told long enough ago."""
+    row.in_transit = [(told_at, begun) for told_at, begun in row.in_transit if now - told_at < TRANSIT_S]

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
+from mesh.counters_wire import USAGE_BYTES_MAX
 from mesh.gossip_types import GossipConfig
 from mesh.membership import Member
 from mesh.pace import Pace
 from mesh.state import encode_load, encode_profile, is_urgent
 from mesh.view import MemberStatus, NodeLoad, NodeProfile
-from mesh.wire import BULK_BYTES_MAX
+from mesh.wire import BULK_BYTES_MAX, SECTION_BYTES_MAX
+
+# What a usage section takes in the hot one beyond its own bytes.
+_USAGE_HEADER_BYTES = 3
 
 
 class OwnState:
     """The node's own row, and when it is published next.
 
-    refutations: how often a claim about this node had to be outdone."""
+    usage: the next usage section of at most so many bytes, asked for at each publication. refutations: how often a
+    claim about this node had to be outdone."""
 
-    def __init__(self, config: GossipConfig, pace: Pace, member: Member, now: float) -> None:
+    def __init__(
+        self,
+        config: GossipConfig,
+        pace: Pace,
+        member: Member,
+        now: float,
+        usage: Callable[[float, int], bytes] = lambda now, bytes_max: b"",
+    ) -> None:
         self.member = member
         self.publish_at = now
         self.refutations = 0
         self._pace = pace
         self._spacing_s = config.urgent_spacing_s
         self._published_load = NodeLoad()
-        self._next_hot = encode_load(NodeLoad())
+        self._usage = usage
+        self._next_hot = self._published_hot = encode_load(NodeLoad())  # without the usage
         self._next_bulk = b""
         self._is_urgent = False
         self._urgent_at = float("-inf")
@@ -34,7 +50,7 @@ class OwnState:
         self.member.load = load
         if is_urgent(self._published_load, load):
             self.hurry(now)
-        elif self._next_hot != self.member.hot:
+        elif self._next_hot != self._published_hot:
             self._publish_change(now)
 
     def set_profile(self, profile: NodeProfile, now: float) -> bool:
@@ -64,6 +80,10 @@ class OwnState:
     def _publish_change(self, now: float) -> None:
         self.publish_at = min(self.publish_at, max(now, self._published_at + self._pace.change_interval_s))
 
+    def hurry_usage(self, now: float) -> None:
+        """Publish as soon as usage may be told again."""
+        self.publish_at = min(self.publish_at, max(now, self._published_at + self._pace.usage_interval_s))
+
     def hurry(self, now: float) -> None:
         """Publish at once, but for the spacing of urgent publications."""
         if not self._is_urgent:
@@ -73,7 +93,11 @@ class OwnState:
     def publish(self, now: float) -> None:
         member = self.member
         member.version += 1
-        member.hot, member.load_version = self._next_hot, member.version
+        member.load_version = member.version
+        member.hot = self._published_hot = self._next_hot
+        room_bytes = min(USAGE_BYTES_MAX, SECTION_BYTES_MAX - len(self._next_hot) - _USAGE_HEADER_BYTES)
+        if usage := self._usage(now, room_bytes):
+            member.hot = encode_load(replace(member.load, usage=usage))
         if self._next_bulk != member.bulk:
             member.bulk = self._next_bulk
             member.bulk_version = member.bulk_version_heard = member.version

@@ -10,6 +10,9 @@ import math
 from mesh.gossip_types import GossipConfig
 from mesh.membership import MemberTable
 
+# Each member is told directly, so this is what such publications may take of the budget of packets: half.
+USAGE_INTERVAL_A_MEMBER_S = 0.05
+
 
 class Pace:
     """The configured times as they are for the members there are now."""
@@ -33,6 +36,11 @@ class Pace:
         """Between two publications of a load that did. It grows with the root: changes are told before all others, so
         they arrive even where there are more of them than one node is sent."""
         return self._config.publish_interval_s * math.sqrt(self.slowness)
+
+    @property
+    def usage_interval_s(self) -> float:
+        """Between two publications made because a key's usage must be known soon."""
+        return min(self.change_interval_s, USAGE_INTERVAL_A_MEMBER_S * (len(self._table.live) + 1))
 
     @property
     def overdue_s(self) -> float:

@@ -46,13 +46,15 @@ def encode_load(load: NodeLoad) -> bytes:
         ]
         for name, m in load.models.items()
     ]
-    fields = [
+    fields: list[object] = [
         READINESS_CODES[load.readiness],
         _whole(load.active_requests),
         _rate(load.tokens_per_s),
         _rate(load.loop_lag_s),
         models,
     ]
+    if load.usage:
+        fields.append(load.usage)
     return _within_limit(msgpack.packb(fields, use_single_float=True), "load", len(models))
 
 
@@ -77,6 +79,7 @@ def decode_load(section: bytes) -> NodeLoad:
         tokens_per_s=_read_rate(fields[2]),
         loop_lag_s=_read_rate(fields[3]),
         models=MappingProxyType(models),
+        usage=fields[5] if len(fields) > 5 and isinstance(fields[5], bytes) else b"",
     )
 
 
@@ -92,9 +95,10 @@ def encode_profile(profile: NodeProfile) -> bytes:
         ]
         for m in profile.models
     ]
-    return _within_limit(
-        msgpack.packb([_short(profile.http_address), _short(profile.version), models]), "profile", len(models)
-    )
+    fields: list[object] = [_short(profile.http_address), _short(profile.version), models]
+    if profile.records_digest:
+        fields.append(_pack_hex(_short(profile.records_digest)))
+    return _within_limit(msgpack.packb(fields), "profile", len(models))
 
 
 def decode_profile(section: bytes) -> NodeProfile:
@@ -106,13 +110,14 @@ def decode_profile(section: bytes) -> NodeProfile:
         models=tuple(
             ModelInfo(
                 name=text(row[0], NAME_BYTES_MAX),
-                fingerprint=_text_or_empty(row[1].hex() if isinstance(row[1], bytes) else row[1]),
+                fingerprint=_hex_or_text(row[1]),
                 context_length=count(row[2]),
                 slots=count(row[3]),
                 queue_limit=count(row[4]),
             )
             for row in _rows(fields[2], 5)
         ),
+        records_digest=_hex_or_text(fields[3]) if len(fields) > 3 else "",
     )
 
 
@@ -180,6 +185,10 @@ def _read_rate(value: Any) -> float:
 
 def _text_or_empty(value: Any) -> str:
     return "" if value == "" else text(value, NAME_BYTES_MAX)
+
+
+def _hex_or_text(value: Any) -> str:
+    return _text_or_empty(value.hex() if isinstance(value, bytes) else value)
 
 
 def _pack_hex(fingerprint: str) -> bytes | str:

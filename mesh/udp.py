@@ -23,6 +23,7 @@ from mesh.gossip import (
     PingLink,
     SeedUnanswered,
     SendDatagram,
+    UsageHeard,
 )
 from mesh.view import Address, MemberStatus, NodeLoad, NodeProfile
 from mesh.wire import DATAGRAM_BYTES_MAX
@@ -74,8 +75,8 @@ class GossipSocket:
 
     ping_link: pings a member over its peer link; returning is an answer, MeshError or OSError is none. ask_link: sends
     it a question and returns its answer; fails likewise. on_change: told of each change of membership, after it was
-    logged; on_fenced: that another process has this node's name; on_seed_unanswered: of a seed that is silent. None of
-    these three may block.
+    logged; on_usage: of a member's usage section; on_fenced: that another process has this node's name;
+    on_seed_unanswered: of a seed that is silent. None of these four may block.
     Use set_load, set_profile, set_bulk and link_failed here, not on the Gossip, so that urgent news leaves at once."""
 
     def __init__(
@@ -88,6 +89,7 @@ class GossipSocket:
         on_fenced: Callable[[Address], None] | None = None,
         on_seed_unanswered: Callable[[Address], None] | None = None,
         on_change: Callable[[MemberChanged], None] | None = None,
+        on_usage: Callable[[str, bytes], None] | None = None,
         clock: Callable[[], float] = trio.current_time,
     ) -> None:
         bound.setblocking(False)
@@ -98,6 +100,7 @@ class GossipSocket:
         self._on_fenced = on_fenced
         self._on_seed_unanswered = on_seed_unanswered
         self._on_change = on_change
+        self._on_usage = on_usage
         self._clock = clock
         self._waiting: trio.CancelScope | None = None
         self._nursery: trio.Nursery | None = None
@@ -149,6 +152,11 @@ class GossipSocket:
         self._gossip.set_bulk(bulk, self._clock())
         self.wake()
 
+    def usage_changed(self) -> None:
+        """Gossip.usage_changed, now."""
+        self._gossip.usage_changed(self._clock())
+        self.wake()
+
     def link_failed(self, node_id: str) -> None:
         """Gossip.link_failed, now: a forward failed or a peer link broke."""
         self._gossip.link_failed(node_id, self._clock())
@@ -192,6 +200,9 @@ class GossipSocket:
                     _log_change(effect)
                     if self._on_change is not None:
                         self._on_change(effect)
+                case UsageHeard(node_id, section):
+                    if self._on_usage is not None:
+                        self._on_usage(node_id, section)
                 case PingLink(node_id, address):
                     if self._nursery is not None:
                         self._nursery.start_soon(self._ping, node_id, address)

@@ -75,13 +75,16 @@ class ModelLoad:
 
 @dataclass(frozen=True, slots=True)
 class NodeLoad:
-    """The hot section: published by its owner each second and at once when it jumps."""
+    """The hot section: published by its owner each second and at once when it jumps.
+
+    usage: of API keys, as mesh.counters_wire has it; in publications alone."""
 
     readiness: Readiness = Readiness.LOADING
     active_requests: int = 0  # streams this node executes now
     tokens_per_s: float = 0.0  # generated over the last 10 s
     loop_lag_s: float = 0.0
     models: Mapping[str, ModelLoad] = field(default_factory=lambda: MappingProxyType({}))
+    usage: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +102,14 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class NodeProfile:
-    """The warm section: published when it changes."""
+    """The warm section: published when it changes.
+
+    records_digest: of the node's replica (mesh.replica), as hex; equal where the records are. Empty: it has none."""
 
     http_address: str = ""  # HOST:PORT for people and Prometheus; empty while unbound
     version: str = ""
     models: tuple[ModelInfo, ...] = ()
+    records_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)

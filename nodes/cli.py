@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import BaseModel
 
-from nodes import cli_mesh
+from nodes import cli_keys, cli_mesh
 from nodes.cli_models import models_app
 from nodes.config import SECRET_KEYS, ConfigInvalid, load_config
 
@@ -30,6 +30,7 @@ app.add_typer(cli_mesh.keyring_app, name="keyring")
 app.add_typer(config_app, name="config")
 app.add_typer(models_app, name="models")
 cli_mesh.register(app)
+cli_keys.register(app)
 
 Url = Annotated[
     str, typer.Option("--url", envvar="AI_CLUSTER_URL", help="HTTP address of any node of the mesh", metavar="URL")
@@ -94,6 +95,10 @@ def serve(
         bool | None, typer.Option("--open", help="serve /v1 to everyone, also off loopback; put a proxy before it")
     ] = None,
     deadline_s: Annotated[float | None, typer.Option(metavar="S", help="longest time of a request [600]")] = None,
+    limits_partition_hold_s: Annotated[
+        float | None,
+        typer.Option("--limits-partition-hold-s", help="how long a lost node keeps its share of the keys' limits"),
+    ] = None,
     hedge: Annotated[bool | None, typer.Option("--hedge", help="open late requests on a second node as well")] = None,
     drain_s: Annotated[float | None, typer.Option(metavar="S", help="time for streams to finish at stop [30]")] = None,
     drain_notice_s: Annotated[

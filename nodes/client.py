@@ -173,6 +173,20 @@ def _get(url: str, path: str, api_key: str | None = None) -> dict[str, Any]:
     return answer
 
 
+def ask_json(url: str, method: str, path: str, bearer: str, body: bytes | None) -> dict[str, Any]:
+    """The one object of the answer. Raises NodeAnswered."""
+    request = request_for(url, path, bearer, body)
+    request.method = method
+    try:
+        with open_answer(request, TIMEOUT_S) as response:
+            answer = json.load(response)
+    except (OSError, http.client.HTTPException) as exc:
+        raise NodeAnswered(f"the connection to {url} broke: {exc}; see what was done before you repeat it") from exc
+    except ValueError as exc:
+        raise NodeAnswered(f"{url}{path} answered something that is no JSON; is it an AI Cluster node?") from exc
+    return dict(answer)
+
+
 def request_for(url: str, path: str, bearer: str | None, body: bytes | None = None) -> urllib.request.Request:
     """A POST where there is a body, else a GET. Raises NodeAnswered for what is no URL."""
     if not url.startswith(("http://", "https://")):

@@ -75,6 +75,9 @@ class NodeConfig(BaseModel):
     model: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
         (), description="FOLDER or FOLDER=NAME of a model to serve; repeatable; without it the built-in model"
     )
+    limits_partition_hold_s: float = Field(
+        600.0, ge=0, le=86_400, description="how long a node lost without leaving keeps its share of each key's limits"
+    )
     no_model: bool = Field(False, description="serve no model: an entry that forwards every request")
     variant: str | None = Field(
         None, max_length=64, description="which graph of a folder with several, such as q4; default: what runs best"

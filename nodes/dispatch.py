@@ -18,7 +18,6 @@ from mesh.router import Router
 from mesh.view import ClusterView, MemberView
 from nodes.attempts import Attempts
 from nodes.dispatched_stream import DispatchedStream
-from nodes.engine.prefix_digest import text_blocks
 from nodes.generation import GenerateRequest, GenerationError, Generator, Sampling
 
 logger = logging.getLogger(__name__)
@@ -87,7 +86,7 @@ class Dispatch:
         stream = DispatchedStream(
             self._attempts,
             replace(request, noise_seed=self._rng.getrandbits(NOISE_SEED_BITS)),
-            text_blocks(request.messages),
+            request.text_blocks(),
             running=self._streams.__len__,
             on_end=self._streams.discard,
         )

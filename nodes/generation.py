@@ -8,8 +8,15 @@ from typing import Protocol
 
 import trio
 
+from nodes.engine.prefix_digest import BYTES_MAX, text_blocks
+
+PRIORITY_DEFAULT = 10
 FINISH_STOP = "stop"
 FINISH_LENGTH = "length"
+# Of English text and usual vocabularies, for prompts of ids whose text nobody knows.
+BYTES_PER_TOKEN = 4
+# An id and the blank after it take two bytes at least, so no more of them have names.
+PROMPT_IDS_NAMED_MAX = BYTES_MAX // 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +54,13 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """What to generate. messages: OpenAI chat messages with text content.
-
+    """What to generate. messages: OpenAI chat messages with text content; each has role and content, and may have name,
+    tool_call_id, and tool_calls as JSON text. tools: what the model may call, OpenAI's list of them as JSON text; empty
+    where there are none. prompt: a text, or token ids, for the model as it is; then there are no messages.
     deadline_s: seconds left, counted from when it is opened. noise_seed: of the sampling where the client gave no seed;
     an answer that goes on elsewhere draws the same noise. generated_ids: what another node has generated of the answer;
     it goes on at the next token. fingerprint: of the model that these ids are of; empty where there are none.
-    fairness_id: whose request it is, an API key's id."""
+    fairness_id: whose request it is, an API key's id. priority: its share of a busy engine in proportion to others'."""
 
     request_id: str
     model: str
@@ -65,10 +73,26 @@ class GenerateRequest:
     generated_ids: tuple[int, ...] = ()
     fingerprint: str = ""
     fairness_id: str = ""
+    priority: int = PRIORITY_DEFAULT
+    tools: str = ""
+    prompt: str | tuple[int, ...] | None = None
 
     def text_bytes(self) -> int:
         """Size of the prompt's text, for estimates made without a tokenizer."""
-        return sum(len(message["content"].encode("utf-8", "surrogatepass")) for message in self.messages)
+        if isinstance(self.prompt, tuple):
+            return BYTES_PER_TOKEN * len(self.prompt)
+        texts = [self.tools, self.prompt or ""]
+        for message in self.messages:
+            texts += (message["content"], message.get("tool_calls", ""))
+        return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+
+    def text_blocks(self) -> tuple[int, ...]:
+        """Names of the prompt's beginnings, as nodes.engine.prefix_digest gives them."""
+        if isinstance(self.prompt, tuple):
+            return text_blocks([{"prompt_ids": " ".join(map(str, self.prompt[:PROMPT_IDS_NAMED_MAX]))}])
+        if self.prompt is not None:
+            return text_blocks([{"prompt": self.prompt}])
+        return text_blocks([{"tools": self.tools}, *self.messages] if self.tools else self.messages)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Any
 import msgpack
 
 from nodes.generation import (
+    PRIORITY_DEFAULT,
     DeadlineExceeded,
     GenerateEvent,
     GenerateRequest,
@@ -25,8 +26,11 @@ from nodes.generation import (
 
 # A request travels in one frame of a peer link; the HTTP body limit is below it.
 REQUEST_BYTES_MAX = 8 * 1024 * 1024
-# Raised when a field is added that must not be ignored: a node refuses what was encoded by a later version.
-REQUEST_VERSION = 1
+# Raised when a field is added that must not be ignored: a node refuses what was encoded by a later version. A request
+# is marked with the lowest version that has all it needs, so nodes of different versions share what both know.
+REQUEST_VERSION = 2
+VERSION_OF_MESSAGES = 1  # messages of role and content alone
+VERSION_OF_TOOLS_AND_PROMPTS = 2
 
 # Words for errors on a peer link.
 CODE_INVALID = "invalid"
@@ -38,7 +42,7 @@ CODE_MOVED = "moved"
 def encode_request(request: GenerateRequest) -> bytes:
     sampling = request.sampling
     body = {
-        "version": REQUEST_VERSION,
+        "version": _version_needed(request),
         "id": request.request_id,
         "model": request.model,
         "messages": [dict(message) for message in request.messages],
@@ -51,8 +55,20 @@ def encode_request(request: GenerateRequest) -> bytes:
         "fingerprint": request.fingerprint,
         "fairness": request.fairness_id,
     }
+    if request.priority != PRIORITY_DEFAULT:
+        body["priority"] = request.priority
+    if request.tools:
+        body["tools"] = request.tools
+    if request.prompt is not None:
+        body["prompt"] = request.prompt
     encoded: bytes = msgpack.packb(body)
     return encoded
+
+
+def _version_needed(request: GenerateRequest) -> int:
+    if request.tools or request.prompt is not None or any("tool_calls" in message for message in request.messages):
+        return VERSION_OF_TOOLS_AND_PROMPTS
+    return VERSION_OF_MESSAGES
 
 
 def _present(sampling: Sampling) -> dict[str, Any]:
@@ -89,9 +105,16 @@ def decode_request(data: bytes) -> GenerateRequest:
             generated_ids=tuple(map(int, body["ids"])),
             fingerprint=str(body["fingerprint"]),
             fairness_id=str(body["fairness"]),
+            priority=int(body.get("priority", PRIORITY_DEFAULT)),
+            tools=str(body.get("tools", "")),
+            prompt=_read_prompt(body.get("prompt")),
         )
     except (msgpack.UnpackException, ValueError, KeyError, TypeError, AttributeError, OverflowError) as exc:
         raise RequestInvalid(f"undecodable generation request from a peer: {exc!r}") from exc
+
+
+def _read_prompt(body: Any) -> str | tuple[int, ...] | None:
+    return tuple(map(int, body)) if isinstance(body, list) else None if body is None else str(body)
 
 
 def _decode_sampling(body: dict[str, Any]) -> Sampling:

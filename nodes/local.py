@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Literal, Protocol, cast, get_args
 
@@ -22,12 +23,12 @@ from nodes.engine.errors import (
 )
 from nodes.engine.grammar import GrammarInvalid, GrammarMatcher, GrammarUnavailable
 from nodes.engine.model_loader import LoadedModel
-from nodes.engine.prefix_digest import text_blocks
 from nodes.engine.sampling import GrammarKind, GrammarSpec, SamplingParams, TokenLogprobs
 from nodes.engine.sequence import EngineEvent
 from nodes.engine.stream import EngineStream
 from nodes.engine.tokenizer import ENCODE_INLINE_BYTES_MAX, Tokenizer
 from nodes.generation import (
+    PRIORITY_DEFAULT,
     DeadlineExceeded,
     GenerateEvent,
     GenerateRequest,
@@ -94,12 +95,15 @@ class LocalGenerator:
                 deadline,
                 generated_ids=request.generated_ids,
                 fairness_id=request.fairness_id,
-                text_blocks=text_blocks(request.messages),
+                weight=max(1, request.priority) / PRIORITY_DEFAULT,
+                text_blocks=request.text_blocks(),
                 matcher=matcher,
             )
         except PromptTooLong as exc:
-            raise _too_long(exc) from exc
+            raise _too_long(exc, request) from exc
         except TokenUnknown as exc:
+            if isinstance(request.prompt, tuple) and not request.generated_ids:
+                raise RequestInvalid(str(exc), param="prompt") from exc
             raise GenerationFailed(str(exc)) from exc
         except QueueFull as exc:
             record.begin()
@@ -155,21 +159,43 @@ def _compile(engine: Engine, spec: GrammarSpec) -> GrammarMatcher:
 
 def _prompt_ids(engine: Engine, request: GenerateRequest) -> list[int]:
     """Raises RequestInvalid when the model's template does not take the messages, or they are far too long."""
-    try:
-        text = engine.model.chat_template.render(request.messages)
-    except ChatTemplateError as exc:
-        raise RequestInvalid(str(exc), param="messages") from exc
-    try:
-        prompt_ids = engine.model.tokenizer.encode(text, engine.context_length - 1)
-    except PromptTooLong as exc:
-        raise _too_long(exc) from exc
+    if isinstance(request.prompt, tuple):
+        prompt_ids = list(request.prompt)
+    else:
+        is_raw = request.prompt is not None
+        text = request.prompt if request.prompt is not None else _render(engine.model, request)
+        try:
+            prompt_ids = engine.model.tokenizer.encode(text, engine.context_length - 1, adds_special_tokens=is_raw)
+        except PromptTooLong as exc:
+            raise _too_long(exc, request) from exc
     if not prompt_ids:
-        raise RequestInvalid("the messages give an empty prompt", param="messages")
+        message = "the messages give an empty prompt" if request.prompt is None else "the prompt is empty"
+        raise RequestInvalid(message, param=_prompt_param(request))
     return prompt_ids
 
 
-def _too_long(error: PromptTooLong) -> RequestInvalid:
-    return RequestInvalid(str(error), param="messages", code="context_length_exceeded")
+def _render(model: LoadedModel, request: GenerateRequest) -> str:
+    """Raises RequestInvalid."""
+    try:
+        tools = json.loads(request.tools) if request.tools else []
+        messages = [
+            dict(message) | {"tool_calls": json.loads(message["tool_calls"])} if "tool_calls" in message else message
+            for message in request.messages
+        ]
+    except (ValueError, RecursionError) as exc:
+        raise RequestInvalid(f"tools or calls of tools are no JSON: {type(exc).__name__}", param="tools") from exc
+    try:
+        return model.chat_template.render(messages, tools)
+    except ChatTemplateError as exc:
+        raise RequestInvalid(str(exc), param="messages") from exc
+
+
+def _too_long(error: PromptTooLong, request: GenerateRequest) -> RequestInvalid:
+    return RequestInvalid(str(error), param=_prompt_param(request), code="context_length_exceeded")
+
+
+def _prompt_param(request: GenerateRequest) -> str:
+    return "messages" if request.prompt is None else "prompt"
 
 
 class _Record:
@@ -233,10 +259,13 @@ class LocalStream(trio.abc.ReceiveChannel[GenerateEvent]):
         return GenerateEvent(event.text, event.token_ids, event.finish_reason, usage, logprobs)
 
     def _logprob(self, row: TokenLogprobs) -> TokenLogprob:
-        text = self._tokenizer.decode
         return TokenLogprob(
-            text([row.token_id]), row.logprob, tuple((text([other]), value) for other, value in row.top)
+            self._token(row.token_id), row.logprob, tuple((self._token(other), value) for other, value in row.top)
         )
+
+    def _token(self, token_id: int) -> str:
+        """Its text; of a special token, which has none, the name."""
+        return self._tokenizer.decode([token_id]) or self._tokenizer.token(token_id) or ""
 
     async def aclose(self) -> None:
         self._record.end("cancelled")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import random
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -19,22 +20,32 @@ from typing import Any
 import trio
 
 from mesh import state_exchange
+from mesh.counters import PeerCounters
 from mesh.errors import HandshakeRefused, MalformedDatagram, PeerUnavailable
 from mesh.forwarder import Forwarder, IncomingStream
 from mesh.gossip import Gossip
+from mesh.own_counters import OwnCounters
 from mesh.prefix_digests import DIGEST_INTERVAL_S, encode_digest
+from mesh.replica import Record, Replica
 from mesh.router import Router
 from mesh.seal import BOOT_ID_BYTES
 from mesh.state import decode_load, encode_load
 from mesh.udp import GossipSocket
 from mesh.view import Address, ClusterView, ModelInfo, ModelLoad, NodeLoad, NodeProfile, Readiness
+from nodes import peer_questions
+from nodes.access.gate import Gate
+from nodes.access.key_admin import KeyAdmin
+from nodes.access.key_book import KeyBook
+from nodes.access.limits import Limiter, LostNodes
+from nodes.access.record_sync import RecordSync
+from nodes.access.usage import UsageLog
 from nodes.api.admin_access import AdminAccess
 from nodes.api.app import build_app
-from nodes.api.auth import Access
 from nodes.api.services import Services
 from nodes.config import ConfigInvalid, NodeConfig, is_loopback
 from nodes.dispatch import Dispatch
 from nodes.drain import Drain
+from nodes.durable_replica import DurableReplica
 from nodes.engine.engine import Engine, load_engine
 from nodes.engine.engine_statistics import FAILED, STUCK
 from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid
@@ -48,6 +59,7 @@ from nodes.node_operations import NodeOperations
 from nodes.peer_operations import ask_peer
 from nodes.remote import PeerServer, RemoteGenerator
 from nodes.sockets import NodeSockets, advertised_address, bound_address
+from nodes.store import Store
 from observability.collectors import Snapshot
 from observability.log_writer import WriterThread
 from observability.metrics import ExecutorMetrics, Metrics
@@ -61,6 +73,10 @@ SEED_CHECK_INTERVAL_S = 2.0
 # What is left of a late wake-up of the loop in the reported lag, each LOAD_INTERVAL_S.
 LAG_DECAY = 0.8
 MIB = 1024 * 1024
+# How long a node with seeds that has no keys waits for some peer's before it serves without.
+RECORDS_WAIT_S = 10.0
+QUESTION_RECORDS = "records"
+QUESTION_USAGE = "usage"
 # Between the end of the drain and the end of HTTP: the last chunks on their way to clients.
 HTTP_CLOSE_S = 2.0
 
@@ -86,7 +102,10 @@ class Node:
         keep_generation: Callable[[int], None],
         log_writer: WriterThread[logging.LogRecord],
         admin_token: str,
+        store: Store,
+        records: list[Record],
     ) -> None:
+        """records: those of the store."""
         self._config = config
         self._generation = generation
         self._keep_generation = keep_generation
@@ -97,6 +116,8 @@ class Node:
         self._version = version("ai-cluster")
         self._readiness = Readiness.LOADING  # of the engines; a drain hides it
         self._loop_lag_s = 0.0
+        self._records_digest = ""
+        self._started_at = trio.current_time()
         self._fenced = trio.Event()
         self._seed_is_silent = trio.Event()
         self._fenced_by: Address | None = None
@@ -118,6 +139,8 @@ class Node:
         bound = bound_address(config.mesh, sockets.mesh_tcp)
         advertised = advertised_address(config, bound)
         self._seeds = tuple(seed for seed in config.join if seed not in (advertised, bound))
+        self._own_counters = OwnCounters(generation)
+        self._peer_counters = PeerCounters()
         self._gossip = Gossip(
             config.gossip.config(),
             self._node_id,
@@ -128,6 +151,7 @@ class Node:
             boot_id,
             random.Random(),
             trio.current_time(),
+            usage=self._own_counters.section,
         )
         self._gossip_socket = GossipSocket(
             self._gossip,
@@ -138,7 +162,9 @@ class Node:
             on_seed_unanswered=lambda seed: self._seed_is_silent.set(),
             # A peer's models count under their names from its arrival on.
             on_change=lambda change: self._metrics.know_view(self._view()),
+            on_usage=self._hear_usage,
         )
+        self._build_access(store, records)
         self._own_operations = NodeOperations(
             keyring=keyring,
             view=self._view,
@@ -178,6 +204,42 @@ class Node:
             notice_s=config.drain_notice_s,
         )
 
+    def _build_access(self, store: Store, records: list[Record]) -> None:
+        """Keys, limits and usage."""
+        config = self._config
+        replica = Replica(self._node_id, self._generation, records)
+        rng = random.Random()
+        self._record_sync = RecordSync(
+            DurableReplica(replica, store),
+            view=self._view,
+            ask=partial(peer_questions.ask, self._forwarder, QUESTION_RECORDS),
+            publish=self._publish_records,
+            rng=rng,
+        )
+        self._usage = UsageLog(
+            store,
+            node_id=self._node_id,
+            generation=lambda: self._generation,
+            view=self._view,
+            ask=partial(peer_questions.ask, self._forwarder, QUESTION_USAGE),
+            wall_clock=time.time,
+            rng=rng,
+        )
+        self._answerers = {QUESTION_RECORDS: self._record_sync.answer, QUESTION_USAGE: self._usage.answer}
+        lost = LostNodes(config.limits_partition_hold_s)
+        book = KeyBook(replica)
+        self._gate = Gate(
+            book,
+            Limiter(self._own_counters, self._peer_counters, lambda now: lost.shares(self._view(), now)),
+            self._own_counters,
+            self._usage,
+            is_open=config.open or is_loopback(config.http.host),
+            has_synchronised=self._knows_records,
+            usage_changed=self._gossip_socket.usage_changed,
+            wall_clock=time.time,
+        )
+        self._key_admin = KeyAdmin(book, self._record_sync, self._gate, store, wall_clock=time.time)
+
     async def run(self, stop: StopRequest) -> None:
         """Until a stop is asked for, then drain.
 
@@ -189,6 +251,8 @@ class Node:
             await mesh.start(self._gossip_socket.run)
             await mesh.start(self._mesh_operations.run)
             await mesh.start(self._dispatch.run)
+            await mesh.start(self._record_sync.run)
+            await mesh.start(self._usage.run)
             mesh.start_soon(self._stop_when_asked_to_leave, stop)
             try:
                 async with trio.open_nursery() as engines:
@@ -225,7 +289,7 @@ class Node:
             node_id=self._node_id,
             version=self._version,
             cluster_name=config.cluster_name,
-            access=Access(is_open=config.open or is_loopback(config.http.host)),
+            gate=self._gate,
             dispatch=self._dispatch,
             view=self._view,
             metrics=self._metrics,
@@ -235,6 +299,7 @@ class Node:
             nodes_expected=config.nodes_expected,
             admin_access=self._admin_access,
             operations=self._mesh_operations,
+            key_admin=self._key_admin,
         )
 
     # What lives while the node does.
@@ -288,6 +353,7 @@ class Node:
             if generation > self._generation:
                 # Peers remembered a later life of this node than its data directory does.
                 self._generation = generation
+                self._own_counters.renew(generation)
                 try:
                     await trio.to_thread.run_sync(self._keep_generation, generation)
                 except OSError as exc:  # the next start learns it from peers again
@@ -358,8 +424,27 @@ class Node:
     async def _serve_peer(self, stream: IncomingStream) -> None:
         if state_exchange.is_question(stream.request):
             await state_exchange.answer(stream, self._gossip)
+        elif peer_questions.is_question(stream.request):
+            await peer_questions.answer(stream, self._answerers)
         else:
             await self._peer_server.serve(stream)
+
+    def _hear_usage(self, node_id: str, section: bytes) -> None:
+        with suppress(MalformedDatagram):  # of a later version: limits then do not see what it tells
+            self._peer_counters.receive(node_id, section, trio.current_time())
+
+    def _publish_records(self, digest: str) -> None:
+        self._records_digest = digest
+        self._publish_profile()
+
+    def _knows_records(self) -> bool:
+        """Of the API keys as much as some peer. A node without seeds is the first; one whose seeds are silent serves
+        those that reach it."""
+        return (
+            not self._seeds
+            or self._record_sync.has_compared.is_set()
+            or trio.current_time() - self._started_at > RECORDS_WAIT_S
+        )
 
     def _observe_load(self, node_id: str, report: bytes) -> None:
         with suppress(MalformedDatagram):  # of a later version: gossip carries what this one can read
@@ -425,7 +510,8 @@ class Node:
                     queue_limit=self._config.queue,
                 )
             )
-        self._gossip_socket.set_profile(NodeProfile(str(self._http_address), self._version, tuple(models)))
+        profile = NodeProfile(str(self._http_address), self._version, tuple(models), self._records_digest)
+        self._gossip_socket.set_profile(profile)
 
     async def _render_metrics(self, accept: str) -> tuple[str, bytes]:
         load = self._load()

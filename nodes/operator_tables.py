@@ -79,6 +79,51 @@ def keys_table(answers: Sequence[Answer]) -> Table:
     return table
 
 
+def api_keys_table(answer: Answer) -> Table:
+    """answer: that of /admin/keys."""
+    table = _table(f"{len(answer['keys'])} API keys that work, {answer['revoked']} that were revoked")
+    for heading in ("id", "name", "state", "models"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("requests/min", "tokens/min", "at once", "priority", "created", "expires"):
+        table.add_column(heading, justify="right")
+    for key in answer["keys"]:
+        limits = (_limit(key, kind) for kind in ("requests", "tokens"))
+        table.add_row(
+            f"sk-{key['id']}",
+            key["name"],
+            "enabled" if key["enabled"] else "[yellow]disabled[/]",
+            ", ".join(key["models"]) or "all",
+            *limits,
+            str(key["concurrency"] or "-"),
+            str(key["priority"]),
+            key["created_at"][:10],
+            (key["expires_at"] or "never")[:16],
+        )
+    return table
+
+
+def _limit(key: Answer, kind: str) -> str:
+    left = key["remaining"].get(kind)
+    return "-" if left is None else f"{left['remaining']} of {left['limit']} left"
+
+
+def usage_table(answer: Answer) -> Table:
+    """answer: that of /admin/usage."""
+    table = _table("usage over all nodes, days in UTC")
+    for heading in ("day", "key", "name", "model"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("requests", "prompt tokens", "completion tokens"):
+        table.add_column(heading, justify="right")
+    for row in answer["usage"]:
+        name = row["name"] or "(revoked)"
+        counts = (f"{row[count]:,}" for count in ("requests", "prompt_tokens", "completion_tokens"))
+        table.add_row(row["day"], row["key"], name, row["model"], *counts)
+    total = answer["total"]
+    counts = (f"{total[count]:,}" for count in ("requests", "prompt_tokens", "completion_tokens"))
+    table.add_row("total", "", "", "", *counts)
+    return table
+
+
 def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
 

@@ -19,6 +19,7 @@ from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid, read_mode
 from nodes.keyring_file import load_keyring
 from nodes.node import Node, StopRequest
 from nodes.sockets import NodeSockets, bind_http, bind_mesh, bound_address
+from nodes.store import open_store
 from observability.log_writer import WriterThread
 from observability.logs import configure_logging
 
@@ -44,9 +45,21 @@ def run_node(config: NodeConfig) -> None:
         _warn_of_exposure(config)
 
         async def main() -> None:
-            node = Node(config, keyring, folders, sockets, generation, data.keep_generation, log_writer, admin_token)
             stop = StopRequest()
-            async with trio.open_nursery() as nursery:
+            async with open_store(config.data_dir) as store, trio.open_nursery() as nursery:
+                records = await store.records()
+                node = Node(
+                    config,
+                    keyring,
+                    folders,
+                    sockets,
+                    generation,
+                    data.keep_generation,
+                    log_writer,
+                    admin_token,
+                    store,
+                    records,
+                )
                 await nursery.start(_watch_signals, stop)
                 if config.stop_with_stdin:
                     nursery.start_soon(_watch_stdin, stop)

@@ -25,7 +25,8 @@ APPLICATION_ID = 0x41_49_43_4C  # "AICL" in the file's header: tells our databas
 SCHEMA_VERSION = 1
 BUSY_TIMEOUT_S = 5.0  # the data directory's lock keeps other nodes out; a backup or a look with sqlite3 is short
 PAGES_MAX = 262_144  # 1 GiB of 4 KiB pages: all ids a replica merges, and 5 million rows of usage
-SUBJECT_BYTES_MAX = 512  # what usage is of: a key, a model and a day, as their owner joins them
+TEXT_BYTES_MAX = 256  # of a key and of a model in a row of usage
+DAY_MAX = 2_932_896  # days since 1970: the last one of the year 9999
 
 _SCHEMA = f"""
 CREATE TABLE records (
@@ -33,8 +34,9 @@ CREATE TABLE records (
   generation INTEGER NOT NULL, value BLOB NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE usage (
-  node_id TEXT NOT NULL, generation INTEGER NOT NULL, subject TEXT NOT NULL, requests INTEGER NOT NULL,
-  prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, PRIMARY KEY (node_id, generation, subject)
+  day INTEGER NOT NULL, key TEXT NOT NULL, model TEXT NOT NULL, node_id TEXT NOT NULL, generation INTEGER NOT NULL,
+  requests INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
+  PRIMARY KEY (day, key, model, node_id, generation)
 ) WITHOUT ROWID;
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
@@ -49,10 +51,15 @@ WHERE (excluded.deleted, excluded.clock, excluded.writer, excluded.generation, e
   > (records.deleted, records.clock, records.writer, records.generation, records.value)
 """
 _PUT_USAGE = """
-INSERT INTO usage (node_id, generation, subject, requests, prompt_tokens, completion_tokens) VALUES (?, ?, ?, ?, ?, ?)
-ON CONFLICT (node_id, generation, subject) DO UPDATE SET requests = max(requests, excluded.requests),
+INSERT INTO usage (day, key, model, node_id, generation, requests, prompt_tokens, completion_tokens)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT (day, key, model, node_id, generation) DO UPDATE SET requests = max(requests, excluded.requests),
   prompt_tokens = max(prompt_tokens, excluded.prompt_tokens),
   completion_tokens = max(completion_tokens, excluded.completion_tokens)
+"""
+_USAGE_PAGE = """
+SELECT day, key, model, node_id, generation, requests, prompt_tokens, completion_tokens FROM usage
+WHERE day = ? AND (key, model, node_id, generation) > (?, ?, ?, ?) ORDER BY key, model, node_id, generation LIMIT ?
 """
 
 
@@ -62,18 +69,45 @@ class StoreFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class UsageRow:
-    """What one life of one node counted of one subject."""
+    """What one life of one node counted of one key and model on one day (since 1970, UTC). Its totals only rise."""
 
+    day: int
+    key: str
+    model: str
     node_id: str
     generation: int
-    subject: str
     totals: Totals
+
+    @property
+    def identity(self) -> tuple[int, str, str, str, int]:
+        return (self.day, self.key, self.model, self.node_id, self.generation)
+
+
+@dataclass(frozen=True, slots=True)
+class UsageSum:
+    """Over all nodes and their lives."""
+
+    day: int
+    key: str
+    model: str
+    totals: Totals
+
+
+@dataclass(frozen=True, slots=True)
+class DayDigest:
+    """Of the rows of one day; two stores that hold the same have the same, and since rows only come and rise, two that
+    do not have others."""
+
+    day: int
+    rows: int
+    requests: int
+    tokens: int
 
 
 @dataclass(slots=True)
 class _Put:
     record_rows: list[tuple[str, bool, int, str, int, bytes]]
-    usage_rows: list[tuple[str, int, str, int, int, int]]
+    usage_rows: list[tuple[int, str, str, str, int, int, int, int]]
     is_done: bool = False
     error: BaseException | None = None
 
@@ -107,15 +141,23 @@ class Store:
         """All that are kept. Raises ConfigInvalid for a damaged file."""
         return await trio.to_thread.run_sync(self._read_records, limiter=self._limiter)
 
-    async def usage(self) -> list[UsageRow]:
-        """All that is kept. Raises ConfigInvalid for a damaged file."""
-        return await trio.to_thread.run_sync(self._read_usage, limiter=self._limiter)
+    async def usage_sums(self, first_day: int, last_day: int, key: str | None = None) -> list[UsageSum]:
+        """Of the days first..last, in order of days, keys, models. Raises ConfigInvalid for a damaged file."""
+        return await trio.to_thread.run_sync(self._read_sums, first_day, last_day, key, limiter=self._limiter)
+
+    async def usage_digests(self, first_day: int) -> list[DayDigest]:
+        """Of each day since then that has rows. Raises ConfigInvalid for a damaged file."""
+        return await trio.to_thread.run_sync(self._read_digests, first_day, limiter=self._limiter)
+
+    async def usage_rows(self, day: int, after: tuple[str, str, str, int] | None, rows_max: int) -> list[UsageRow]:
+        """The next ones of one day, in the order of their identities. Raises ConfigInvalid for a damaged file."""
+        return await trio.to_thread.run_sync(self._read_usage, day, after, rows_max, limiter=self._limiter)
 
     async def put(self, records: Sequence[Record] = (), usage: Sequence[UsageRow] = ()) -> None:
         """On disk, all of it, when this returns. Puts that come while another is written share the next transaction.
 
         Raises StoreFailed, and nothing of this put is kept. Once begun it is not cancelled: the caller must know.
-        Raises ValueError for a subject that is too long."""
+        Raises ValueError for a row of usage whose texts are too long."""
         await trio.lowlevel.checkpoint_if_cancelled()
         put = _Put([_record_row(record) for record in records], [_usage_row(row) for row in usage])
         self._waiting.append(put)
@@ -169,14 +211,33 @@ class Store:
                 for record_id, deleted, clock, writer, generation, value in rows
             ]
 
-    def _read_usage(self) -> list[UsageRow]:
+    def _read_sums(self, first_day: int, last_day: int, key: str | None) -> list[UsageSum]:
         with _naming(self._file):
             rows = self._connection.execute(
-                "SELECT node_id, generation, subject, requests, prompt_tokens, completion_tokens FROM usage"
+                "SELECT day, key, model, sum(requests), sum(prompt_tokens), sum(completion_tokens) FROM usage "
+                "WHERE day BETWEEN ? AND ? AND (? IS NULL OR key = ?) GROUP BY 1, 2, 3 ORDER BY 1, 2, 3",
+                (first_day, last_day, key, key),
+            )
+            return [UsageSum(day, of_key, model, Totals(*totals)) for day, of_key, model, *totals in rows]
+
+    def _read_digests(self, first_day: int) -> list[DayDigest]:
+        with _naming(self._file):
+            rows = self._connection.execute(
+                "SELECT day, count(*), sum(requests), sum(prompt_tokens + completion_tokens) FROM usage "
+                "WHERE day >= ? GROUP BY day ORDER BY day",
+                (first_day,),
+            )
+            return [DayDigest(*row) for row in rows]
+
+    def _read_usage(self, day: int, after: tuple[str, str, str, int] | None, rows_max: int) -> list[UsageRow]:
+        with _naming(self._file):
+            rows = self._connection.execute(
+                _USAGE_PAGE,
+                (day, *(after or ("", "", "", -1)), rows_max),
             )
             return [
-                UsageRow(node_id, generation, subject, Totals(*totals))
-                for node_id, generation, subject, *totals in rows
+                UsageRow(of_day, key, model, node_id, generation, Totals(*totals))
+                for of_day, key, model, node_id, generation, *totals in rows
             ]
 
 
@@ -184,18 +245,12 @@ def _record_row(record: Record) -> tuple[str, bool, int, str, int, bytes]:
     return (record.record_id, *record.rank)
 
 
-def _usage_row(row: UsageRow) -> tuple[str, int, str, int, int, int]:
-    if len(row.subject.encode()) > SUBJECT_BYTES_MAX:
-        raise ValueError(f"a subject of {len(row.subject.encode())} bytes exceeds {SUBJECT_BYTES_MAX}")
+def _usage_row(row: UsageRow) -> tuple[int, str, str, str, int, int, int, int]:
+    for value in (row.key, row.model, row.node_id):
+        if len(value.encode()) > TEXT_BYTES_MAX:
+            raise ValueError(f"a text of {len(value.encode())} bytes in a row of usage exceeds {TEXT_BYTES_MAX}")
     totals = row.totals
-    return (
-        row.node_id,
-        row.generation,
-        row.subject,
-        totals.requests,
-        totals.prompt_tokens,
-        totals.completion_tokens,
-    )
+    return (*row.identity, totals.requests, totals.prompt_tokens, totals.completion_tokens)
 
 
 def _open(file: Path, pages_max: int) -> sqlite3.Connection:

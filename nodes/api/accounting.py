@@ -61,7 +61,11 @@ class Accounting:
             nonlocal is_complete
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", exchange.request_id.encode())]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", exchange.request_id.encode()),
+                    (b"openai-processing-ms", b"%d" % ((trio.current_time() - started) * 1000)),
+                ]
             elif not message.get("more_body", False):
                 is_complete = True  # before it is sent: the server ends this task as soon as it has the last part
             await send(message)

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Annotated, TypeVar
 
 import trio
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from quart import Quart, Response, request
 
 from mesh.seal import parse_key
@@ -35,7 +35,7 @@ def _parse_key(value: object) -> bytes:
 
 
 KeyId = Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
-Key = Annotated[bytes, BeforeValidator(_parse_key)]
+Key = Annotated[bytes, BeforeValidator(_parse_key), WithJsonSchema({"type": "string"})]
 NodeId = Annotated[str, Field(min_length=1, max_length=64)]
 
 
@@ -59,7 +59,7 @@ class KeyBody(_Body):
 
 
 class JoinBody(_Body):
-    address: Annotated[Address, BeforeValidator(parse_address)]
+    address: Annotated[Address, BeforeValidator(parse_address), WithJsonSchema({"type": "string"})]
 
 
 class LeaveBody(_Body):

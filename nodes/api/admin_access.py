@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 
-from nodes.api.errors import Unauthorized
+from nodes.access.gate import Unauthorized
 
 
 class AdminAccess:

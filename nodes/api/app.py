@@ -8,7 +8,7 @@ from quart import Quart, Response, jsonify, request
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 
-from nodes.api import admin, chat, operations
+from nodes.api import admin, chat, completions, keys, models, openapi, operations
 from nodes.api.accounting import Accounting, exchange_of
 from nodes.api.errors import api_error
 from nodes.api.services import Services
@@ -43,6 +43,10 @@ def build_app(services: Services) -> Accounting:
         return jsonify(known.body()), known.status, headers
 
     chat.register(app, services)
+    completions.register(app, services)
+    models.register(app, services)
     operations.register(app, services)
     admin.register(app, services)
+    keys.register(app, services.key_admin)
+    openapi.register(app, services)
     return Accounting(app, services.metrics)  # type: ignore[arg-type]

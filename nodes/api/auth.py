@@ -1,24 +1,13 @@
-"""Who may call /v1: on loopback everyone, elsewhere nobody yet unless the node was started open."""
+"""Who calls /v1: the gate's answer to a request's header and address."""
 
 from __future__ import annotations
 
-from nodes.api.errors import Unauthorized
+from quart import request
 
-# The key_id under which requests count that showed no key of this cluster, because none exists.
-ANONYMOUS = "anonymous"
+from nodes.access.gate import Caller
+from nodes.api.services import Services
 
 
-class Access:
-    """Decides on each request to /v1. is_open: the address is loopback, or `open` was configured."""
-
-    def __init__(self, *, is_open: bool) -> None:
-        self._is_open = is_open
-
-    def authorize(self) -> str:
-        """The key_id that metrics count the request under. Raises Unauthorized."""
-        if not self._is_open:
-            raise Unauthorized(
-                "this node's HTTP address is off loopback and API keys are not part of this version: "
-                "start it with --open behind a proxy that checks its clients, or bind --http to 127.0.0.1"
-            )
-        return ANONYMOUS
+def authenticate(services: Services) -> Caller:
+    """Of the request at hand. Raises Unauthorized, LimitReached, NotSynchronised."""
+    return services.gate.authenticate(request.headers.get("authorization", ""), request.remote_addr or "")

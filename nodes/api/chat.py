@@ -1,186 +1,157 @@
-"""POST /v1/chat/completions: one generation as OpenAI's chat completion, whole or streamed."""
+"""POST /v1/chat/completions: answers to a conversation, as OpenAI's chat completions, whole or streamed."""
 
 from __future__ import annotations
 
-import json
-import time
 import uuid
-from collections.abc import AsyncGenerator
-from typing import Any
 
-import trio
 from quart import Quart, Response, request
 
-from mesh.errors import MeshError, NoCapacity
-from nodes.api.accounting import Exchange, exchange_of
-from nodes.api.errors import Unauthorized, api_error
+from nodes.api.accounting import exchange_of
+from nodes.api.answer_pieces import AnswerReader, CallStart, Content, Piece, PlainReader
+from nodes.api.answering import Asked, JsonObject, answer, check_content_type
+from nodes.api.auth import authenticate
+from nodes.api.chat_schema import ChatCompletionRequest, ChatPlan, parse_chat
+from nodes.api.forced_calls import ForcedCallReader
+from nodes.api.outcome import Outcome
 from nodes.api.request_body import read_body
-from nodes.api.schema import ChatCompletionRequest, parse_chat
-from nodes.api.services import ApiMetrics, Services
-from nodes.api.sse import DONE, HEADERS, KEEP_ALIVE, EventStreamBody, data_event
-from nodes.dispatched_stream import DispatchedStream
-from nodes.generation import GenerateEvent, GenerationError, RequestInvalid, Usage
+from nodes.api.services import Services
+from nodes.api.tool_calls import ToolCallReader
+from nodes.generation import FINISH_STOP, GenerateEvent, TokenLogprob
 
-# A failure within this time still gets its own status code; after it the headers are sent, so that a client sees life.
-FIRST_EVENT_S = 2.0
-KEEP_ALIVE_S = 5.0
-NODE_HEADER = "x-ai-cluster-node"
+FINISH_TOOL_CALLS = "tool_calls"
 
 
 def register(app: Quart, services: Services) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions() -> Response:
         exchange = exchange_of(request.scope)
-        outcome = _Outcome(services.metrics, trio.current_time())
-        exchange.on_end = outcome.count
+        outcome = Outcome(services.metrics, exchange)
         try:
-            outcome.key_id = services.access.authorize()
-            _check_content_type(request.mimetype)
+            caller = authenticate(services)
+            outcome.key_id = caller.label
+            check_content_type(request.mimetype)
             body = parse_chat(await read_body(request))
-            outcome.model, outcome.is_stream = body.model, bool(body.stream)
-            exchange.log_fields |= {"model": body.model, "key_id": outcome.key_id}
-            stream = await services.dispatch.open(
-                body.generate_request(exchange.request_id, services.deadline_s, services.node_id)
+            outcome.note_request(body.model, bool(body.stream))
+            plan = body.plan(exchange.request_id, services.deadline_s, services.node_id)
+            asked = Asked(
+                body.model,
+                plan.generations,
+                choices_per_prompt=body.choice_count,
+                grammar_param=plan.grammar_param,
+                is_stream=bool(body.stream),
+                has_usage_chunk=body.has_usage_chunk,
             )
-            exchange.closing.append(stream)
-            answer = _Answer(body, exchange, outcome)
-            return await (answer.streamed(stream) if body.stream else answer.whole(stream))
+            return await answer(services, exchange, outcome, caller, asked, ChatForm(body, plan))
         except Exception as exc:
-            outcome.status = _failure_status(exc)
+            outcome.failed(exc)
             raise
 
 
-def _check_content_type(mimetype: str) -> None:
-    """JSON alone: any web page can make a browser post other types to a node on loopback, JSON it cannot."""
-    if mimetype != "application/json":
-        raise RequestInvalid(
-            f"the content type is {mimetype[:100] or 'missing'}; send content-type: application/json",
-            code="unsupported_media_type",
-            status=415,
-        )
+class ChatForm:
+    """Chat completions and their chunks."""
 
+    id_prefix = "chatcmpl-"
+    object_name = "chat.completion"
+    chunk_name = "chat.completion.chunk"
 
-class _Outcome:
-    """How one request ended, counted once when its response is over, whatever ended it."""
+    def __init__(self, body: ChatCompletionRequest, plan: ChatPlan) -> None:
+        self.extra: JsonObject = {} if body.service_tier is None else {"service_tier": "default"}
+        self._has_logprobs = bool(body.logprobs)
+        self._is_forced = plan.tools.is_forced
+        self._choices = [_Choice(_reader(plan)) for _ in plan.generations]
 
-    def __init__(self, metrics: ApiMetrics, started: float) -> None:
-        self._metrics = metrics
-        self._started = started
-        self.key_id = "invalid"
-        self.model = "unknown"
-        self.is_stream = False
-        self.status = "cancelled"  # until an end is reached
+    def opening(self) -> list[JsonObject]:
+        delta = {"role": "assistant", "content": None if self._is_forced else ""}
+        return [self._chunk(index, dict(delta)) for index in range(len(self._choices))]
 
-    def count(self, is_complete: bool) -> None:
-        status = "cancelled" if self.status == "success" and not is_complete else self.status
-        self._metrics.api_key_request(self.key_id, status)
-        if self.is_stream:
-            self._metrics.streaming_finished(self.model, status, trio.current_time() - self._started)
+    def chunks(self, index: int, event: GenerateEvent) -> list[JsonObject]:
+        choice = self._choices[index]
+        pieces = choice.read(event)
+        found = [self._chunk(index, choice.delta(piece), choice.take_logprobs()) for piece in pieces]
+        if event.finish_reason is not None:
+            if choice.logprobs:
+                found.append(self._chunk(index, {"content": ""}, choice.take_logprobs()))
+            found.append(self._chunk(index, {}) | {"finish_reason": choice.finish_reason(event)})
+        return found
 
-
-class _Answer:
-    """The shapes of one answer: one object, or chunks."""
-
-    def __init__(self, body: ChatCompletionRequest, exchange: Exchange, outcome: _Outcome) -> None:
-        self._exchange = exchange
-        self._outcome = outcome
-        self._model = body.model
-        self._id = f"chatcmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-        self._with_usage = body.stream_options is not None and body.stream_options.include_usage
-
-    async def whole(self, stream: DispatchedStream) -> Response:
-        text: list[str] = []
-        last = GenerateEvent("")
-        async for event in stream:
-            text.append(event.text)
-            last = event
-        self._finish(last, stream)
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": "".join(text), "refusal": None},
-            "logprobs": None,
-            "finish_reason": last.finish_reason,
-        }
-        payload = self._object("chat.completion", [choice]) | {"usage": _usage(last.usage)}
-        body = json.dumps(payload, ensure_ascii=False).encode()
-        return Response(body, 200, {NODE_HEADER: stream.node_id}, content_type="application/json")
-
-    async def streamed(self, stream: DispatchedStream) -> Response:
-        """Headers go out with the first event in hand, or after FIRST_EVENT_S without one."""
-        first: GenerateEvent | None = None
-        with trio.move_on_after(FIRST_EVENT_S):
-            first = await stream.receive()
-        response = Response(None, 200, HEADERS | {NODE_HEADER: stream.node_id})
-        response.response = EventStreamBody(self._events(stream, first))
-        response.timeout = None
-        return response
-
-    async def _events(self, stream: DispatchedStream, event: GenerateEvent | None) -> AsyncGenerator[bytes, None]:
-        """Encoded chunks. A failure after the headers is an error frame, never a silent end."""
-        yield self._chunk({"role": "assistant", "content": ""})
-        try:
-            while event is None or event.finish_reason is None:
-                if event is not None and event.text:
-                    yield self._text_chunk(event.text)
-                event = None
-                with trio.move_on_after(KEEP_ALIVE_S):
-                    event = await stream.receive()
-                if event is None:
-                    yield KEEP_ALIVE
-        except (GenerationError, MeshError) as exc:
-            self._outcome.status = _failure_status(exc)
-            self._exchange.log_fields["error.message"] = str(exc)
-            yield data_event(api_error(exc).body())
-            return
-        if event.text:
-            yield self._text_chunk(event.text)
-        yield self._chunk({}, event.finish_reason)
-        if self._with_usage:
-            yield data_event(self._object("chat.completion.chunk", []) | {"usage": _usage(event.usage)})
-        self._finish(event, stream)
-        yield DONE
-
-    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def whole(self, index: int, answer: GenerateEvent) -> JsonObject:
+        choice = self._choices[index]
+        texts: list[str] = []
+        calls: list[JsonObject] = []
+        for piece in choice.read(answer):
+            match piece:
+                case Content():
+                    texts.append(piece.text)
+                case CallStart():
+                    calls += choice.delta(piece)["tool_calls"]
+                    del calls[-1]["index"]
+                case _:
+                    calls[piece.index]["function"]["arguments"] += piece.text
+        content = "".join(texts)
+        message = {"role": "assistant", "content": None if calls and not content else content, "refusal": None}
+        if calls:
+            message["tool_calls"] = calls  # type: ignore[assignment]
         return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self._model,
-            "system_fingerprint": None,
-            "choices": choices,
+            "index": index,
+            "message": message,
+            "logprobs": self._logprobs(choice.take_logprobs()) if self._has_logprobs else None,
+            "finish_reason": choice.finish_reason(answer),
         }
 
-    def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        chunk = self._object("chat.completion.chunk", [choice])
-        return data_event(chunk | {"usage": None} if self._with_usage else chunk)
+    def _chunk(self, index: int, delta: JsonObject, logprobs: list[TokenLogprob] | None = None) -> JsonObject:
+        told = self._logprobs(logprobs) if logprobs else None
+        return {"index": index, "delta": delta, "logprobs": told, "finish_reason": None}
 
-    def _text_chunk(self, text: str) -> bytes:
-        return self._chunk({"content": text})
-
-    def _finish(self, last: GenerateEvent, stream: DispatchedStream) -> None:
-        self._outcome.status = "success"
-        usage = last.usage or Usage(0, 0)
-        self._exchange.log_fields |= {
-            "executed_by": stream.node_id,
-            "finish_reason": last.finish_reason,
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
-        }
+    def _logprobs(self, rows: list[TokenLogprob]) -> JsonObject:
+        return {"content": [_logprob(row) for row in rows], "refusal": None}
 
 
-def _usage(usage: Usage | None) -> dict[str, Any]:
-    counts = usage or Usage(0, 0)
-    return {
-        "prompt_tokens": counts.prompt_tokens,
-        "completion_tokens": counts.completion_tokens,
-        "total_tokens": counts.prompt_tokens + counts.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": counts.cached_tokens},
-    }
+class _Choice:
+    """One answer while it is read. logprobs: of tokens whose chunk has not been written yet."""
+
+    def __init__(self, reader: AnswerReader) -> None:
+        self._reader = reader
+        self._has_calls = False
+        self.logprobs: list[TokenLogprob] = []
+
+    def read(self, event: GenerateEvent) -> list[Piece]:
+        self.logprobs += event.logprobs
+        pieces = self._reader.feed(event.text)
+        return pieces if event.finish_reason is None else pieces + self._reader.finish()
+
+    def take_logprobs(self) -> list[TokenLogprob]:
+        taken, self.logprobs = self.logprobs, []
+        return taken
+
+    def delta(self, piece: Piece) -> JsonObject:
+        match piece:
+            case Content():
+                return {"content": piece.text}
+            case CallStart():
+                self._has_calls = True
+                function = {"name": piece.name, "arguments": ""}
+                call_id = f"call_{uuid.uuid4().hex[:24]}"
+                return {"tool_calls": [{"index": piece.index, "id": call_id, "type": "function", "function": function}]}
+        return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.text}}]}
+
+    def finish_reason(self, last: GenerateEvent) -> str | None:
+        return FINISH_TOOL_CALLS if self._has_calls and last.finish_reason == FINISH_STOP else last.finish_reason
 
 
-def _failure_status(error: Exception) -> str:
-    """The `status` label: rejected for what no capacity or the client's own request prevented, error for our fault."""
-    is_rejected = isinstance(error, NoCapacity | RequestInvalid | Unauthorized) or api_error(error).status < 500
-    return "rejected" if is_rejected else "error"
+def _reader(plan: ChatPlan) -> AnswerReader:
+    tools = plan.tools
+    if not tools.tools:
+        return PlainReader()
+    if tools.is_forced or plan.is_json_or_calls:
+        return ForcedCallReader(may_be_content=not tools.is_forced)
+    return ToolCallReader(tools.names, is_single=tools.is_single)
+
+
+def _logprob(row: TokenLogprob) -> JsonObject:
+    top = [{"token": token, "logprob": value, "bytes": _bytes(token)} for token, value in row.top]
+    return {"token": row.token, "logprob": row.logprob, "bytes": _bytes(row.token), "top_logprobs": top}
+
+
+def _bytes(token: str) -> list[int] | None:
+    """None where the token is a part of a character, whose bytes its text does not tell."""
+    return None if "\N{REPLACEMENT CHARACTER}" in token else list(token.encode("utf-8", "replace"))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from http import HTTPStatus
 
 from werkzeug.exceptions import HTTPException
 
 from mesh.errors import ModelUnknown, NoCapacity, PeerUnavailable
+from nodes.access.gate import Forbidden, LimitReached, NotSynchronised, Unauthorized
+from nodes.access.limits import Kind, Remaining
+from nodes.api.limit_headers import limit_headers
 from nodes.generation import DeadlineExceeded, GenerationFailed, RequestInvalid
-
-
-class Unauthorized(Exception):
-    """The client showed no API key that this address takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +26,19 @@ class ApiError:
     param: str | None = None
     code: str | None = None
     retry_after_s: float | None = None
+    remaining: Mapping[Kind, Remaining] = field(default_factory=dict)
 
     def body(self) -> dict[str, dict[str, str | None]]:
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        return {} if self.retry_after_s is None else {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}
+        headers = limit_headers(self.remaining)
+        if self.retry_after_s is not None:
+            headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
+            headers["retry-after-ms"] = str(max(1, math.ceil(self.retry_after_s * 1000)))
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return headers
 
 
 def api_error(error: Exception) -> ApiError:
@@ -41,6 +48,19 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(error.status, str(error), param=error.param, code=error.code)
         case Unauthorized():
             return ApiError(401, str(error), code="invalid_api_key")
+        case Forbidden():
+            return ApiError(403, str(error), code="model_not_allowed", param="model")
+        case LimitReached():
+            return ApiError(
+                429,
+                str(error),
+                "tokens" if error.kind == "tokens" else "requests",
+                code="rate_limit_exceeded",
+                retry_after_s=error.retry_after_s,
+                remaining=error.remaining,
+            )
+        case NotSynchronised():
+            return ApiError(503, str(error), "server_error", code="not_ready", retry_after_s=1.0)
         case ModelUnknown():
             return ApiError(404, str(error), param="model", code="model_not_found")
         case NoCapacity():

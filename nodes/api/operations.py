@@ -1,4 +1,4 @@
-"""What operators and programs ask of a node: models, health, the cluster's status, metrics."""
+"""What operators and programs ask of a node: health, the cluster's status, metrics."""
 
 from __future__ import annotations
 
@@ -7,28 +7,11 @@ from typing import Any
 
 from quart import Quart, Response, jsonify, request
 
-from mesh.errors import ModelUnknown
 from mesh.view import ClusterView, MemberStatus, MemberView, NodeStatus, Readiness
 from nodes.api.services import Services
 
-# The API wants a time of creation and no node knows it of a model; one constant keeps every node's answer equal.
-MODEL_CREATED = 0
-
 
 def register(app: Quart, services: Services) -> None:
-    @app.get("/v1/models")
-    async def models() -> Response:
-        services.access.authorize()
-        names = sorted(served_models(services.view()))
-        return jsonify({"object": "list", "data": [_model_object(name) for name in names]})
-
-    @app.get("/v1/models/<path:name>")
-    async def model(name: str) -> Response:
-        services.access.authorize()
-        if name not in served_models(services.view()):
-            raise ModelUnknown(f"no node of this mesh serves a model named {name!r}; GET /v1/models lists them")
-        return jsonify(_model_object(name))
-
     @app.get("/health")
     @app.get("/health/ready")
     async def ready() -> tuple[Response, int]:
@@ -50,16 +33,6 @@ def register(app: Quart, services: Services) -> None:
     async def metrics() -> Response:
         content_type, body = await services.render_metrics(request.headers.get("accept", ""))
         return Response(body, 200, content_type=content_type)
-
-
-def served_models(view: ClusterView) -> set[str]:
-    """Names of the models that members not offline have."""
-    present = (m for m in view.members.values() if view.status(m) is not NodeStatus.OFFLINE)
-    return {model.name for member in present for model in member.profile.models}
-
-
-def _model_object(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": MODEL_CREATED, "owned_by": "ai-cluster"}
 
 
 def _health(services: Services, view: ClusterView) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What clients may send, checked: the bodies of the OpenAI API as pydantic types, and what they become inside.
+"""What clients may send, checked: what the bodies of the OpenAI API share, as pydantic types.
 
 A documented field that this version cannot honour is refused by name, never ignored; unknown fields are accepted,
 as OpenAI's API does.
@@ -6,116 +6,112 @@ as OpenAI's API does.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from nodes.generation import GenerateRequest, RequestInvalid, Sampling
+from nodes.generation import Grammar, RequestInvalid, Sampling
 
 STOP_STRINGS_MAX = 16
 STOP_STRING_CHARS_MAX = 256
-MESSAGES_MAX = 4_096
-CONTENT_PARTS_MAX = 1_024
 TOKENS_MAX = 2**31 - 1
+CHOICES_MAX = 16  # n; each is a generation of its own
+LOGIT_BIASES_MAX = 1_024
 # Of a client's own word in an error message.
 CHARS_SHOWN = 100
-
-# Documented fields that cannot be honoured yet, each with the one value that asks for nothing.
-_NOT_SERVED: dict[str, Any] = {
-    "n": 1,
-    "logprobs": False,
-    "top_logprobs": 0,
-    "frequency_penalty": 0,
-    "presence_penalty": 0,
-    "logit_bias": {},
-    "tools": [],
-    "tool_choice": "none",
-    "functions": [],
-    "function_call": "none",
-    "response_format": {"type": "text"},
-    "modalities": ["text"],
-    "audio": {},
-    "prediction": {},
-    "web_search_options": {},
-}
+# Fields whose keys are the client's own words, which an error's `param` does not repeat.
+FREE_KEYS = ("logit_bias", "metadata")
+# Fields of several types told apart by a tag, which pydantic puts into a fault's place.
+TAGGED = ("response_format", "tool_choice")
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
 
-class ContentPart(_Body):
-    type: str
-    text: str | None = None
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = Field(None, description="Accepted: no chunk is padded here.")
 
-
-class Message(_Body):
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | Annotated[list[ContentPart], Field(fail_fast=True, max_length=CONTENT_PARTS_MAX)] | None = None
-
-    def text(self, index: int) -> str:
-        """The content as one string. Raises RequestInvalid for parts that are not text."""
-        if not isinstance(self.content, list):
-            return self.content or ""
-        for part in self.content:
-            if part.type != "text" or part.text is None:
-                raise RequestInvalid(
-                    f"content part of type {part.type[:CHARS_SHOWN]!r}: this model reads text only",
-                    param=f"messages[{index}].content",
-                )
-        return "".join(part.text or "" for part in self.content)
-
-
-class StreamOptions(_Body):
-    include_usage: bool = False
+    @property
+    def has_usage(self) -> bool:
+        return bool(self.include_usage)
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=STOP_STRING_CHARS_MAX)]
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
-class ChatCompletionRequest(_Body):
+class GenerationBody(Body):
+    """The fields of every endpoint that generates text. Those after `user` are no part of OpenAI's API; they are named
+    as vLLM names them."""
+
     model: str = Field(min_length=1, max_length=256)
-    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MESSAGES_MAX)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    n: int | None = Field(None, ge=1, le=CHOICES_MAX)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    top_p: Fraction | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     max_tokens: int | None = Field(None, ge=1, le=TOKENS_MAX)
-    max_completion_tokens: int | None = Field(None, ge=1, le=TOKENS_MAX)
     stop: StopString | Annotated[list[StopString], Field(fail_fast=True, max_length=STOP_STRINGS_MAX)] | None = None
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
+    presence_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
+    logit_bias: dict[TokenId, Bias] | None = Field(None, max_length=LOGIT_BIASES_MAX)
+    user: str | None = Field(None, description="Accepted; nothing depends on it.")
+    top_k: int | None = Field(None, ge=-1, le=TOKENS_MAX, description="Of the likeliest tokens; 0 or -1 keeps all.")
+    min_p: Fraction | None = None
+    repetition_penalty: float | None = Field(None, gt=0, le=10, allow_inf_nan=False)
+    min_tokens: int | None = Field(None, ge=0, le=TOKENS_MAX)
     ignore_eos: bool | None = None
 
-    def generate_request(self, request_id: str, deadline_s: float, entry_node: str) -> GenerateRequest:
+    @property
+    def choice_count(self) -> int:
+        return self.n or 1
+
+    @property
+    def has_usage_chunk(self) -> bool:
+        return self.stream_options is not None and self.stream_options.has_usage
+
+    def check(self) -> None:
         """Raises RequestInvalid for what the types alone cannot tell."""
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise RequestInvalid("max_tokens and max_completion_tokens are both given; send one", param="max_tokens")
         if self.stream_options is not None and not self.stream:
             raise RequestInvalid("stream_options is allowed only with stream=true", param="stream_options")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return GenerateRequest(
-            request_id=request_id,
-            model=self.model,
-            messages=tuple(
-                {"role": message.role, "content": message.text(index)} for index, message in enumerate(self.messages)
-            ),
-            sampling=Sampling(
-                temperature=self.temperature,
-                top_p=self.top_p,
-                seed=self.seed,
-                max_tokens=self.max_tokens or self.max_completion_tokens,
-                stop=stop,
-                ignore_eos=bool(self.ignore_eos),
-            ),
-            deadline_s=deadline_s,
-            entry_node=entry_node,
+
+    def sampling(self, *, max_tokens: int | None, logprobs: int | None, grammar: Grammar | None) -> Sampling:
+        """Of the first choice. Raises RequestInvalid where min_tokens is more than max_tokens."""
+        if max_tokens is not None and (self.min_tokens or 0) > max_tokens:
+            raise RequestInvalid(f"min_tokens {self.min_tokens} exceeds max_tokens {max_tokens}", param="min_tokens")
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+            max_tokens=max_tokens,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            ignore_eos=bool(self.ignore_eos),
+            top_k=max(0, self.top_k or 0),
+            min_p=self.min_p or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            logit_bias=tuple((int(token_id), bias) for token_id, bias in (self.logit_bias or {}).items()),
+            min_tokens=self.min_tokens or 0,
+            logprobs=logprobs,
+            grammar=grammar,
         )
 
 
-def parse_chat(body: bytes) -> ChatCompletionRequest:
-    """The request in a JSON body. Raises RequestInvalid that names the field and what is wrong with it."""
+BodyType = TypeVar("BodyType", bound=Body)
+
+
+def parse(kind: type[BodyType], data: bytes, not_served: Mapping[str, tuple[Any, ...]]) -> BodyType:
+    """The request in a JSON body. not_served: documented fields that cannot be honoured, each with the values that ask
+    for nothing, beside null. Raises RequestInvalid that names the field and what is wrong with it."""
     try:
-        request = ChatCompletionRequest.model_validate_json(body)
+        request = kind.model_validate_json(data)
     except ValidationError as exc:
         fault = exc.errors(include_url=False, include_input=False)[0]
         if fault["type"] == "json_invalid":
@@ -124,17 +120,24 @@ def parse_chat(body: bytes) -> ChatCompletionRequest:
         message = f"{param}: {fault['msg']}" if param else f"the body must be a JSON object: {fault['msg']}"
         raise RequestInvalid(message, param=param or None) from exc
     for field, value in (request.model_extra or {}).items():
-        if field in _NOT_SERVED and value is not None and value != _NOT_SERVED[field]:
+        if field in not_served and value is not None and value not in not_served[field]:
             raise RequestInvalid(f"{field} is not served by this version", param=field, code="unsupported_parameter")
     return request
 
 
 def _path(location: tuple[int | str, ...]) -> str:
-    """("messages", 0, "role") → "messages[0].role"; the names pydantic adds for members of a union are left out."""
+    """("messages", 0, "role") → "messages[0].role"; the names pydantic adds for members of a union are left out: those
+    of types, which no field is called by, and of models, which begin with a capital."""
     path = ""
+    is_tag_seen = False
     for part in location:
+        if path in FREE_KEYS:
+            break
+        if path in TAGGED and not is_tag_seen and isinstance(part, str) and part.isidentifier():
+            is_tag_seen = True
+            continue
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part.isidentifier() and part not in ("str", "constrained"):
+        elif part.isidentifier() and not part[0].isupper() and part not in ("str", "int", "constrained"):
             path += f".{part}" if path else part
     return path

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mesh.view import ClusterView
+from nodes.access.gate import Gate
+from nodes.access.key_admin import KeyAdmin
 from nodes.api.admin_access import AdminAccess
-from nodes.api.auth import Access
 from nodes.dispatch import Dispatch
 from nodes.mesh_operations import MeshOperations
 
@@ -18,6 +19,7 @@ class ApiMetrics(Protocol):
 
     def http_request(self, method: str, path: str, status: int, seconds: float) -> None: ...
     def api_key_request(self, key_id: str, status: str) -> None: ...
+    def rate_limited(self, key_id: str) -> None: ...
     def streaming_finished(self, model: str, status: str, seconds: float) -> None: ...
 
 
@@ -28,7 +30,7 @@ class Services:
     node_id: str
     version: str
     cluster_name: str
-    access: Access
+    gate: Gate
     dispatch: Dispatch
     view: Callable[[], ClusterView]
     metrics: ApiMetrics
@@ -38,3 +40,4 @@ class Services:
     nodes_expected: int | None
     admin_access: AdminAccess
     operations: MeshOperations
+    key_admin: KeyAdmin

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 
 from quart.wrappers.response import ResponseBody
@@ -23,13 +24,25 @@ def data_event(payload: object) -> bytes:
 
 
 class EventStreamBody(ResponseBody):
-    """A response body over an async generator of encoded events, closed with the response."""
+    """A response body over an async generator of encoded events, closed with the response.
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    source: what the generator reads, entered around it: tasks may not outlive a generator that is not read to its end.
+    """
+
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], source: AbstractAsyncContextManager[object] | None = None
+    ) -> None:
         self._events = events
+        self._source = source
 
     async def __aenter__(self) -> AsyncGenerator[bytes, None]:
+        if self._source is not None:
+            await self._source.__aenter__()
         return self._events
 
     async def __aexit__(self, exc_type: type, exc_value: BaseException, tb: TracebackType) -> None:
-        await self._events.aclose()
+        try:
+            await self._events.aclose()
+        finally:
+            if self._source is not None:
+                await self._source.__aexit__(exc_type, exc_value, tb)

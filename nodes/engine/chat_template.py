@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.nodes
 
 from nodes.engine.template_allowance import ALLOWANCE, Allowance, AllowanceExceeded
 from nodes.engine.template_sandbox import TemplateSandbox
+from nodes.engine.tool_messages import for_templates, with_tools_written
 
 # Twice the largest request that travels between nodes; a template that writes more is looping.
 RENDERED_CHARS_MAX = 16 * 1024 * 1024
@@ -45,7 +47,8 @@ class _Complaint(jinja2.TemplateError):
 
 
 class ChatTemplate:
-    """bos_token, eos_token: how the tokenizer spells them; templates write them by these names."""
+    """bos_token, eos_token: how the tokenizer spells them; templates write them by these names. knows_tools: it reads
+    the variable `tools`."""
 
     def __init__(self, source: str, *, bos_token: str, eos_token: str) -> None:
         """Raises ChatTemplateInvalid when the source is no Jinja template."""
@@ -53,20 +56,29 @@ class ChatTemplate:
         environment.globals |= {"raise_exception": _complain, "bos_token": bos_token, "eos_token": eos_token}
         try:
             self._template = environment.from_string(source)
+            names = environment.parse(source).find_all(jinja2.nodes.Name)
+            self.knows_tools = any(name.name == "tools" and name.ctx == "load" for name in names)
         except jinja2.TemplateSyntaxError as exc:
             raise ChatTemplateInvalid(f"line {exc.lineno}: {exc.message}") from exc
         except (SyntaxError, ValueError, RecursionError, MemoryError) as exc:  # of Python's compiler
             raise ChatTemplateInvalid(f"it is nested too deep or has too large a number: {type(exc).__name__}") from exc
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt that ends where the assistant's answer begins.
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The prompt that ends where the assistant's answer begins. tools: those that the model may call, as OpenAI's
+        API has them. A template that does not know them gets messages into which they are written.
 
         Raises ChatTemplateError; it says what the template complained about, and nothing of the messages' content.
         """
         parts: list[str] = []
         size = 0
         try:
-            variables = {"messages": messages, "add_generation_prompt": True, ALLOWANCE: Allowance(messages)}
+            messages = for_templates(messages) if self.knows_tools else with_tools_written(messages, tools)
+            variables = {
+                "messages": messages,
+                "tools": tools or None,
+                "add_generation_prompt": True,
+                ALLOWANCE: Allowance([*messages, *tools]),
+            }
             for part in self._template.generate(variables):
                 parts.append(part)
                 size += len(part)

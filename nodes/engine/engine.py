@@ -159,6 +159,7 @@ class Engine:
         generated_ids: SequenceOf[int] = (),
         resume: Resume = "auto",
         fairness_id: str = "",
+        weight: float = 1.0,
         text_blocks: tuple[int, ...] = (),
         matcher: Matcher | None = None,
     ) -> EngineStream:
@@ -167,9 +168,9 @@ class Engine:
         generated_ids: what another engine of the same model has generated of the answer; the stream goes on at the next
         token. resume: how their rows are made. By prefill: fast. By replay, one decode step each: gives the very tokens
         that would have come without the interruption, also in quantised models. auto: replay where that matters, in a
-        model that is not exact and for requests that are greedy or seeded. fairness_id: whose request it is.
-        text_blocks: the conversation's, from prefix_digest, under which its cached rows are told of. matcher: where
-        params has a grammar, from compile_grammar().
+        model that is not exact and for requests that are greedy or seeded. fairness_id: whose request; weight: its
+        share in proportion to others'. text_blocks: the conversation's, from prefix_digest, under which its cached rows
+        are told of. matcher: where params has a grammar, from compile_grammar().
 
         Raises PromptTooLong, TokenUnknown, QueueFull, EngineFault when it has failed or is stuck, EngineStopped while
         run() does not run; nothing was queued then.
@@ -195,6 +196,7 @@ class Engine:
             generated_ids=generated_ids,
             replays=bool(generated_ids) and self._is_replayed(params, resume),
             fairness_id=fairness_id,
+            weight=weight,
             text_blocks=text_blocks,
             matcher=matcher,
         )

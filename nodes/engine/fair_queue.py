@@ -111,9 +111,9 @@ class FairQueue:
         self._queues.clear()
         self._length = 0
 
-    def charge(self, asker: str, *, prompt_tokens: int = 0, generated_tokens: int = 0) -> None:
-        """The asker has received so much service."""
-        cost = prompt_tokens * PROMPT_TOKEN_COST + generated_tokens * GENERATED_TOKEN_COST
+    def charge(self, asker: str, *, prompt_tokens: int = 0, generated_tokens: int = 0, weight: float = 1.0) -> None:
+        """The asker has received so much service. weight: with twice as much it gets twice as much."""
+        cost = (prompt_tokens * PROMPT_TOKEN_COST + generated_tokens * GENERATED_TOKEN_COST) / weight
         self._service[asker] = max(self._service.get(asker, 0.0), self._floor) + cost
         if len(self._service) > ASKERS_MAX + len(self._queues):
             idle = (name for name in self._service if name not in self._queues and name != asker)

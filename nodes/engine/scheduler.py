@@ -223,7 +223,7 @@ class Scheduler:
         moves = self.kv.begin(sequence)
         total, found = len(sequence.prefill_ids), sequence.cached_tokens
         self._queued_tokens -= found
-        self._waiting.charge(sequence.fairness_id, prompt_tokens=total - found)
+        self._waiting.charge(sequence.fairness_id, prompt_tokens=total - found, weight=sequence.weight)
         self.cache.queries += 1
         self.cache.hits += found > 0
         self.cache.query_tokens += total
@@ -251,7 +251,7 @@ class Scheduler:
             self._leave(sequence)
             outcomes.append(Failed(sequence, text_fault(exc)))
             return
-        self._waiting.charge(sequence.fairness_id, generated_tokens=1)
+        self._waiting.charge(sequence.fairness_id, generated_tokens=1, weight=sequence.weight)
         if progress.finish_reason is None:
             self.kv.next_ids[slot] = sampled.token_id
         else:

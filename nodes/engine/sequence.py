@@ -106,7 +106,8 @@ class Sequence:
     """One request from its submission to its end.
 
     capacity: KV rows of a slot, which hold prompt and answer; the prompt is shorter. deadline: on the engine's clock.
-    generated_ids: of the answer, made before (is_resumed); replays: by decode steps. fairness_id: whose request it is.
+    generated_ids: of the answer, made before (is_resumed); replays: by decode steps. fairness_id, weight: whose request
+    it is, and its share.
     text_blocks: hashes of the conversation's beginning, see prefix_digest. matcher: of the params' grammar, fresh.
     accept() must not be called after the end.
 
@@ -133,6 +134,7 @@ class Sequence:
         "sampling",
         "text_blocks",
         "token_limit",
+        "weight",
     )
 
     def __init__(
@@ -147,6 +149,7 @@ class Sequence:
         generated_ids: SequenceOf[int] = (),
         replays: bool = False,
         fairness_id: str = "",
+        weight: float = 1.0,
         text_blocks: tuple[int, ...] = (),
         matcher: Matcher | None = None,
     ) -> None:
@@ -161,6 +164,7 @@ class Sequence:
         self.cached_tokens = 0  # of prefill_ids: those whose rows were found in a slot
         self.deadline = deadline
         self.fairness_id = fairness_id
+        self.weight = weight
         self.text_blocks = text_blocks
         self.phase = Phase.WAITING
         self.is_cancelled = False

@@ -44,8 +44,8 @@ class Allowance:
     """What is left to one rendering."""
 
     def __init__(self, given: Iterable[Mapping[str, Any]]) -> None:
-        """given: the messages, whose size the allowance depends on."""
-        given_bytes = sum(sys.getsizeof(message) + sum(map(sys.getsizeof, message.values())) for message in given)
+        """given: the messages and tools, whose size the allowance depends on."""
+        given_bytes = sum(map(_given_bytes, given))
         self._bytes_max = min(MADE_BYTES_BASE + MADE_PER_GIVEN_BYTE * given_bytes, MADE_BYTES_MAX)
         self._bytes_left = self._bytes_max
         self._steps_left = STEPS_MAX
@@ -127,6 +127,16 @@ class Allowance:
                 case _:
                     chars += ITEM_CHARS  # a number with a fraction; an object, by its type and address
         return text_bytes(chars, is_ascii)
+
+
+def _given_bytes(value: object) -> int:
+    """Of JSON, which its parser keeps from being nested too deep for this."""
+    size = sys.getsizeof(value)
+    if isinstance(value, Mapping):
+        size += sum(map(_given_bytes, value.values()))
+    elif isinstance(value, list | tuple):
+        size += sum(map(_given_bytes, value))
+    return size
 
 
 def allowance_of(context: Context) -> Allowance:

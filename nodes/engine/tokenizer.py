@@ -52,8 +52,9 @@ class Tokenizer:
         """The token of that id as the vocabulary spells it; None when there is none."""
         return self._tokenizer.id_to_token(token_id)
 
-    def encode(self, text: str, limit: int | None = None) -> list[int]:
-        """Ids of a rendered template: special tokens are recognised in the text and none is added.
+    def encode(self, text: str, limit: int | None = None, *, adds_special_tokens: bool = False) -> list[int]:
+        """Ids of a text: special tokens are recognised in it, and none is added, since templates write their own.
+        adds_special_tokens: those that the tokenizer puts around a plain text, as that of its beginning.
 
         Lone surrogates, which JSON can carry and UTF-8 cannot, become question marks. limit: ids that anybody wants;
         a text that has far more is not encoded to its end. Raises PromptTooLong then."""
@@ -63,7 +64,7 @@ class Tokenizer:
             text = text.encode("utf-8", "replace").decode()
         if limit is not None and len(text) > CHARS_PER_TOKEN_USUAL_MAX * limit:
             self._check_length(text, limit)
-        return self._ids(text)
+        return self._ids(text, adds_special_tokens)
 
     def _check_length(self, text: str, limit: int) -> None:
         """Count ids piece by piece. Cutting a text changes its number of ids by a few at each cut, never twofold."""
@@ -73,8 +74,8 @@ class Tokenizer:
             if tokens > 2 * limit:
                 raise PromptTooLong(tokens // 2, limit, is_exact=False)
 
-    def _ids(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+    def _ids(self, text: str, adds_special_tokens: bool = False) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=adds_special_tokens).ids
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of ids, special tokens left out; incomplete characters become U+FFFD."""

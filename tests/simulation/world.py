@@ -23,6 +23,7 @@ from mesh.gossip import (
     PingLink,
     SeedUnanswered,
     SendDatagram,
+    UsageHeard,
 )
 from mesh.seal import DEVELOPMENT_KEY, Keyring
 from mesh.view import Address, ClusterView, MemberStatus, NodeLoad, NodeProfile
@@ -387,6 +388,8 @@ class World:
                         self._ping_link(node, node_id, address)
                 case ExchangeState(node_id, address, question):
                     self._exchange(node, node_id, address, question)
+                case UsageHeard():
+                    pass  # tests/simulation/limits has a world of its own
                 case Fenced():
                     self.fenced.append((node.name, effect))
                 case _:

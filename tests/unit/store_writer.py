@@ -19,6 +19,7 @@ from nodes.store import UsageRow, open_store
 
 TASKS = 4
 PAIRS = 40
+DAY = 20_000
 
 
 def say(*words: str) -> None:
@@ -46,7 +47,7 @@ async def commit_until_killed(folder: Path, life: int) -> None:
                     await trio.sleep(0)
                     continue
                 await durable.commit(drafts)
-                await store.put(usage=[UsageRow("writer", life, f"task {task}", Totals(i, i, i))])
+                await store.put(usage=[UsageRow(DAY, f"task {task}", "m", "writer", life, Totals(i, i, i))])
                 say(*(f"{d.record_id}:{d.clock}:{d.is_deleted:d}" for d in drafts), f"{task}:{i}")
 
         async with trio.open_nursery() as nursery:

@@ -16,9 +16,9 @@ from mesh.seal import key_id
 from mesh.view import MemberStatus
 from nodes.api.admin_access import AdminAccess
 from nodes.api.app import build_app
-from nodes.api.auth import Access
 from nodes.api.services import Services
-from tests.unit.test_api import CountingMetrics, ScriptedDispatch
+from tests.unit.fake_access import FakeAccess
+from tests.unit.scripted_api import CountingMetrics, ScriptedDispatch
 from tests.unit.test_mesh_operations import NEW, NEW_ID, OLD_ID, FakeMesh, member
 
 TOKEN = "the admin token"
@@ -29,6 +29,7 @@ class Admin:
     def __init__(self, mesh: FakeMesh) -> None:
         self.mesh = mesh
         self.metrics = CountingMetrics()
+        self.access = FakeAccess()
 
         async def render_metrics(accept: str) -> tuple[str, bytes]:
             return "text/plain", b""
@@ -38,7 +39,7 @@ class Admin:
                 node_id="a",
                 version="0.1",
                 cluster_name="test",
-                access=Access(is_open=True),
+                gate=self.access.gate,
                 dispatch=ScriptedDispatch(),  # type: ignore[arg-type]
                 view=mesh.view,
                 metrics=self.metrics,
@@ -48,6 +49,7 @@ class Admin:
                 nodes_expected=None,
                 admin_access=AdminAccess(TOKEN),
                 operations=mesh.operations,
+                key_admin=self.access.admin,
             )
         )
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)  # type: ignore[arg-type]

@@ -3,157 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from types import MappingProxyType
-from typing import Any
 
-import httpx
 import pytest
 import trio
 
 from mesh.errors import ModelUnknown, NoCapacity
-from mesh.view import (
-    Address,
-    ClusterView,
-    MemberStatus,
-    MemberView,
-    ModelInfo,
-    NodeLoad,
-    NodeProfile,
-    Readiness,
-)
-from nodes.api import chat
-from nodes.api.admin_access import AdminAccess
-from nodes.api.app import build_app
-from nodes.api.auth import Access
-from nodes.api.services import Services
-from nodes.generation import (
-    DeadlineExceeded,
-    GenerateEvent,
-    GenerateRequest,
-    GenerationFailed,
-    RequestInvalid,
-    Usage,
-)
-
-ANSWER = (GenerateEvent("Hel", (1,)), GenerateEvent("lo", (2,)), GenerateEvent("!", (3,), "stop", Usage(5, 3, 0)))
-BODY = {"model": "demo", "messages": [{"role": "user", "content": "hi"}]}
-
-
-class ScriptedStream(trio.abc.ReceiveChannel[GenerateEvent]):
-    """Plays events, errors and pauses (floats, seconds); remembers that it was closed."""
-
-    def __init__(self, script: Sequence[GenerateEvent | Exception | float]) -> None:
-        self.node_id = "b"
-        self.is_closed = False
-        self._script = list(script)
-        self._resume_at = 0.0
-
-    async def receive(self) -> GenerateEvent:
-        while self._script:
-            if isinstance(self._script[0], float):
-                # Remembered, so that a read cut short by a timeout resumes the pause instead of restarting it.
-                self._resume_at = trio.current_time() + self._script.pop(0)
-            await trio.sleep_until(self._resume_at)
-            step = self._script.pop(0)
-            if isinstance(step, Exception):
-                raise step
-            if isinstance(step, GenerateEvent):
-                return step
-        raise trio.EndOfChannel
-
-    async def aclose(self) -> None:
-        self.is_closed = True
-
-
-class ScriptedDispatch:
-    def __init__(self, *script: GenerateEvent | Exception | float, refusal: Exception | None = None) -> None:
-        self.stream = ScriptedStream(script)
-        self.requests: list[GenerateRequest] = []
-        self._refusal = refusal
-
-    async def open(self, request: GenerateRequest) -> ScriptedStream:
-        self.requests.append(request)
-        if self._refusal is not None:
-            raise self._refusal
-        return self.stream
-
-
-class CountingMetrics:
-    def __init__(self) -> None:
-        self.http: list[tuple[str, str, int]] = []
-        self.keys: list[tuple[str, str]] = []
-        self.streams: list[tuple[str, str]] = []
-
-    def http_request(self, method: str, path: str, status: int, seconds: float) -> None:
-        self.http.append((method, path, status))
-
-    def api_key_request(self, key_id: str, status: str) -> None:
-        self.keys.append((key_id, status))
-
-    def streaming_finished(self, model: str, status: str, seconds: float) -> None:
-        self.streams.append((model, status))
-
-
-def view(readiness: Readiness = Readiness.READY, **fingerprints: str) -> ClusterView:
-    members = {}
-    for node_id, fingerprint in (fingerprints or {"a": "f1"}).items():
-        members[node_id] = MemberView(
-            node_id=node_id,
-            address=Address("127.0.0.1", 7946),
-            status=MemberStatus.ALIVE,
-            generation=1,
-            version=1,
-            load=NodeLoad(readiness=readiness),
-            profile=NodeProfile("127.0.0.1:8080", "0.1", (ModelInfo("demo", fingerprint, 1024, 8),)),
-            age_s=0.0,
-            is_self=node_id == "a",
-        )
-    return ClusterView("a", 0.0, MappingProxyType(members))
-
-
-class Api:
-    """An application and a client of it. Use as `async with`."""
-
-    def __init__(self, dispatch: ScriptedDispatch, cluster: ClusterView | None = None, is_open: bool = True) -> None:
-        self.dispatch = dispatch
-        self.metrics = CountingMetrics()
-        cluster = cluster or view()
-
-        async def render_metrics(accept: str) -> tuple[str, bytes]:
-            return "text/plain", b"metrics\n"
-
-        app = build_app(
-            Services(
-                node_id="a",
-                version="0.1",
-                cluster_name="test",
-                access=Access(is_open=is_open),
-                dispatch=dispatch,  # type: ignore[arg-type]
-                view=lambda: cluster,
-                metrics=self.metrics,
-                render_metrics=render_metrics,
-                deadline_s=600.0,
-                body_bytes_max=10_000,
-                nodes_expected=None,
-                admin_access=AdminAccess("the admin token"),
-                operations=None,  # type: ignore[arg-type]
-            )
-        )
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)  # type: ignore[arg-type]
-        self.client = httpx.AsyncClient(transport=transport, base_url="http://test")
-
-    async def chat(self, **fields: Any) -> httpx.Response:
-        return await self.client.post("/v1/chat/completions", json=BODY | fields)
-
-
-def events(response: httpx.Response) -> list[Any]:
-    """The stream's payloads; the string [DONE] and comments stay strings."""
-    found: list[Any] = []
-    for block in response.text.strip().split("\n\n"):
-        data = block.removeprefix("data: ")
-        found.append(json.loads(data) if data.startswith("{") else data)
-    return found
+from mesh.view import Readiness
+from nodes.api import answering
+from nodes.generation import DeadlineExceeded, GenerationFailed, RequestInvalid
+from tests.unit.scripted_api import ANSWER, BODY, Api, ScriptedDispatch, events, view
 
 
 async def test_a_plain_answer_is_openais_object() -> None:
@@ -224,7 +82,7 @@ async def test_a_plain_answer_that_breaks_is_an_error() -> None:
 
 
 async def test_a_late_first_event_sends_headers_and_keep_alives(autojump_clock: trio.testing.MockClock) -> None:
-    pause = chat.FIRST_EVENT_S + 2 * chat.KEEP_ALIVE_S + 1.0
+    pause = answering.FIRST_EVENT_S + 2 * answering.KEEP_ALIVE_S + 1.0
     response = await Api(ScriptedDispatch(pause, *ANSWER)).chat(stream=True)
     found = events(response)
     assert found.count(": keep-alive") == 2

@@ -34,7 +34,7 @@ from mesh.counters_wire import (
     encode_usage,
 )
 from mesh.errors import MalformedDatagram
-from mesh.own_counters import OWN_KEYS_MAX, OwnCounters
+from mesh.own_counters import OWN_KEYS_MAX, TRANSIT_S, OwnCounters, Unheard
 
 small = st.integers(0, 40)
 totals = st.builds(Totals, small, small, small)
@@ -193,7 +193,9 @@ def test_peers_never_count_less_than_was_told_of_the_last_minute(seed: int) -> N
         for witness in (early, late):
             key = rng.choice(names)
             witness.check(key, now)
-            assert witness.peers.used(key, now) == witness.peers.used_by("owner", key, now)
+            together, alone = witness.peers.used(key, now), witness.peers.used_by("owner", key, now)
+            assert together.requests <= alone.requests  # in finer buckets, so held less long
+            assert together.tokens <= alone.tokens
 
 
 def test_a_first_sight_counts_what_is_of_the_last_minute_only() -> None:
@@ -470,3 +472,28 @@ def test_what_is_no_usage_is_refused_whole(section: bytes) -> None:
 def test_fields_of_a_newer_version_are_ignored() -> None:
     section = row(1, 2, "later") + row("k", 5, 40, 3, 1, 100, 2, 20, {"of": "later"})
     assert decode_usage(section) == Usage(1, 2, (Report("k", Totals(5, 40, 3), 1, 100, 2, 20),))
+
+
+def test_what_was_begun_is_unheard_until_it_was_told_and_has_arrived() -> None:
+    owner = OwnCounters(1)
+    assert owner.unheard("k", 0.0) == Unheard()
+    owner.begin("k", 100, 1.0)
+    owner.begin("k", 20, 1.0)
+    owner.end("k", 20)
+    assert owner.unheard("k", 50.0) == Unheard(2, 120)
+    assert owner.section(50.0)
+    owner.begin("k", 7, 50.1)
+    assert owner.unheard("k", 50.1) == Unheard(3, 127)
+    assert owner.unheard("k", 50.01 + TRANSIT_S) == Unheard(1, 7)
+    assert owner.section(51.0)
+    assert owner.unheard("k", 51.01 + TRANSIT_S) == Unheard()
+
+
+def test_a_window_says_when_it_lets_go() -> None:
+    window = Window(0.25)
+    window.add(1, 10, 0.1)
+    window.add(2, 20, 0.2)
+    window.add(1, 5, 7.0)
+    assert list(window.expiries()) == [(WINDOW_S + 0.25, 3, 30), (WINDOW_S + 7.25, 1, 5)]
+    window.expire(WINDOW_S + 0.25)
+    assert (window.requests, window.tokens) == (1, 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -200,6 +201,41 @@ async def test_messages_that_the_template_refuses_are_the_clients_fault() -> Non
         with pytest.raises(RequestInvalid, match="empty prompt"):
             await setup.open()
     assert setup.witness.told == []
+
+
+async def test_a_prompt_as_text_or_ids_is_taken_as_it_is() -> None:
+    ids = toy_model().tokenizer.encode("Once upon a time")
+    async with serving(Setup()) as setup:
+        asked = [GenerateRequest("r", "demo", (), GREEDY, prompt=prompt) for prompt in ("Once upon a time", tuple(ids))]
+        (text, answer, last), (same_text, same_answer, _) = [await read(await setup.local.open(r)) for r in asked]
+        assert (text, answer) == (same_text, same_answer)
+        assert last.usage == Usage(len(ids), 8)
+
+
+@pytest.mark.parametrize("prompt", ["", (), (CAPACITY * 100,), (-1,), (5,) * CAPACITY, "0" * 10_000])
+async def test_a_prompt_that_the_model_cannot_take_is_the_clients_fault(prompt: str | tuple[int, ...]) -> None:
+    async with serving(Setup()) as setup:
+        with pytest.raises(RequestInvalid) as raised:
+            await setup.local.open(GenerateRequest("r", "demo", (), GREEDY, prompt=prompt))
+        assert raised.value.param == "prompt"
+
+
+async def test_tools_reach_the_template() -> None:
+    model = toy_model()
+    template = ChatTemplate(
+        "{{ tools[0].function.name }}{{ messages[0].tool_calls[0].function.arguments.city }}",
+        bos_token="",
+        eos_token="",
+    )
+    setup = Setup(model=LoadedModel("f", model.eos_ids, model.tokenizer, template))
+    tools = json.dumps([{"type": "function", "function": {"name": "weather"}}])
+    calls = json.dumps([{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"city": "Ulm"}'}}])
+    message = {"role": "assistant", "content": "", "tool_calls": calls}
+    async with serving(setup):
+        _, _, last = await read(await setup.local.open(GenerateRequest("r", "demo", (message,), GREEDY, tools=tools)))
+        assert last.usage == Usage(len(model.tokenizer.encode("weatherUlm")), 8)
+        with pytest.raises(RequestInvalid, match="no JSON"):
+            await setup.local.open(GenerateRequest("r", "demo", (message,), GREEDY, tools="["))
 
 
 async def test_an_unknown_model_is_said_to_be_unknown() -> None:

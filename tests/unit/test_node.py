@@ -21,6 +21,7 @@ from nodes.engine.model_loader import ModelFolderInvalid, read_model_folder
 from nodes.keyring_file import load_keyring
 from nodes.node import Node, StopRequest
 from nodes.sockets import NodeSockets, bind_http, bind_mesh
+from nodes.store import open_store
 
 TOKEN = "the node's admin token"
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "hello"}], "temperature": 0}
@@ -34,9 +35,10 @@ async def running_node(tmp_path: Path) -> AsyncIterator[tuple[httpx.AsyncClient,
     with bind_http(config.http) as http, (mesh := bind_mesh(config.mesh))[0], mesh[1]:
         keyring = load_keyring(tmp_path, config)
         log_writer: Any = SimpleNamespace(lines_dropped=0)
-        node = Node(config, keyring, folders, NodeSockets(http, *mesh), 1, lambda generation: None, log_writer, TOKEN)
         stop = StopRequest()
-        async with trio.open_nursery() as nursery:
+        async with open_store(tmp_path) as store, trio.open_nursery() as nursery:
+            sockets = NodeSockets(http, *mesh)
+            node = Node(config, keyring, folders, sockets, 1, lambda generation: None, log_writer, TOKEN, store, [])
             nursery.start_soon(node.run, stop)
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{http.getsockname()[1]}", timeout=30) as client:
                 yield client, stop

@@ -1,11 +1,14 @@
 import json
+from dataclasses import replace
 
 import pytest
 
-from nodes.api.schema import parse_chat
-from nodes.generation import GenerateRequest, RequestInvalid
+from nodes.api.chat_schema import parse_chat
+from nodes.generation import GenerateRequest, Grammar, RequestInvalid
 
 MESSAGE = {"role": "user", "content": "hi"}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
 
 
 def body(**fields: object) -> bytes:
@@ -13,7 +16,7 @@ def body(**fields: object) -> bytes:
 
 
 def generate(**fields: object) -> GenerateRequest:
-    return parse_chat(body(**fields)).generate_request("req_1", 600.0, "a")
+    return parse_chat(body(**fields)).plan("req_1", 600.0, "a").generations[0]
 
 
 def test_fields_become_a_generate_request() -> None:
@@ -40,18 +43,206 @@ def test_unknown_extra_fields_are_accepted() -> None:
 
 
 def test_fields_that_ask_for_nothing_are_accepted() -> None:
-    assert generate(n=1, tools=[], logprobs=False, response_format={"type": "text"}, presence_penalty=0.0).model
+    nothing = {
+        "n": 1,
+        "tools": [],
+        "tool_choice": "none",
+        "logprobs": False,
+        "top_logprobs": 0,
+        "response_format": {"type": "text"},
+        "presence_penalty": 0.0,
+        "logit_bias": {},
+        "functions": [],
+        "function_call": "none",
+        "modalities": ["text"],
+        "audio": None,
+        "prediction": None,
+        "store": False,
+        "service_tier": "auto",
+        "verbosity": "medium",
+        "reasoning_effort": None,
+        "metadata": {"a": "b"},
+        "user": "someone",
+        "safety_identifier": "x",
+        "prompt_cache_key": "y",
+        "parallel_tool_calls": True,
+    }
+    assert generate(**nothing).sampling == generate().sampling
+    assert generate(**nothing).tools == ""
+
+
+def test_every_field_of_the_sampling_is_handed_on() -> None:
+    sampling = generate(
+        frequency_penalty=0.5,
+        presence_penalty=-0.5,
+        logit_bias={"5": 1, "7": -100},
+        logprobs=True,
+        top_logprobs=3,
+        top_k=40,
+        min_p=0.1,
+        repetition_penalty=1.2,
+        min_tokens=2,
+        ignore_eos=True,
+        max_completion_tokens=9,
+    ).sampling
+    assert (sampling.frequency_penalty, sampling.presence_penalty, sampling.repetition_penalty) == (0.5, -0.5, 1.2)
+    assert sampling.logit_bias == ((5, 1.0), (7, -100.0))
+    assert (sampling.logprobs, sampling.top_k, sampling.min_p) == (3, 40, 0.1)
+    assert (sampling.min_tokens, sampling.ignore_eos, sampling.max_tokens) == (2, True, 9)
+
+
+def test_logprobs_without_a_number_are_those_of_the_chosen_tokens() -> None:
+    assert generate(logprobs=True).sampling.logprobs == 0
+    assert generate(logprobs=False).sampling.logprobs is None
+
+
+def test_n_answers_differ_in_their_choice_alone() -> None:
+    generations = parse_chat(body(n=3, seed=1)).plan("req_1", 600.0, "a").generations
+    assert [generation.sampling.choice for generation in generations] == [0, 1, 2]
+    first, *others = (replace(g, sampling=replace(g.sampling, choice=0)) for g in generations)
+    assert others == [first, first]
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "text"),
+    [
+        ({"response_format": {"type": "json_object"}}, "json_object", ""),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}},
+            "json_schema",
+            '{"type":"object"}',
+        ),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": True}}}, "json_object", ""),
+        ({"guided_json": {"type": "array"}}, "json_schema", '{"type":"array"}'),
+        ({"guided_json": '{"type": "array"}'}, "json_schema", '{"type": "array"}'),
+        ({"guided_regex": "a+"}, "regex", "a+"),
+        ({"guided_choice": ["a", "b"]}, "choice", '["a", "b"]'),
+        ({"guided_grammar": 'start: "a"'}, "grammar", 'start: "a"'),
+        ({"structured_outputs": {"json": {"type": "array"}}}, "json_schema", '{"type":"array"}'),
+        ({"structured_outputs": {"choice": ["a"]}}, "choice", '["a"]'),
+        ({"structured_outputs": {"json_object": True}}, "json_object", ""),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_what_an_answer_must_look_like_is_a_grammar(fields: dict[str, object], kind: str, text: str) -> None:
+    assert generate(**fields).sampling.grammar == Grammar(kind, text)
+
+
+def test_messages_about_tools_are_handed_on() -> None:
+    messages = [
+        {"role": "developer", "content": "be kind"},
+        {"role": "user", "content": "weather?", "name": "ann"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "rain"}]},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
+        {"role": "assistant", "refusal": "never"},
+    ]
+    request = generate(messages=messages, tools=[TOOL])
+    assert json.loads(request.messages[2]["tool_calls"]) == [CALL]
+    assert [dict(message, tool_calls="") if "tool_calls" in message else message for message in request.messages] == [
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": "weather?", "name": "ann"},
+        {"role": "assistant", "content": "", "tool_calls": ""},
+        {"role": "tool", "tool_call_id": "call_1", "content": "rain"},
+        {"role": "assistant", "content": "no"},
+        {"role": "assistant", "content": "never"},
+    ]
+    assert json.loads(request.tools) == [TOOL]
+
+
+@pytest.mark.parametrize(
+    ("choice", "offered", "is_forced"),
+    [
+        (None, ["weather", "time"], False),
+        ("auto", ["weather", "time"], False),
+        ("none", [], False),
+        ("required", ["weather", "time"], True),
+        ({"type": "function", "function": {"name": "time"}}, ["time"], True),
+        (
+            {
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": "auto", "tools": [{"type": "function", "function": {"name": "time"}}]},
+            },
+            ["time"],
+            False,
+        ),
+    ],
+)
+def test_tool_choice_says_what_is_offered_and_whether_it_must_be_called(
+    choice: object, offered: list[str], is_forced: bool
+) -> None:
+    other = {"type": "function", "function": {"name": "time"}}
+    request = generate(tools=[TOOL, other], tool_choice=choice)
+    assert [tool["function"]["name"] for tool in json.loads(request.tools or "[]")] == offered
+    assert (request.sampling.grammar is not None) is is_forced
+
+
+def test_a_schema_and_tools_together_allow_either() -> None:
+    request = generate(tools=[TOOL], response_format={"type": "json_object"})
+    assert request.sampling.grammar is not None
+    assert "anyOf" in json.loads(request.sampling.grammar.text)
 
 
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"n": 2}, "n"),
-        ({"logprobs": True}, "logprobs"),
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"presence_penalty": 1}, "presence_penalty"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"n": 0}, "n"),
+        ({"n": 17}, "n"),
+        ({"logprobs": 3}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"frequency_penalty": -3}, "frequency_penalty"),
+        ({"logit_bias": {"word": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {str(i): 1 for i in range(2000)}}, "logit_bias"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name"),
+        ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_regex": "a", "tools": [TOOL]}, "guided_regex"),
+        ({"guided_json": "{", "tools": [TOOL]}, "guided_json"),
+        ({"guided_json": "[" * 100_000, "tools": [TOOL]}, "guided_json"),
+        ({"structured_outputs": {"regex": "a", "grammar": "b"}}, "structured_outputs"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [TOOL, TOOL]}, "tools"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]},
+            "tools[0].function.parameters",
+        ),
+        ({"tools": [TOOL | {"junk": "x" * 600_000}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "always"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"function_call": {"name": "f"}}, "function_call"),
+        ({"audio": {"voice": "x"}}, "audio"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"moderation": {"model": "x"}}, "moderation"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"verbosity": "low"}, "verbosity"),
+        ({"prompt_cache_retention": "24h"}, "prompt_cache_retention"),
+        ({"prompt_cache_options": {"mode": "explicit"}}, "prompt_cache_options"),
+        ({"store": True}, "store"),
+        ({"service_tier": "flex"}, "service_tier"),
+        ({"metadata": {"k": 5}}, "metadata"),
+        ({"metadata": {str(i): "v" for i in range(17)}}, "metadata"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 2}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"min_tokens": 5, "max_tokens": 3}, "min_tokens"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "y"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls[0].type"),
+        ({"messages": [{"role": "assistant", "audio": {"id": "a"}}]}, "messages[0].audio"),
+        ({"messages": [{"role": "assistant", "function_call": {"name": "a"}}]}, "messages[0].function_call"),
         ({"temperature": 2.5}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"top_p": -0.1}, "top_p"),

@@ -26,8 +26,20 @@ from mesh.replica import Record, Replica
 from nodes import store as store_module
 from nodes.config import ConfigInvalid
 from nodes.durable_replica import DurableReplica
-from nodes.store import APPLICATION_ID, FILE_NAME, SUBJECT_BYTES_MAX, Store, StoreFailed, UsageRow, open_store
+from nodes.store import (
+    APPLICATION_ID,
+    FILE_NAME,
+    TEXT_BYTES_MAX,
+    DayDigest,
+    Store,
+    StoreFailed,
+    UsageRow,
+    UsageSum,
+    open_store,
+)
 from tests.unit.test_replica import records
+
+DAY = 20_000  # since 1970
 
 
 def live(record_id: str, clock: int, value: bytes = b"v") -> Record:
@@ -36,12 +48,12 @@ def live(record_id: str, clock: int, value: bytes = b"v") -> Record:
 
 async def test_what_was_put_is_there_after_a_reopening(tmp_path: Path) -> None:
     kept = [live("k1", 1), Record("k2"), live("k3", 2**63 - 1, bytes(1024)), live("ключ", 1, b"")]
-    usage = [UsageRow("n", 3, "key model 2025-11-24", Totals(5, 2**53, 7))]
+    usage = [UsageRow(DAY, "key", "model", "n", 3, Totals(5, 2**53, 7))]
     async with open_store(tmp_path) as store:
         await store.put(kept, usage)
     async with open_store(tmp_path) as store:
         assert sorted(await store.records(), key=lambda r: r.record_id) == kept
-        assert await store.usage() == usage
+        assert await store.usage_rows(DAY, None, 10) == usage
 
 
 async def test_only_the_owner_may_read_the_database(tmp_path: Path) -> None:
@@ -73,17 +85,38 @@ def test_the_database_merges_as_a_replica_does(history: list[Record]) -> None:
 async def test_usage_of_one_life_keeps_its_maximum_and_lives_are_apart(tmp_path: Path) -> None:
     async with open_store(tmp_path) as store:
         for generation, total in ((1, 5), (1, 3), (2, 4)):
-            await store.put(usage=[UsageRow("n", generation, "s", Totals(total, total, 10 - total))])
-        assert await store.usage() == [
-            UsageRow("n", 1, "s", Totals(5, 5, 7)),
-            UsageRow("n", 2, "s", Totals(4, 4, 6)),
+            await store.put(usage=[UsageRow(DAY, "k", "m", "n", generation, Totals(total, total, 10 - total))])
+        assert await store.usage_rows(DAY, None, 10) == [
+            UsageRow(DAY, "k", "m", "n", 1, Totals(5, 5, 7)),
+            UsageRow(DAY, "k", "m", "n", 2, Totals(4, 4, 6)),
         ]
+        assert await store.usage_sums(DAY, DAY) == [UsageSum(DAY, "k", "m", Totals(9, 9, 13))]
+        assert await store.usage_digests(0) == [DayDigest(DAY, 2, 9, 22)]
 
 
-async def test_a_long_subject_is_refused(tmp_path: Path) -> None:
+async def test_usage_is_read_in_pages_and_by_day_and_key(tmp_path: Path) -> None:
+    rows = [
+        UsageRow(day, key, model, node, 1, Totals(1, 2, 3))
+        for day in (DAY, DAY + 1)
+        for key in ("a", "b")
+        for model in ("m", "n")
+        for node in ("x", "y")
+    ]
     async with open_store(tmp_path) as store:
-        with pytest.raises(ValueError, match=f"exceeds {SUBJECT_BYTES_MAX}"):
-            await store.put([live("k", 1)], [UsageRow("n", 1, "s" * (SUBJECT_BYTES_MAX + 1), Totals())])
+        await store.put(usage=rows)
+        read: list[UsageRow] = []
+        while page := await store.usage_rows(DAY, read[-1].identity[1:] if read else None, 3):
+            read += page
+        assert read == rows[:8]
+        sums = await store.usage_sums(DAY + 1, DAY + 9, "b")
+        assert sums == [UsageSum(DAY + 1, "b", model, Totals(2, 4, 6)) for model in ("m", "n")]
+        assert [digest.day for digest in await store.usage_digests(DAY + 1)] == [DAY + 1]
+
+
+async def test_a_long_text_in_usage_is_refused(tmp_path: Path) -> None:
+    async with open_store(tmp_path) as store:
+        with pytest.raises(ValueError, match=f"exceeds {TEXT_BYTES_MAX}"):
+            await store.put([live("k", 1)], [UsageRow(DAY, "k", "m" * (TEXT_BYTES_MAX + 1), "n", 1, Totals())])
         assert await store.records() == []
 
 
@@ -364,7 +397,8 @@ def check(folder: Path, acknowledged: dict[str, tuple[int, bool]], counted: dict
     async def read() -> tuple[dict[str, Record], dict[tuple[int, str], int]]:
         async with open_store(folder) as store:
             kept = {record.record_id: record for record in await store.records()}
-            return kept, {(row.generation, row.subject): row.totals.requests for row in await store.usage()}
+            rows = await store.usage_rows(DAY, None, 1_000_000)
+            return kept, {(row.generation, row.key): row.totals.requests for row in rows}
 
     kept, usage = trio.run(read)
     for record_id, (clock, is_deleted) in acknowledged.items():

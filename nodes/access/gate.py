@@ -1,0 +1,275 @@
+"""Who may call /v1, and how much: a request passes the gate before anything is done for it, and is counted by it.
+
+A mesh in which no key was ever created is open on loopback, and takes whatever key a client sends there. From the first
+key on every node demands one that works; off loopback also before, unless the node was started open.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from ipaddress import IPv6Address, ip_address
+
+import trio
+
+from mesh.counters_wire import Totals
+from mesh.own_counters import OwnCounters
+from nodes.access.api_key import ApiKey
+from nodes.access.key_book import KeyBook
+from nodes.access.limits import Kind, Limiter, Limits, Refusal, Remaining
+from nodes.access.usage import UsageLog
+from nodes.generation import PRIORITY_DEFAULT
+
+# The label under which requests count that need no key.
+ANONYMOUS = "anonymous"
+# A request that finds room but has to wait for the others to hear of its forerunners waits so long at most.
+SHARE_WAIT_S = 1.0
+SHARE_POLL_S = 0.05
+# Wrong keys from one address within the window, after which further ones are told to wait. Keys that work always do:
+# whoever shares an address with a guesser is not shut out, and nobody guesses 256 bits.
+FAILURES_MAX = 20
+FAILURE_WINDOW_S = 60.0
+ADDRESSES_MAX = 4_096
+IPV6_PREFIX_BITS = 64  # what one customer has
+# Tokens that a running answer has used are told on after so many.
+SETTLE_TOKENS = 64
+
+
+class Unauthorized(Exception):
+    """The client showed no API key that this node takes."""
+
+
+class Forbidden(Exception):
+    """The key works, but not for this."""
+
+
+class LimitReached(Exception):
+    """A limit per key. kind: which; retry_after_s: None where waiting does not help."""
+
+    def __init__(self, message: str, kind: str, retry_after_s: float | None, remaining: dict[Kind, Remaining]) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.retry_after_s = retry_after_s
+        self.remaining = remaining
+
+
+class NotSynchronised(Exception):
+    """This node has just started and does not know yet which keys its mesh has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """key: None where none is needed."""
+
+    key: ApiKey | None = None
+
+    @property
+    def label(self) -> str:
+        return ANONYMOUS if self.key is None else self.key.label
+
+    @property
+    def fairness_id(self) -> str:
+        return "" if self.key is None else self.key.family
+
+    def may_use(self, model: str) -> bool:
+        return self.key is None or not self.key.settings.models or model in self.key.settings.models
+
+    @property
+    def priority(self) -> int:
+        return PRIORITY_DEFAULT if self.key is None else self.key.settings.priority
+
+
+class Gate:
+    """is_open: no key is needed where none was ever created. has_synchronised: this node knows its mesh's keys as well
+    as some peer does. usage_changed: GossipSocket.usage_changed. now: the counters' clock; wall_clock: seconds since
+    1970."""
+
+    def __init__(
+        self,
+        book: KeyBook,
+        limiter: Limiter,
+        own: OwnCounters,
+        usage: UsageLog,
+        *,
+        is_open: bool,
+        has_synchronised: Callable[[], bool],
+        usage_changed: Callable[[], None],
+        wall_clock: Callable[[], float],
+        now: Callable[[], float] = trio.current_time,
+    ) -> None:
+        self._book = book
+        self._limiter = limiter
+        self._own = own
+        self._usage = usage
+        self._is_open = is_open
+        self._has_synchronised = has_synchronised
+        self._usage_changed = usage_changed
+        self._wall_clock = wall_clock
+        self._now = now
+        self._failures = FailureLimiter()
+
+    def authenticate(self, authorization: str, address: str) -> Caller:
+        """authorization: the header, "" for none; address: the client's IP. Raises Unauthorized, LimitReached for an
+        address that shows wrong key after wrong key, and NotSynchronised."""
+        if not self._book.was_ever_used:
+            if self._is_open:
+                if not self._has_synchronised():
+                    raise NotSynchronised("this node has just started and asks its mesh for the API keys; try again")
+                return Caller()
+            raise Unauthorized(
+                "this node's HTTP address is off loopback, so it takes requests with an API key only, and none was "
+                "created yet: ai-cluster keys create --name NAME"
+            )
+        scheme, _, token = authorization.partition(" ")
+        if scheme.lower() != "bearer" or not token.strip():
+            raise Unauthorized("no API key: send the header Authorization: Bearer sk-…")
+        key = self._book.of_token(token.strip())
+        if key is None:
+            retry_after_s = self._failures.failed(address, self._now())
+            if retry_after_s is not None:
+                raise LimitReached("too many wrong API keys from this address", "address", retry_after_s, {})
+            raise Unauthorized("this API key is not one of this cluster, or was revoked")
+        if not key.settings.is_enabled:
+            raise Unauthorized("this API key is disabled")
+        if key.has_expired(self._wall_clock()):
+            raise Unauthorized("this API key has expired")
+        return Caller(key)
+
+    @staticmethod
+    def check_model(caller: Caller, model: str) -> None:
+        """Raises Forbidden."""
+        if not caller.may_use(model):
+            raise Forbidden(f"this API key may not use the model {model[:100]!r}; GET /v1/models lists what it may use")
+
+    async def admit(self, caller: Caller, model: str, prompt_tokens: int, answer_tokens: int) -> Admission:
+        """Let a request in that may use so many tokens, and count it. model: one that the mesh has. The caller closes
+        what is returned, whatever happens. Raises LimitReached."""
+        key, tokens = caller.key, prompt_tokens + answer_tokens
+        if key is None:
+            return Admission(self, caller, model, prompt_tokens, 0)
+        settings = key.settings
+        limits = Limits(settings.requests_per_minute, settings.tokens_per_minute, settings.concurrency)
+        give_up_at = self._now() + SHARE_WAIT_S
+        while (refusal := self._limiter.check(key.family, limits, tokens, self._now())) is not None:
+            if not refusal.is_brief or self._now() >= give_up_at:
+                raise self._limit_reached(key, limits, refusal, tokens)
+            await trio.sleep(SHARE_POLL_S)
+        self._own.begin(key.family, tokens, self._now())
+        self._usage_changed()
+        return Admission(self, caller, model, prompt_tokens, tokens, limits)
+
+    def remaining(self, key: ApiKey, limits: Limits) -> dict[Kind, Remaining]:
+        return self._limiter.remaining(key.family, limits, self._now())
+
+    def _limit_reached(self, key: ApiKey, limits: Limits, refusal: Refusal, tokens: int) -> LimitReached:
+        what = {"requests": "requests per minute", "tokens": "tokens per minute", "concurrency": "requests at once"}
+        message = f"the limit of this API key is {refusal.limit} {what[refusal.kind]}, over all nodes together"
+        if refusal.retry_after_s is None:
+            message += f"; this request alone may use {tokens}: ask for fewer with max_completion_tokens"
+        return LimitReached(message, refusal.kind, refusal.retry_after_s, self.remaining(key, limits))
+
+    # For Admission.
+
+    def count(self, caller: Caller, model: str, rise: Totals) -> None:
+        if caller.key is not None:
+            self._usage.count(caller.key.family, model, rise)
+            self._own.count(caller.key.family, rise.prompt_tokens, rise.completion_tokens, self._now())
+
+    def end(self, caller: Caller, model: str, reserved_tokens: int) -> None:
+        if caller.key is not None:
+            self._own.end(caller.key.family, reserved_tokens)
+            self._usage.count(caller.key.family, model, Totals(requests=1))
+            self._usage_changed()
+
+
+class Admission(trio.abc.AsyncResource):
+    """One request that was let in. What it uses is counted as it goes, what was reserved for it is given back at its
+    end."""
+
+    def __init__(
+        self,
+        gate: Gate,
+        caller: Caller,
+        model: str,
+        prompt_tokens: int,
+        reserved_tokens: int,
+        limits: Limits | None = None,
+    ) -> None:
+        """prompt_tokens: as estimated, which counts where nobody says better."""
+        self._gate = gate
+        self._caller = caller
+        self._model = model
+        self._prompt_tokens = prompt_tokens
+        self._reserved_tokens = reserved_tokens
+        self._limits = limits
+        self._counted = Totals()
+        self._used = Totals()
+        self._is_open = True
+        self._is_finished = False
+
+    def remaining(self) -> dict[Kind, Remaining]:
+        """Of the key's limits per minute; empty where it has none."""
+        if self._caller.key is None or self._limits is None:
+            return {}
+        return self._gate.remaining(self._caller.key, self._limits)
+
+    def generated(self, tokens: int) -> None:
+        """So many more tokens of answers came."""
+        self._used = self._used.plus(Totals(0, 0, tokens))
+        if self._used.completion_tokens - self._counted.completion_tokens >= SETTLE_TOKENS:
+            self._settle()
+
+    def finished(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """What it used in all, as the model counted it."""
+        self._used = self._counted.maximum(Totals(0, prompt_tokens, completion_tokens))
+        self._is_finished = True
+
+    async def aclose(self) -> None:
+        """Any number of times."""
+        if self._is_open:
+            self._is_open = False
+            if not self._is_finished and self._used.completion_tokens:
+                self._used = self._used.plus(Totals(0, self._prompt_tokens, 0))
+            self._settle()
+            self._gate.end(self._caller, self._model, self._reserved_tokens)
+        await trio.lowlevel.checkpoint()
+
+    def _settle(self) -> None:
+        rise = Totals(
+            0,
+            self._used.prompt_tokens - self._counted.prompt_tokens,
+            self._used.completion_tokens - self._counted.completion_tokens,
+        )
+        if rise.tokens:
+            self._counted = self._used
+            self._gate.count(self._caller, self._model, rise)
+
+
+class FailureLimiter:
+    """Counts wrong keys by address; the longest quiet addresses are forgotten first."""
+
+    def __init__(self) -> None:
+        self._failures: OrderedDict[str, tuple[float, int]] = OrderedDict()  # since when, how many
+
+    def failed(self, address: str, now: float) -> float | None:
+        """Seconds to wait, where it were too many."""
+        network = _network_of(address)
+        since, count = self._failures.pop(network, (now, 0))
+        if now - since >= FAILURE_WINDOW_S:
+            since, count = now, 0
+        count += 1
+        self._failures[network] = (since, count)
+        if len(self._failures) > ADDRESSES_MAX:
+            self._failures.popitem(last=False)
+        return since + FAILURE_WINDOW_S - now if count >= FAILURES_MAX else None
+
+
+def _network_of(address: str) -> str:
+    try:
+        ip = ip_address(address)
+    except ValueError:
+        return ""
+    if isinstance(ip, IPv6Address):
+        return str(int(ip) >> (128 - IPV6_PREFIX_BITS))
+    return address

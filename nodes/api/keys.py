@@ -1,0 +1,206 @@
+"""/admin/keys and /admin/usage: API keys and what they used, for whoever shows the admin token (nodes/api/admin.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from quart import Quart, Response, jsonify, request
+
+from mesh.replica import EditRefused
+from nodes.access.api_key import ApiKey, KeyMalformed, KeySettings
+from nodes.access.key_admin import Edited, KeyAdmin
+from nodes.access.key_book import KeyUnknown
+from nodes.access.usage import DAY_S
+from nodes.api.request_body import read_body
+from nodes.generation import PRIORITY_DEFAULT, RequestInvalid
+from nodes.store import StoreFailed
+
+USAGE_DAYS_DEFAULT = 30
+GRACE_S_MAX = 90 * 86_400
+
+
+def _time(value: object) -> object:
+    """A date, a time of ISO 8601 (UTC where it names no zone), or seconds since 1970. Raises ValueError."""
+    if not isinstance(value, str):
+        return value
+    moment = datetime.fromisoformat(value)
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+
+
+def _models(value: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(value))
+
+
+Limit = Annotated[int | None, Field(strict=True, ge=1)]
+Time = Annotated[int | None, BeforeValidator(_time)]
+Models = Annotated[tuple[str, ...], AfterValidator(_models)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class CreateBody(_Body):
+    name: str
+    requests_per_minute: Limit = None
+    tokens_per_minute: Limit = None
+    concurrency: Limit = None
+    models: Models = ()
+    priority: int = PRIORITY_DEFAULT
+    expires_at: Time = None
+    enabled: bool = True
+
+
+class ChangeBody(_Body):
+    """What is left out stays; null takes a limit away."""
+
+    name: str | None = None
+    requests_per_minute: Limit = None
+    tokens_per_minute: Limit = None
+    concurrency: Limit = None
+    models: Models = ()
+    priority: int = PRIORITY_DEFAULT
+    expires_at: Time = None
+    enabled: bool = True
+
+
+class RotateBody(_Body):
+    """grace_s: how long the old key goes on working."""
+
+    grace_s: int = Field(0, ge=0, le=GRACE_S_MAX)
+
+
+def register(app: Quart, admin: KeyAdmin) -> None:
+    @app.get("/admin/keys")
+    async def list_api_keys() -> Response:
+        keys = [_shown(key, admin) for key in admin.keys]
+        return jsonify({"keys": keys, "revoked": admin.revoked_count})
+
+    @app.post("/admin/keys")
+    async def create_api_key() -> Response:
+        settings = _settings(await _body(CreateBody))
+        return _answer(await _done(lambda: admin.create(settings)), admin)
+
+    @app.get("/admin/keys/<name>")
+    async def show_api_key(name: str) -> Response:
+        return jsonify(_shown(_found(admin, name), admin))
+
+    @app.patch("/admin/keys/<name>")
+    async def change_api_key(name: str) -> Response:
+        body = await _body(ChangeBody)
+        changes = {field: getattr(body, field) for field in body.model_fields_set}
+        if "enabled" in changes:
+            changes["is_enabled"] = changes.pop("enabled")
+        if changes.get("name", "") is None:
+            raise RequestInvalid("name: a key has one", param="name")
+        return _answer(await _done(lambda: admin.change(name, changes)), admin)
+
+    @app.post("/admin/keys/<name>/rotate")
+    async def rotate_api_key(name: str) -> Response:
+        body = await _body(RotateBody)
+        return _answer(await _done(lambda: admin.rotate(name, body.grace_s)), admin)
+
+    @app.delete("/admin/keys/<name>")
+    async def revoke_api_key(name: str) -> Response:
+        return _answer(await _done(lambda: admin.revoke(name)), admin)
+
+    @app.get("/admin/usage")
+    async def usage() -> Response:
+        today = datetime.now(UTC).date()
+        last = _day("to", today.isoformat())
+        first = _day("from", (today - timedelta(days=USAGE_DAYS_DEFAULT - 1)).isoformat())
+        sums = await admin.usage(first, last, request.args.get("key"))
+        names = admin.names()
+        rows = [
+            {
+                "day": datetime.fromtimestamp(row.day * DAY_S, UTC).date().isoformat(),
+                "key": f"sk-{row.key}",
+                "name": names.get(row.key),
+                "model": row.model,
+                "requests": row.totals.requests,
+                "prompt_tokens": row.totals.prompt_tokens,
+                "completion_tokens": row.totals.completion_tokens,
+            }
+            for row in sums
+        ]
+        counted = ("requests", "prompt_tokens", "completion_tokens")
+        return jsonify({"usage": rows, "total": {name: sum(row[name] for row in rows) for name in counted}})
+
+
+def _day(argument: str, default: str) -> int:
+    """Days since 1970. Raises RequestInvalid."""
+    value = request.args.get(argument, default)
+    try:
+        return int(datetime.fromisoformat(value).replace(tzinfo=UTC).timestamp()) // DAY_S
+    except (ValueError, OverflowError) as exc:
+        raise RequestInvalid(f"{argument}: a day such as 2026-11-27", param=argument) from exc
+
+
+def _settings(body: CreateBody) -> KeySettings:
+    fields = body.model_dump()
+    fields["is_enabled"] = fields.pop("enabled")
+    return KeySettings(**fields)
+
+
+def _found(admin: KeyAdmin, name: str) -> ApiKey:
+    try:
+        return admin.find(name)
+    except KeyUnknown as exc:
+        raise RequestInvalid(str(exc), code="key_not_found", status=404) from exc
+
+
+async def _done(edit: Callable[[], Awaitable[Edited]]) -> Edited:
+    try:
+        return await edit()
+    except KeyUnknown as exc:
+        raise RequestInvalid(str(exc), code="key_not_found", status=404) from exc
+    except KeyMalformed as exc:
+        raise RequestInvalid(str(exc), param=str(exc).partition(":")[0]) from exc
+    except EditRefused as exc:
+        raise RequestInvalid(str(exc), code="conflict", status=409) from exc
+    except StoreFailed as exc:
+        raise RequestInvalid(str(exc), code="not_kept", status=507) from exc
+
+
+def _answer(edited: Edited, admin: KeyAdmin) -> Response:
+    body: dict[str, Any] = {"key": _shown(edited.key, admin), "untold": dict(edited.untold)}
+    if edited.token:
+        body["token"] = edited.token
+    response = jsonify(body)
+    response.headers["cache-control"] = "no-store"
+    return response
+
+
+def _shown(key: ApiKey, admin: KeyAdmin) -> dict[str, Any]:
+    settings = key.settings
+    return {
+        "id": key.public_id,
+        "name": settings.name,
+        "enabled": settings.is_enabled,
+        "created_at": _iso(key.created_at),
+        "expires_at": None if settings.expires_at is None else _iso(settings.expires_at),
+        "models": list(settings.models),
+        "requests_per_minute": settings.requests_per_minute,
+        "tokens_per_minute": settings.tokens_per_minute,
+        "concurrency": settings.concurrency,
+        "priority": settings.priority,
+        "family": key.family,
+        "remaining": admin.use(key),
+    }
+
+
+def _iso(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
+
+
+async def _body(model: type[Any]) -> Any:
+    """Raises RequestInvalid."""
+    try:
+        return model.model_validate_json(await read_body(request) or b"{}")
+    except ValidationError as exc:
+        fault = exc.errors(include_input=False, include_url=False)[0]
+        param = ".".join(str(part) for part in fault["loc"]) or None
+        raise RequestInvalid(f"{param or 'the body'}: {fault['msg']}", param=param) from exc

@@ -1,0 +1,239 @@
+"""The commands for API keys and for what they used: keys create, list, show, change, rotate, revoke; usage."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote, urlencode
+
+import typer
+
+from nodes.access.api_key import PRIORITY_MAX
+from nodes.cli_mesh import DEFAULT_DATA_DIR, DEFAULT_URL, EXIT_FAILED, EXIT_USAGE, AsJson, DataDir, Url
+from nodes.config import ConfigInvalid
+from nodes.generation import PRIORITY_DEFAULT
+
+_EPILOG = (
+    "Needs the admin token of the node at URL, which is in its data directory (--data-dir) or AI_CLUSTER_ADMIN_TOKEN. "
+    "Any node will do: a change holds at every node within two seconds, and at one that was away when it is back. "
+    "Exit code 0: done; 1: refused, and the line says why; 2: nothing was asked."
+)
+
+keys_app = typer.Typer(
+    help="API keys, which clients show as Authorization: Bearer sk-…, and their limits over all nodes together.",
+    epilog="From the first key on, every node of the mesh demands one that works, also on loopback.",
+    no_args_is_help=True,
+)
+
+Key = Annotated[str, typer.Argument(metavar="KEY", help="id (with or without sk-), or name")]
+Name = Annotated[str, typer.Option("--name", help="what people call it")]
+NewName = Annotated[str | None, typer.Option("--name", help="what people call it")]
+Requests = Annotated[
+    int | None, typer.Option("--requests-per-minute", metavar="N", help="in any 60 seconds (0: no limit)", min=0)
+]
+Tokens = Annotated[
+    int | None,
+    typer.Option("--tokens-per-minute", metavar="N", help="prompts and answers, as requests (0: no limit)", min=0),
+]
+Concurrency = Annotated[
+    int | None, typer.Option("--concurrency", metavar="N", help="requests at the same time (0: no limit)", min=0)
+]
+Expires = Annotated[
+    str | None, typer.Option("--expires", metavar="DATE", help="2027-01-31 or 2027-01-31T12:00+01:00; never: no end")
+]
+Models = Annotated[str | None, typer.Option("--models", metavar="A,B", help="the models it may use (all: any)")]
+Priority = Annotated[
+    int | None,
+    typer.Option(
+        "--priority",
+        metavar="N",
+        min=1,
+        max=PRIORITY_MAX,
+        help=f"its share of a busy engine in proportion to others' [{PRIORITY_DEFAULT}]",
+    ),
+]
+Enabled = Annotated[bool | None, typer.Option("--enable/--disable", help="whether it works at present")]
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(keys_app, name="keys")
+    app.command(epilog=_EPILOG)(usage)
+
+
+@keys_app.command("create", epilog=_EPILOG)
+def keys_create(
+    name: Name,
+    requests_per_minute: Requests = None,
+    tokens_per_minute: Tokens = None,
+    concurrency: Concurrency = None,
+    expires: Expires = None,
+    models: Models = None,
+    priority: Priority = None,
+    url: Url = DEFAULT_URL,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+) -> None:
+    """Make a key. It is printed once, alone on the last line of the output, and nobody can show it again."""
+    body = {"name": name, **_settings(requests_per_minute, tokens_per_minute, concurrency, expires, models, priority)}
+    raise typer.Exit(_edit(url, data_dir, "POST", "/admin/keys", {k: v for k, v in body.items() if v is not None}))
+
+
+@keys_app.command("list", epilog=_EPILOG)
+def keys_list(as_json: AsJson = False, url: Url = DEFAULT_URL, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
+    """Show every key that is not revoked."""
+    from nodes.client import make_console
+    from nodes.operator_tables import api_keys_table
+
+    def show(answer: dict[str, Any]) -> None:
+        make_console().print(api_keys_table(answer))
+
+    raise typer.Exit(_ask(url, data_dir, "GET", "/admin/keys", None, _json if as_json else show))
+
+
+@keys_app.command("show", epilog=_EPILOG)
+def keys_show(key: Key, url: Url = DEFAULT_URL, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
+    """Show one key as JSON, and what is left of its limits over all nodes."""
+    raise typer.Exit(_ask(url, data_dir, "GET", _path(key), None, _json))
+
+
+@keys_app.command("change", epilog=_EPILOG)
+def keys_change(
+    key: Key,
+    name: NewName = None,
+    requests_per_minute: Requests = None,
+    tokens_per_minute: Tokens = None,
+    concurrency: Concurrency = None,
+    expires: Expires = None,
+    models: Models = None,
+    priority: Priority = None,
+    enabled: Enabled = None,
+    url: Url = DEFAULT_URL,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+) -> None:
+    """Change what is given; the rest stays. The key itself stays the same."""
+    body = _settings(requests_per_minute, tokens_per_minute, concurrency, expires, models, priority)
+    if name is not None:
+        body["name"] = name
+    if enabled is not None:
+        body["enabled"] = enabled
+    if not body:
+        print("ai-cluster: nothing to change; ai-cluster keys change --help lists what can be", file=sys.stderr)
+        raise typer.Exit(EXIT_USAGE)
+    raise typer.Exit(_edit(url, data_dir, "PATCH", _path(key), body))
+
+
+@keys_app.command("rotate", epilog=_EPILOG)
+def keys_rotate(
+    key: Key,
+    grace_hours: Annotated[
+        float, typer.Option("--grace-hours", min=0, help="how long the old key goes on working beside the new one")
+    ] = 0.0,
+    url: Url = DEFAULT_URL,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+) -> None:
+    """Make a new key for an old one: same name, limits and usage. It is printed as by create."""
+    body = {"grace_s": round(grace_hours * 3600)}
+    raise typer.Exit(_edit(url, data_dir, "POST", f"{_path(key)}/rotate", body))
+
+
+@keys_app.command("revoke", epilog=_EPILOG)
+def keys_revoke(key: Key, url: Url = DEFAULT_URL, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
+    """Make a key useless for ever, whichever node comes back with whatever data."""
+    raise typer.Exit(_edit(url, data_dir, "DELETE", _path(key), None))
+
+
+def usage(
+    key: Annotated[str | None, typer.Option("--key", metavar="KEY", help="id or name (default: all)")] = None,
+    first: Annotated[str | None, typer.Option("--from", metavar="DAY", help="such as 2026-11-01 [30 days ago]")] = None,
+    last: Annotated[str | None, typer.Option("--to", metavar="DAY", help="such as 2026-11-30 [today]")] = None,
+    as_json: AsJson = False,
+    url: Url = DEFAULT_URL,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+) -> None:
+    """Show what keys used, by day (UTC) and model, over all nodes."""
+    from nodes.client import make_console
+    from nodes.operator_tables import usage_table
+
+    query = urlencode({name: value for name, value in (("key", key), ("from", first), ("to", last)) if value})
+
+    def show(answer: dict[str, Any]) -> None:
+        make_console().print(usage_table(answer))
+
+    path = f"/admin/usage?{query}" if query else "/admin/usage"
+    raise typer.Exit(_ask(url, data_dir, "GET", path, None, _json if as_json else show))
+
+
+def _settings(
+    requests_per_minute: int | None,
+    tokens_per_minute: int | None,
+    concurrency: int | None,
+    expires: str | None,
+    models: str | None,
+    priority: int | None,
+) -> dict[str, object]:
+    """Those given. 0, `never` and `all` take a restriction away."""
+    body: dict[str, object] = {}
+    for field, limit in (
+        ("requests_per_minute", requests_per_minute),
+        ("tokens_per_minute", tokens_per_minute),
+        ("concurrency", concurrency),
+    ):
+        if limit is not None:
+            body[field] = limit or None
+    if expires is not None:
+        body["expires_at"] = None if expires == "never" else expires
+    if models is not None:
+        body["models"] = [] if models == "all" else [model.strip() for model in models.split(",") if model.strip()]
+    if priority is not None:
+        body["priority"] = priority
+    return body
+
+
+def _path(key: str) -> str:
+    return f"/admin/keys/{quote(key, safe='')}"
+
+
+def _json(answer: dict[str, Any]) -> None:
+    print(json.dumps(answer, indent=2, ensure_ascii=False))
+
+
+def _edit(url: str, data_dir: Path, method: str, path: str, body: Mapping[str, object] | None) -> int:
+    """What was done, who could not be told yet on stderr, and a new key alone on the last line."""
+
+    def show(answer: dict[str, Any]) -> None:
+        key = answer["key"]
+        verb = {"DELETE": "revoked", "PATCH": "changed"}.get(method, "created")
+        print(f"{verb} the key sk-{key['id']} ({key['name']})")
+        for node, reason in answer["untold"].items():
+            print(f"{node}  was not told yet ({reason}); it learns it when it answers again", file=sys.stderr)
+        if token := answer.get("token"):
+            print("keep it now, it is not shown again:")
+            print(token)
+
+    return _ask(url, data_dir, method, path, body, show)
+
+
+def _ask(
+    url: str,
+    data_dir: Path,
+    method: str,
+    path: str,
+    body: Mapping[str, object] | None,
+    show: Callable[[dict[str, Any]], None],
+) -> int:
+    from nodes.admin_client import find_token
+    from nodes.client import NodeAnswered, ask_json
+
+    try:
+        encoded = None if body is None else json.dumps(body).encode()
+        show(ask_json(url, method, path, find_token(url, data_dir, os.environ), encoded))
+    except ConfigInvalid as exc:
+        print(f"ai-cluster: {exc}", file=sys.stderr)
+        return EXIT_USAGE
+    except NodeAnswered as exc:
+        print(f"ai-cluster: {exc}", file=sys.stderr)
+        return EXIT_FAILED
+    return 0

@@ -1,0 +1,1 @@
+"""A world of limiters alone: nodes that count, and tell each other what they counted with delay and loss."""

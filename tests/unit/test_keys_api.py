@@ -1,0 +1,156 @@
+"""/admin/keys and /admin/usage over HTTP, and /v1 with keys and limits."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx
+import pytest
+
+from mesh.errors import NoCapacity
+from nodes.api.answer_schema import EditedKey, KeyList, KeyObject, UsageAnswer
+from tests.unit.scripted_api import ANSWER, BODY, Api, ScriptedDispatch
+
+ADMIN = {"authorization": "Bearer the admin token"}
+
+
+async def admin(api: Api, method: str, path: str, **body: Any) -> httpx.Response:
+    return await api.client.request(method, f"/admin/{path}", json=body, headers=ADMIN)
+
+
+async def chat(api: Api, token: str, **fields: Any) -> httpx.Response:
+    return await api.client.post(
+        "/v1/chat/completions", json=BODY | fields, headers={"authorization": f"Bearer {token}"}
+    )
+
+
+async def test_a_key_lives_from_its_creation_to_its_revocation() -> None:
+    api = Api(ScriptedDispatch(*ANSWER))
+    async with api.client:
+        made = EditedKey.model_validate_json((await admin(api, "POST", "keys", name="alice")).content)
+        assert made.token is not None
+        assert (await api.chat()).status_code == 401
+        assert (await chat(api, made.token)).status_code == 200
+        shown = KeyObject.model_validate_json((await admin(api, "GET", "keys/alice")).content)
+        assert shown == made.key
+        changed = await admin(api, "PATCH", f"keys/sk-{made.key.id}", models=["other"], requests_per_minute=5)
+        assert changed.json()["key"]["models"] == ["other"]
+        refused = await chat(api, made.token)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "model_not_allowed")
+        assert (await admin(api, "PATCH", "keys/alice", models=[], requests_per_minute=None)).status_code == 200
+        rotated = EditedKey.model_validate_json((await admin(api, "POST", "keys/alice/rotate")).content)
+        assert rotated.token is not None
+        assert [(await chat(api, token)).status_code for token in (made.token, rotated.token)] == [401, 200]
+        assert (await admin(api, "DELETE", "keys/alice")).status_code == 200
+        assert (await chat(api, rotated.token)).status_code == 401
+        left = KeyList.model_validate_json((await admin(api, "GET", "keys")).content)
+        assert (left.keys, left.revoked) == ([], 2)
+        assert (await admin(api, "GET", "keys/alice")).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "name"),
+        ({"name": ""}, "name"),
+        ({"name": "n", "requests_per_minute": 0}, "requests_per_minute"),
+        ({"name": "n", "requests_per_minute": "5"}, "requests_per_minute"),
+        ({"name": "n", "expires_at": "tomorrow"}, "expires_at"),
+        ({"name": "n", "priority": 0}, "priority"),
+        ({"name": "n", "colour": "red"}, "colour"),
+        ({"name": "n", "models": [""]}, "models"),
+    ],
+)
+async def test_what_no_key_can_be_is_refused_by_name(body: dict[str, Any], param: str) -> None:
+    api = Api(ScriptedDispatch())
+    async with api.client:
+        answer = await admin(api, "POST", "keys", **body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+        assert not api.access.book.was_ever_used
+
+
+async def test_keys_are_for_who_shows_the_admin_token() -> None:
+    api = Api(ScriptedDispatch())
+    async with api.client:
+        for method, path in (("GET", "keys"), ("POST", "keys"), ("GET", "usage"), ("DELETE", "keys/x")):
+            assert (await api.client.request(method, f"/admin/{path}", json={"name": "n"})).status_code == 401
+
+
+async def test_a_limit_is_429_with_the_words_and_headers_of_openai() -> None:
+    api = Api(ScriptedDispatch(*ANSWER))
+    token = api.access.create(requests_per_minute=2, tokens_per_minute=10_000)
+    async with api.client:
+        first = await chat(api, token)
+        assert first.headers["x-ratelimit-limit-requests"] == "2"
+        assert first.headers["x-ratelimit-remaining-requests"] == "1"
+        assert first.headers["x-ratelimit-remaining-tokens"] == "9743"  # 257 are reserved until it is over
+        await chat(api, token)
+        refused = await chat(api, token)
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        assert refused.json()["error"]["type"] == "requests"
+        assert 0 < int(refused.headers["retry-after"]) <= 61
+        assert int(refused.headers["retry-after-ms"]) <= 61_000
+        assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+        assert refused.headers["x-ratelimit-reset-requests"] == "1m0s"
+    label = api.access.book.keys[0].label
+    assert api.metrics.limited == [label]
+    assert [status for _, status in api.metrics.keys] == ["success", "success", "rejected"]
+
+
+async def test_a_key_has_its_share_of_the_engine_under_its_familys_name() -> None:
+    api = Api(ScriptedDispatch(*ANSWER))
+    token = api.access.create(priority=30)
+    async with api.client:
+        await chat(api, token)
+    (request,) = api.dispatch.requests
+    assert (request.fairness_id, request.priority) == (api.access.book.keys[0].family, 30)
+
+
+async def test_usage_is_what_the_model_counted() -> None:
+    api = Api(ScriptedDispatch(*ANSWER))
+    token = api.access.create()
+    api.access.wall_time = datetime.now(UTC).timestamp()
+    async with api.client:
+        for stream in (False, True):
+            await chat(api, token, stream=stream)
+        await api.access.usage.flush()
+        answer = UsageAnswer.model_validate_json((await admin(api, "GET", "usage?key=alice")).content)
+        (row,) = answer.usage
+        assert (row.name, row.model, row.requests, row.prompt_tokens, row.completion_tokens) == (
+            "alice",
+            "demo",
+            2,
+            10,
+            6,
+        )
+        assert answer.total.requests == 2
+        assert (await admin(api, "GET", "usage?from=yesterday")).json()["error"]["param"] == "from"
+        assert (await admin(api, "GET", "usage?from=2020-01-01&to=2020-02-01")).json()["usage"] == []
+
+
+async def test_a_request_that_finds_no_capacity_gives_its_reservation_back() -> None:
+    api = Api(ScriptedDispatch(refusal=NoCapacity("full", 2.0)))
+    token = api.access.create(tokens_per_minute=300)
+    async with api.client:
+        assert (await chat(api, token)).status_code == 503
+        left = (await admin(api, "GET", "keys/alice")).json()["remaining"]
+        assert left["tokens"] == {"limit": 300, "remaining": 300}
+
+
+async def test_a_name_that_no_node_knows_is_no_row_of_usage() -> None:
+    api = Api(ScriptedDispatch(*ANSWER))
+    token = api.access.create()
+    async with api.client:
+        assert (await chat(api, token, model="junk")).status_code == 404
+    assert await api.access.used() == {}
+
+
+async def test_models_that_a_key_may_not_use_are_not_listed() -> None:
+    api = Api(ScriptedDispatch())
+    token = api.access.create(models=("other",))
+    async with api.client:
+        headers = {"authorization": f"Bearer {token}"}
+        assert (await api.client.get("/v1/models", headers=headers)).json()["data"] == []
+        assert (await api.client.get("/v1/models/demo", headers=headers)).status_code == 404

@@ -1,0 +1,165 @@
+"""The API's description: it has every route, and every answer is what it says."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from nodes.api.answer_schema import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    ClusterStatus,
+    Completion,
+    ErrorAnswer,
+    Health,
+    ModelList,
+    ModelObject,
+)
+from nodes.api.chat_schema import NOT_SERVED as CHAT_NOT_SERVED
+from nodes.api.chat_schema import ChatCompletionRequest
+from nodes.api.completion_schema import NOT_SERVED as COMPLETION_NOT_SERVED
+from nodes.api.completion_schema import CompletionRequest
+from nodes.api.openapi import ERRORS, ROUTES, openapi_document
+from nodes.generation import GenerateEvent, TokenLogprob, Usage
+from tests.unit.scripted_api import ANSWER, Api, ScriptedDispatch, events
+
+DOCUMENT = openapi_document("0.1")
+TOOL = {"type": "function", "function": {"name": "weather"}}
+CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Ulm"}}</tool_call>'
+ROWS = (TokenLogprob("Hi", -0.1, (("Hi", -0.1), ("Yo", -2.5))), TokenLogprob("\N{REPLACEMENT CHARACTER}", -0.2))
+
+
+def references(value: object) -> set[str]:
+    if isinstance(value, dict):
+        found = {value["$ref"]} if isinstance(value.get("$ref"), str) else set()
+        return found.union(*map(references, value.values()))
+    return set().union(*map(references, value)) if isinstance(value, list) else set()
+
+
+def test_every_route_is_described_and_no_other() -> None:
+    app: Any = Api(ScriptedDispatch()).app
+    served = {
+        (method.lower(), re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule))
+        for rule in app._app.url_map.iter_rules()
+        for method in rule.methods - {"HEAD", "OPTIONS"}
+    }
+    described = {(method, path) for path, methods in DOCUMENT["paths"].items() for method in methods}
+    assert served == described
+
+
+def test_every_reference_leads_somewhere() -> None:
+    found = references(DOCUMENT)
+    assert found
+    for reference in found:
+        assert reference.removeprefix("#/components/schemas/") in DOCUMENT["components"]["schemas"]
+
+
+def test_operation_ids_are_unique_and_every_error_is_openais_object() -> None:
+    operations = [operation for methods in DOCUMENT["paths"].values() for operation in methods.values()]
+    ids = [operation["operationId"] for operation in operations]
+    assert len(set(ids)) == len(ids) == len(ROUTES)
+    for operation in operations:
+        for status, response in operation["responses"].items():
+            if int(status) in ERRORS and not (status == "503" and "Health" in operation["tags"]):
+                assert response["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorAnswer")
+
+
+def test_what_is_refused_is_not_in_the_request_types_and_what_is_honoured_is() -> None:
+    schemas = DOCUMENT["components"]["schemas"]
+    chat = schemas["ChatCompletionRequest"]["properties"]
+    assert {"messages", "n", "tools", "response_format", "logit_bias", "guided_json"} <= set(chat)
+    assert not {"audio", "prediction", "functions", "reasoning_effort"} & set(chat)
+    assert schemas["JsonSchema"]["properties"]["schema"]
+    assert set(schemas["ChatCompletionRequest"]["required"]) == {"model", "messages"}
+
+
+@pytest.mark.parametrize(
+    ("script", "fields"),
+    [
+        (ANSWER, {}),
+        (ANSWER, {"n": 2, "service_tier": "auto"}),
+        ([GenerateEvent("Hi", (1, 2), "length", Usage(1, 2), ROWS)], {"logprobs": True, "top_logprobs": 2}),
+        ([GenerateEvent(CALL, (1,), "stop", Usage(1, 2))], {"tools": [TOOL]}),
+        (
+            [GenerateEvent('[{"name": "weather", "arguments": {}}]', (1,), "stop", Usage(1, 2))],
+            {"tools": [TOOL], "tool_choice": "required"},
+        ),
+    ],
+    ids=["plain", "two", "logprobs", "a call", "a forced call"],
+)
+async def test_chat_answers_are_of_their_types(script: list[Any], fields: dict[str, Any]) -> None:
+    api = Api(ScriptedDispatch(*script))
+    ChatCompletion.model_validate((await api.chat(**fields)).json())
+    *chunks, done = events(await api.chat(**fields, stream=True, stream_options={"include_usage": True}))
+    assert done == "[DONE]"
+    for chunk in chunks:
+        ChatCompletionChunk.model_validate(chunk)
+
+
+@pytest.mark.parametrize("fields", [{}, {"logprobs": 2}, {"echo": True, "n": 2}])
+async def test_completions_are_of_their_type(fields: dict[str, Any]) -> None:
+    api = Api(ScriptedDispatch(GenerateEvent("Hi", (1, 2), "stop", Usage(1, 2), ROWS)))
+    Completion.model_validate((await api.complete(**fields)).json())
+    *chunks, _ = events(await api.complete(**fields, stream=True))
+    for chunk in chunks:
+        Completion.model_validate(chunk)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/v1/models", ModelList),
+        ("/v1/models/demo", ModelObject),
+        ("/v1/models/absent", ErrorAnswer),
+        ("/nowhere", ErrorAnswer),
+        ("/admin/members", ErrorAnswer),
+        ("/health", Health),
+        ("/health/live", Health),
+        ("/cluster/status", ClusterStatus),
+    ],
+)
+async def test_other_answers_are_of_their_types(path: str, kind: type[BaseModel]) -> None:
+    kind.model_validate_json((await Api(ScriptedDispatch()).client.get(path)).text)
+
+
+async def test_the_document_is_served() -> None:
+    response = await Api(ScriptedDispatch()).client.get("/openapi.json")
+    assert response.json() == DOCUMENT
+    assert response.json()["openapi"].startswith("3.1")
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.links: set[str] = set()
+        self.ids: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.links |= {str(value) for name, value in attrs if name in ("href", "src")}
+        self.ids |= {str(value) for name, value in attrs if name == "id"}
+
+
+async def test_the_page_shows_every_path_and_loads_nothing() -> None:
+    response = await Api(ScriptedDispatch()).client.get("/docs")
+    page = _Page()
+    page.feed(response.text)
+    assert response.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+    assert not page.tags & {"script", "link", "img", "iframe"}
+    assert page.links - {"openapi.json"} == {link for link in page.links if link[1:] in page.ids}
+    for path in DOCUMENT["paths"]:
+        assert path in response.text
+
+
+def test_every_field_is_on_its_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+)`", page))
+    fields = {*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields}
+    assert not (fields | CHAT_NOT_SERVED.keys() | COMPLETION_NOT_SERVED.keys()) - named
