@@ -87,7 +87,7 @@ class NodeAccess:
             own_counters,
             self._usage,
             is_open=is_open,
-            has_synchronised=self._known.is_set,
+            wait_known=self._known.wait,
             usage_changed=usage_changed,
             wall_clock=time.time,
         )

@@ -20,7 +20,7 @@ OWNER = "ai-cluster"
 def register(app: Quart, services: Services) -> None:
     @app.get("/v1/models")
     async def models() -> Response:
-        caller = authenticate(services)
+        caller = await authenticate(services)
         lengths = context_lengths(services.view())
         lengths = {name: length for name, length in lengths.items() if caller.may_use(name)}
         return jsonify({"object": "list", "data": [_model_object(name, lengths[name]) for name in sorted(lengths)]})
@@ -28,7 +28,7 @@ def register(app: Quart, services: Services) -> None:
     # A name may have slashes, as on the hub.
     @app.get("/v1/models/<path:name>")
     async def model(name: str) -> Response:
-        caller = authenticate(services)
+        caller = await authenticate(services)
         lengths = context_lengths(services.view())
         if name not in lengths or not caller.may_use(name):
             raise ModelUnknown(
