@@ -77,8 +77,8 @@ class Caller:
 
 
 class Gate:
-    """is_open: no key is needed where none was ever created. wait_known: until this node knows its mesh's keys as well as
-    some peer does. usage_changed: GossipSocket.usage_changed. now: the counters' clock; wall_clock: seconds since
+    """is_open: no key is needed where none was ever created. wait_known: until this node knows its mesh's keys as well
+    as some peer does. usage_changed: GossipSocket.usage_changed. now: the counters' clock; wall_clock: seconds since
     1970."""
 
     def __init__(
@@ -106,8 +106,8 @@ class Gate:
         self._failures = FailureLimiter()
 
     async def authenticate(self, authorization: str, address: str) -> Caller:
-        """authorization: the header, "" for none; address: the client's IP. Raises Unauthorized, and LimitReached for an
-        address that shows wrong key after wrong key."""
+        """authorization: the header, "" for none; address: the client's IP. Raises Unauthorized, and LimitReached for
+        an address that shows wrong key after wrong key."""
         if not self._book.was_ever_used and self._is_open:
             await self._wait_known()
         if not self._book.was_ever_used:
