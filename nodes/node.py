@@ -119,7 +119,7 @@ class Node:
             boot_id=boot_id,
             keyring=keyring.ring,
             serve=self._serve_peer,
-            load=lambda: encode_load(self._load()),
+            load=self._encode_link_load,
             on_load=self._observe_load,
             on_peer_lost=self._peer_failed,
         )
@@ -395,6 +395,9 @@ class Node:
     def _publish_records(self, digest: str) -> None:
         self._records_digest = digest
         self._publish_profile()
+
+    def _encode_link_load(self) -> bytes:
+        return encode_load(replace(self._load(), after_version=self._gossip.own_version))
 
     def _observe_load(self, node_id: str, report: bytes) -> None:
         with suppress(MalformedDatagram):  # of a later version: gossip carries what this one can read
