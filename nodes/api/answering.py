@@ -125,6 +125,7 @@ async def answer(
     """The response, whole or as a stream of events. Raises what ends the request before a response began."""
     admission = await admit(services, exchange, caller, asked)
     choices = await open_generation(services, exchange, caller, asked)
+    outcome.note_streams(choices.streams, services.node_id)
     writer = _Writer(services, exchange, outcome, asked, form, choices, admission)
     return await (writer.streamed() if asked.is_stream else writer.whole())
 
