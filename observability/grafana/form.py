@@ -34,8 +34,8 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """unit: Grafana's name of it. width: of 24 columns. warn, alarm: values from which it is yellow and red. maximum: of
-    the axis."""
+    """unit: Grafana's name of it. width: of 24 columns. warn, alarm: values from which it is yellow and red.
+    maximum: of the axis."""
 
     title: str
     description: str
