@@ -1,4 +1,4 @@
-"""The nodes of deploy/compose without containers: the same command and environment, ports and folders of this machine."""
+"""The nodes of deploy/compose without containers: the same command and environment, on this machine."""
 
 from __future__ import annotations
 
