@@ -26,7 +26,7 @@ Variable = Literal["datasource", "loki", "instance", "node", "model", "key", "lo
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """legend: Grafana's {{label}} template; empty: the labels as they are."""
+    """legend: Grafana's {{label}} template, or a table's heading; empty: the labels as they are."""
 
     expression: str
     legend: str = ""
@@ -119,7 +119,7 @@ def _panel(panel: Panel) -> Json:
         "fieldConfig": {"defaults": _defaults(panel), "overrides": []},
     }
     if panel.kind == "table":
-        written["transformations"] = [{"id": "merge", "options": {}}]
+        written["transformations"] = _table(panel)
     return written
 
 
@@ -132,6 +132,14 @@ def _target(panel: Panel, query: Query, index: int, source: Json) -> Json:
         target |= {"instant": is_now, "range": not is_now, "exemplar": False, "editorMode": "code"}
         target["format"] = "table" if panel.kind == "table" else "time_series"
     return target
+
+
+def _table(panel: Panel) -> list[Json]:
+    """One row for each set of labels, one column for each query, under its legend."""
+    value = "Value" if len(panel.queries) == 1 else "Value #{}"
+    columns = {value.format(chr(ord("A") + index)): query.legend for index, query in enumerate(panel.queries)}
+    order = {"excludeByName": {"Time": True}, "indexByName": {}, "renameByName": columns}
+    return [{"id": "merge", "options": {}}, {"id": "organize", "options": order}]
 
 
 def _defaults(panel: Panel) -> Json:

@@ -86,8 +86,8 @@ KEYS = Dashboard(
                     "Limits of the keys chosen, and how much of them is used now.",
                     "short",
                     (
-                        Query(highest("ai_cluster_cluster_api_key_limit", "key_id, kind", KEY)),
-                        Query(highest("ai_cluster_cluster_api_key_limit_used", "key_id, kind", KEY)),
+                        Query(highest("ai_cluster_cluster_api_key_limit", "key_id, kind", KEY), "limit"),
+                        Query(highest("ai_cluster_cluster_api_key_limit_used", "key_id, kind", KEY), "used"),
                     ),
                     "table",
                     24,

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from observability.grafana.form import Dashboard, Panel, Query, Row
-from observability.grafana.queries import PROCESS, PROCESS_NAME, highest, per_process, rates, total_rate
+from observability.grafana.queries import (
+    PROCESS,
+    PROCESS_NAME,
+    highest,
+    of_each_and_all,
+    per_process,
+    rates,
+    total_rate,
+)
 
 MESH = Dashboard(
     "ai-cluster-mesh",
@@ -19,8 +27,14 @@ MESH = Dashboard(
                     "Each node as its peers know it: running, waiting, free slots, tokens per second, loop lag.",
                     "short",
                     tuple(
-                        Query(highest(f"ai_cluster_cluster_{name}", "node_id", 'node_id=~"$node"'))
-                        for name in ("active_requests", "queue_depth", "free_slots", "tokens_per_second")
+                        Query(highest(f"ai_cluster_cluster_{metric}", "node_id", 'node_id=~"$node"'), name)
+                        for metric, name in (
+                            ("active_requests", "running"),
+                            ("queue_depth", "waiting"),
+                            ("free_slots", "free slots"),
+                            ("tokens_per_second", "tokens/s"),
+                            ("loop_lag_seconds", "loop lag, s"),
+                        )
                     ),
                     "table",
                     12,
@@ -81,7 +95,7 @@ MESH = Dashboard(
                     "Retries",
                     "Moves to the next candidate before a first token, per second, by what failed.",
                     "ops",
-                    (Query(rates("ai_cluster_retries_total", "reason", PROCESS), "{{reason}}"),),
+                    of_each_and_all("ai_cluster_retries_total", "reason"),
                 ),
                 Panel(
                     "Failovers",
@@ -101,7 +115,7 @@ MESH = Dashboard(
                     "Hedges",
                     "Late requests opened on a second node, per second, by who was first.",
                     "ops",
-                    (Query(rates("ai_cluster_hedges_total", "first", PROCESS), "{{first}}"),),
+                    of_each_and_all("ai_cluster_hedges_total", "first"),
                 ),
                 Panel(
                     "Tokens computed twice",
@@ -116,7 +130,7 @@ MESH = Dashboard(
                     "Degraded nodes probed",
                     "Generations asked of degraded nodes, per second, by whether they served.",
                     "ops",
-                    (Query(rates("ai_cluster_probes_total", "outcome", PROCESS), "{{outcome}}"),),
+                    of_each_and_all("ai_cluster_probes_total", "outcome"),
                 ),
                 Panel(
                     "Nodes that hang",

@@ -156,7 +156,7 @@ OVERVIEW = Dashboard(
                     "Versions",
                     "Which node runs which version.",
                     "short",
-                    (Query("max by (node_id, version) (ai_cluster_node_info)"),),
+                    (Query("max by (node_id, version) (ai_cluster_node_info)", "up"),),
                     "table",
                 ),
             ),

@@ -49,6 +49,12 @@ def per_process(metric: str, legend: str = PROCESS_NAME) -> Query:
     return Query(f"sum by (instance, node_id) ({metric}{{{PROCESS}}})", legend)
 
 
+def of_each_and_all(counter: str, by: str) -> tuple[Query, ...]:
+    """Of counters that have no series before the first event, so that a panel shows 0 and not that data are missing."""
+    total = f"{total_rate(counter, PROCESS)} or vector(0)"
+    return (Query(rates(counter, by, PROCESS), f"{{{{{by}}}}}"), Query(total, "all"))
+
+
 def stat(title: str, description: str, unit: str, expression: str, **fields: float) -> Panel:
     warn, alarm, width = fields.get("warn"), fields.get("alarm"), int(fields.get("width", 4))
     return Panel(title, description, unit, (Query(expression),), "stat", width, 4, warn=warn, alarm=alarm)
