@@ -218,6 +218,7 @@ _LINKS: Json = {
 
 
 def _source_variable(name: str, label: str, kind: str) -> Json:
+    """The provisioned one at first; where that is not there, Grafana takes another of its kind."""
     return {
         "type": "datasource",
         "name": name,
@@ -228,7 +229,7 @@ def _source_variable(name: str, label: str, kind: str) -> Json:
         "refresh": 1,
         "multi": False,
         "includeAll": False,
-        "current": {},
+        "current": {"text": label, "value": f"ai-cluster-{kind}"},
         "options": [],
     }
 

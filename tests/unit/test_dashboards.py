@@ -170,7 +170,10 @@ def test_the_data_sources_and_dashboards_are_provisioned_by_the_files() -> None:
     (sources,) = (PROVISIONING / "datasources").glob("*.yml")
     declared = yaml.safe_load(sources.read_text())
     assert declared["apiVersion"] == 1
-    assert {source["type"] for source in declared["datasources"]} == {PROMETHEUS["type"], LOKI["type"]}
+    provisioned = {(source["name"], source["uid"], source["type"]) for source in declared["datasources"]}
+    variables = [variable for dashboard in DASHBOARDS for variable in as_json(dashboard)["templating"]["list"]]
+    chosen = [variable for variable in variables if variable["type"] == "datasource"]
+    assert {(one["current"]["text"], one["current"]["value"], one["query"]) for one in chosen} == provisioned
     (providers,) = (PROVISIONING / "dashboards").glob("*.yml")
     (provider,) = yaml.safe_load(providers.read_text())["providers"]
     assert provider["type"] == "file"
