@@ -191,6 +191,17 @@ async def test_a_fault_in_mid_stream_goes_on_at_the_next_node_with_the_ids_so_fa
     assert stream.failovers == 1
 
 
+async def test_the_wait_for_the_first_token_counts_from_the_request_over_all_nodes_tried(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    nodes = Nodes(b=[0.5, GenerationFailed("b failed")], c=[0.25, TOKEN, 1.0, LAST], a=[])
+    stream = await nodes.dispatch.open(request())
+    assert stream.first_token_s is None
+    async for _ in stream:
+        assert stream.first_token_s == 0.75
+    assert stream.failovers == 0  # before its first token it only moved on
+
+
 async def test_an_answer_generated_here_is_this_entrys_own_until_it_ends_and_counted_by_its_row_alone() -> None:
     nodes = Nodes(a=[TOKEN, LAST], b=[TOKEN, LAST])
     async with await nodes.dispatch.open(request()) as stream:
