@@ -8,14 +8,15 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models import common, prometheus, units
 from grafana_foundation_sdk.models import dashboard as grafana
-from grafana_foundation_sdk.models import units
 
 from observability.grafana.__main__ import FOLDER, files
 from observability.grafana.dashboards import DASHBOARDS, promql
@@ -30,6 +31,37 @@ SUFFIXES_OF_HISTOGRAMS = ("_bucket", "_sum", "_count")
 ROW = re.compile(r"^\| `(?P<name>[a-z_:]+)` \| (?P<type>counter|gauge|histogram) \| (?P<labels>[^|]*) \|", re.MULTILINE)
 METRIC = re.compile(r"\b(?P<name>(?:ai_cluster|process|python)_[a-z0-9_]+)(?:\{(?P<selector>[^}]*)\})?")
 FUNCTIONS_BY = re.compile(r"\b(?:sum|max|min|avg) by \((?P<labels>[^)]*)\) \((?:rate\()?(?P<metric>[a-z_0-9]+)")
+# Fields with a closed set of values, by the end of their path; the SDK reads any value without a word.
+CHOICES: dict[str, type[Enum]] = {
+    ".color.mode": grafana.FieldColorModeId,
+    ".thresholds.mode": grafana.ThresholdsMode,
+    ".graphTooltip": grafana.DashboardCursorSync,
+    ".hide": grafana.VariableHide,
+    ".refresh": grafana.VariableRefresh,
+    ".sort": grafana.VariableSort,
+    ".templating.list.type": grafana.VariableType,
+    ".links.type": grafana.DashboardLinkType,
+    ".targets.editorMode": prometheus.QueryEditorMode,
+    ".targets.format": prometheus.PromQueryFormat,
+    ".drawStyle": common.GraphDrawStyle,
+    ".showPoints": common.VisibilityMode,
+    ".stacking.mode": common.StackingMode,
+    ".thresholdsStyle.mode": common.GraphThresholdsStyleMode,
+    ".legend.displayMode": common.LegendDisplayMode,
+    ".legend.placement": common.LegendPlacement,
+    ".tooltip.mode": common.TooltipDisplayMode,
+    ".tooltip.sort": common.SortOrder,
+    ".options.graphMode": common.BigValueGraphMode,
+    ".options.colorMode": common.BigValueColorMode,
+    ".options.justifyMode": common.BigValueJustifyMode,
+    ".options.textMode": common.BigValueTextMode,
+    ".options.orientation": common.VizOrientation,
+    ".options.displayMode": common.BarGaugeDisplayMode,
+    ".options.valueMode": common.BarGaugeValueMode,
+    ".options.cellHeight": common.TableCellHeight,
+    ".options.dedupStrategy": common.LogsDedupStrategy,
+    ".options.sortOrder": common.LogsSortOrder,
+}
 
 by_uid = pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda dashboard: dashboard.uid)
 
@@ -67,6 +99,18 @@ def missing(written: Any, understood: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {written!r} is read as {understood!r}"
 
 
+def leaves(written: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, value); places in lists are left out."""
+    if isinstance(written, dict):
+        for name, value in written.items():
+            yield from leaves(value, f"{path}.{name}")
+    elif isinstance(written, list):
+        for value in written:
+            yield from leaves(value, path)
+    else:
+        yield path, written
+
+
 def test_the_committed_files_are_what_the_script_writes() -> None:
     assert files() == {path.name: path.read_text() for path in FOLDER.iterdir()}, "run python -m observability.grafana"
 
@@ -99,6 +143,19 @@ def test_a_field_that_grafana_does_not_know_is_found() -> None:
     written["panels"][1]["fieldConfig"]["defaults"]["units"] = "s"
     understood = json.loads(JSONEncoder().encode(grafana.Dashboard.from_json(json.loads(json.dumps(written)))))
     assert list(missing(written, understood)) == [".panels[1].fieldConfig.defaults.units"]
+
+
+def test_every_field_with_a_set_of_values_has_one_of_them() -> None:
+    met = set()
+    for path, value in (leaf for dashboard in DASHBOARDS for leaf in leaves(as_json(dashboard))):
+        for end, choices in CHOICES.items():
+            # A dashboard's own refresh is an interval.
+            if path.endswith(end) and path != ".refresh":
+                assert value in {choice.value for choice in choices}, f"{path}: {value!r}"
+                met.add(end)
+        if path.endswith(("Mode", "mode", "Style", "placement")):
+            assert any(path.endswith(end) for end in CHOICES), f"{path} is a choice that no set is known for"
+    assert met == CHOICES.keys()
 
 
 @by_uid
