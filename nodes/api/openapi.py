@@ -106,7 +106,7 @@ ROUTES = (
         "OpenAI",
         "The models of the mesh",
         answer={JSON: ModelList},
-        errors=(401, 500),
+        errors=(401, 429, 500, 503),
         security="api_key",
     ),
     Route(
@@ -115,7 +115,7 @@ ROUTES = (
         "OpenAI",
         "One model; its name may have slashes",
         answer={JSON: ModelObject},
-        errors=(401, 404, 500),
+        errors=(401, 404, 429, 500, 503),
         security="api_key",
     ),
     *(
@@ -232,7 +232,9 @@ def _operation(route: Route) -> dict[str, Any]:
         "responses": responses,
     }
     if route.body is not None:
-        operation["requestBody"] = {"required": True, "content": {JSON: {"schema": _ref(route.body)}}}
+        # A body of nothing but defaults may be left out.
+        is_required = any(field.is_required() for field in route.body.model_fields.values())
+        operation["requestBody"] = {"required": is_required, "content": {JSON: {"schema": _ref(route.body)}}}
     parameters: list[dict[str, Any]] = [
         {"name": field, "in": "query", "schema": {"type": "string"}} for field in route.query
     ]
