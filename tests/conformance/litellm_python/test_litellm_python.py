@@ -36,7 +36,7 @@ def options(mesh: Any) -> dict[str, Any]:
     return {"model": f"openai/{mesh.model}", "api_base": mesh.url, "api_key": mesh.key, "messages": MESSAGES}
 
 
-GREEDY: Any = {"temperature": 0, "max_tokens": 24, "num_retries": 0, "max_retries": 0}
+GREEDY: Any = {"temperature": 0, "max_tokens": 24, "max_retries": 0}
 
 
 def chat(options: dict[str, Any], **fields: Any) -> Any:
