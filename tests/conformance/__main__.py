@@ -134,7 +134,9 @@ def run_suites(folder: Path, suites: list[Suite]) -> list[str]:
                 started = time.monotonic()
                 is_well = run_suite(suite, told)
                 stage.heal({})
-                print(f"{suite.name}: {'holds' if is_well else 'FAILED'}, {time.monotonic() - started:.0f} s", flush=True)
+                print(
+                    f"{suite.name}: {'holds' if is_well else 'FAILED'}, {time.monotonic() - started:.0f} s", flush=True
+                )
                 if not is_well:
                     failed.append(suite.name)
     finally:

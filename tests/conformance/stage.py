@@ -62,7 +62,9 @@ class Stage:
         """As an operator does it; the key is alone on the last line."""
         command = [sys.executable, "-m", "nodes", "keys", "create", "--name", name]
         command += ["--url", self.entry.url, "--data-dir", str(self.entry.folder / "data")]
-        made = subprocess.run(command, capture_output=True, text=True, timeout=CLI_TIMEOUT_S, check=False, env=os.environ)
+        made = subprocess.run(
+            command, capture_output=True, text=True, timeout=CLI_TIMEOUT_S, check=False, env=os.environ
+        )
         assert made.returncode == 0, made.stderr
         return made.stdout.splitlines()[-1]
 

@@ -213,7 +213,11 @@ def test_a_conversation_with_a_tools_result(client: openai.OpenAI) -> None:
     message = asked.choices[0].message
     told: Any = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": '{"sun": true}'}
     answer = client.chat.completions.create(
-        model="demo", messages=[*MESSAGES, message.model_dump(), told], tools=[WEATHER], tool_choice="none", max_tokens=9
+        model="demo",
+        messages=[*MESSAGES, message.model_dump(), told],
+        tools=[WEATHER],
+        tool_choice="none",
+        max_tokens=9,
     )
     assert answer.choices[0].message.content
 
