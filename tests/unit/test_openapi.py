@@ -178,6 +178,7 @@ async def test_the_page_shows_every_path_and_loads_nothing() -> None:
     assert page.links - {"openapi.json"} == {link for link in page.links if link[1:] in page.ids}
     for path in DOCUMENT["paths"]:
         assert path in response.text
+    assert "ChatCompletionChunk</a>" in response.text.split("text/event-stream")[0]
 
 
 def test_every_field_is_on_its_page() -> None:
