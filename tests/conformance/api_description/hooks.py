@@ -1,8 +1,8 @@
-"""Steers what schemathesis makes up, where chance would never come to the point or go too far: to a model that is there,
-short answers, and no node told to leave. What breaks a field's own rule is left as it is.
+"""Steers what schemathesis makes up, where chance would never come to the point or go too far: to a model that is
+there, short answers, and no node told to leave. What breaks a field's own rule is left as it is.
 
-AI_CLUSTER_WELL_FORMED: what only a node can judge (a grammar, a conversation's order, fields that exclude each other) is
-taken out or put right, so that most requests are answered, and the answers looked at.
+AI_CLUSTER_WELL_FORMED: what only a node can judge (a grammar, a conversation's order, fields that exclude each other)
+is taken out or put right, so that most requests are answered, and the answers looked at.
 """
 
 from __future__ import annotations

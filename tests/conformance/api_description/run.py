@@ -1,5 +1,5 @@
-"""Our own description of the API held against what a node answers. schemathesis makes requests up from /openapi.json, by
-its rules and against them, and checks that no answer is a 5xx, a status, a content type or a shape that is not
+"""Our own description of the API held against what a node answers. schemathesis makes requests up from /openapi.json,
+by its rules and against them, and checks that no answer is a 5xx, a status, a content type or a shape that is not
 described, and that what breaks a rule is refused.
 
 On a mesh of its own, because operators' routes change it. Each pass is bounded in time and in examples.
