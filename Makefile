@@ -1,16 +1,17 @@
-# make run | test | lint | bench | soak: each works on a fresh clone with Python >= 3.11 (with pip and venv) and make.
+# make run | test | lint | conformance | bench | soak: each works on a fresh clone with Python >= 3.11 (with pip and venv) and make.
 
 PYTHON ?= python3
 VENV   ?= .venv
 NODES  ?= 3
 BIN    := $(VENV)/bin
 
-.PHONY: run test lint bench bench-gossip chaos soak fuzz fuzz-guided lock clean
+.PHONY: run test lint conformance bench bench-gossip chaos soak fuzz fuzz-guided lock conformance-lock clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make run     three nodes with the built-in model on 127.0.0.1:8080-8082, until Ctrl-C (NODES=N for more)"
 	@echo "make test    every test; make lint: ruff, mypy --strict, import contracts; make bench: the benchmark"
+	@echo "make conformance   real clients at pinned versions against three nodes, and /openapi.json by schemathesis (8 minutes)"
 	@echo "make soak    20,000 generations on a tiny model: does the engine's memory stay flat? (some minutes)"
 	@echo "make bench-gossip   gossip of N=10 processes beside serf's, in network namespaces (root; half an hour)"
 	@echo "make chaos   500 streams while nodes are killed and stopped, overload, rude clients, forwarding (a quarter of an hour)"
@@ -39,6 +40,11 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Each client in an environment of its own below .conformance/, Node included. CLIENTS="openai_node ai_sdk" for some.
+CLIENTS ?=
+conformance: $(VENV)/.installed
+	$(BIN)/python -m tests.conformance $(CLIENTS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m tests.benchmark.slice
@@ -77,5 +83,9 @@ lock:
 	  --no-emit-index-url --no-emit-find-links --no-header --no-annotate -o requirements.lock
 	rm -rf $(VENV)-lock
 
+# After a version was changed in a requirements.in or package.json of tests/conformance: no address of a registry is kept.
+conformance-lock: $(VENV)/.installed
+	$(BIN)/python -m tests.conformance.lock
+
 clean:
-	rm -rf $(VENV) $(VENV)-lock $(VENV)-fuzz build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lock $(VENV)-fuzz .conformance build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

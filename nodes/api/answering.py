@@ -87,12 +87,7 @@ async def open_generation(services: Services, exchange: Exchange, caller: Caller
     streams = []
     for generation in asked.generations:
         request = replace(generation, fairness_id=caller.fairness_id, priority=caller.priority)
-        try:
-            stream = await services.dispatch.open(request)
-        except RequestInvalid as exc:
-            if exc.param != "response_format" or not asked.grammar_param:
-                raise
-            raise RequestInvalid(str(exc), param=asked.grammar_param, code=exc.code, status=exc.status) from exc
+        stream = await services.dispatch.open(request)
         exchange.closing.append(stream)
         streams.append(stream)
     return Choices(streams)
@@ -124,9 +119,12 @@ async def answer(
 ) -> Response:
     """The response, whole or as a stream of events. Raises what ends the request before a response began."""
     admission = await admit(services, exchange, caller, asked)
-    choices = await open_generation(services, exchange, caller, asked)
-    writer = _Writer(services, exchange, outcome, asked, form, choices, admission)
-    return await (writer.streamed() if asked.is_stream else writer.whole())
+    try:
+        choices = await open_generation(services, exchange, caller, asked)
+        writer = _Writer(services, exchange, outcome, asked, form, choices, admission)
+        return await (writer.streamed() if asked.is_stream else writer.whole())
+    except RequestInvalid as exc:
+        raise _with_clients_field(exc, asked) from exc
 
 
 class _Writer:
@@ -189,9 +187,10 @@ class _Writer:
                     yield self._chunk(choice)
                 last[index] = event
         except (GenerationError, MeshError) as exc:
-            self._outcome.failed(exc)
-            self._exchange.log_fields["error.message"] = str(exc)
-            yield data_event(api_error(exc).body())
+            failure = _with_clients_field(exc, self._asked) if isinstance(exc, RequestInvalid) else exc
+            self._outcome.failed(failure)
+            self._exchange.log_fields["error.message"] = str(failure)
+            yield data_event(api_error(failure).body())
             return
         usage = self._finish([last[index] for index in sorted(last)])
         if self._asked.has_usage_chunk:
@@ -213,6 +212,14 @@ class _Writer:
 
     def _headers(self) -> dict[str, str]:
         return {NODE_HEADER: ", ".join(self._choices.node_ids)} | limit_headers(self._admission.remaining())
+
+
+def _with_clients_field(error: RequestInvalid, asked: Asked) -> RequestInvalid:
+    """Engines know a grammar by one name, whichever field it came in. A peer's word comes with its first event, this
+    node's at once."""
+    if error.param != "response_format" or not asked.grammar_param:
+        return error
+    return RequestInvalid(str(error), param=asked.grammar_param, code=error.code, status=error.status)
 
 
 def system_fingerprint(services: Services, node_id: str, model: str) -> str | None:

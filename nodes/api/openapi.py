@@ -106,7 +106,7 @@ ROUTES = (
         "OpenAI",
         "The models of the mesh",
         answer={JSON: ModelList},
-        errors=(401, 500),
+        errors=(401, 429, 500, 503),
         security="api_key",
     ),
     Route(
@@ -115,7 +115,7 @@ ROUTES = (
         "OpenAI",
         "One model; its name may have slashes",
         answer={JSON: ModelObject},
-        errors=(401, 404, 500),
+        errors=(401, 404, 429, 500, 503),
         security="api_key",
     ),
     *(
@@ -232,7 +232,9 @@ def _operation(route: Route) -> dict[str, Any]:
         "responses": responses,
     }
     if route.body is not None:
-        operation["requestBody"] = {"required": True, "content": {JSON: {"schema": _ref(route.body)}}}
+        # A body of nothing but defaults may be left out.
+        is_required = any(field.is_required() for field in route.body.model_fields.values())
+        operation["requestBody"] = {"required": is_required, "content": {JSON: {"schema": _ref(route.body)}}}
     parameters: list[dict[str, Any]] = [
         {"name": field, "in": "query", "schema": {"type": "string"}} for field in route.query
     ]
@@ -248,11 +250,21 @@ def _operation(route: Route) -> dict[str, Any]:
 
 def _answer(content_type: str, kind: type[BaseModel] | None) -> dict[str, Any]:
     if content_type == EVENTS and kind is not None:
-        description = f"With stream=true: events whose data is a {kind.__name__}, an error, or [DONE] at the end"
-        return {"schema": {"type": "string", "description": description, "contentSchema": _ref(kind)}}
+        return {"schema": _event(kind)}
     if kind is None:
         return {"schema": {"type": "object"} if content_type == JSON else {"type": "string"}}
     return {"schema": _ref(kind)}
+
+
+def _event(kind: type[BaseModel]) -> dict[str, Any]:
+    """OpenAPI 3.1 has no word for streams; as tools read it, the schema is that of each event."""
+    payload = {"contentMediaType": JSON, "contentSchema": {"anyOf": [_ref(kind), _ref(ErrorAnswer)]}}
+    return {
+        "type": "object",
+        "description": f"With stream=true: events, each with a {kind.__name__}, an error, or [DONE] at the end",
+        "properties": {"data": {"type": "string", "anyOf": [{"const": "[DONE]"}, payload]}},
+        "required": ["data"],
+    }
 
 
 def _ref(kind: type[BaseModel]) -> dict[str, str]:

@@ -209,6 +209,16 @@ async def test_a_grammar_that_the_node_refuses_is_the_field_that_asked_for_it(
     fields: dict[str, Any], param: str
 ) -> None:
     refusal = RequestInvalid("json_schema: too large", param="response_format")
-    response = await Api(ScriptedDispatch(refusal=refusal)).chat(**fields)
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == param
+    # This node's engine refuses at once, a peer's word comes with its first event.
+    for dispatch in (ScriptedDispatch(refusal=refusal), ScriptedDispatch(refusal)):
+        for is_stream in (False, True):
+            response = await Api(dispatch).chat(stream=is_stream, **fields)
+            assert response.status_code == 400
+            assert response.json()["error"]["param"] == param
+
+
+async def test_a_late_refusal_of_a_grammar_names_the_field_in_the_error_frame(autojump_clock: trio.abc.Clock) -> None:
+    refusal = RequestInvalid("regex: bad", param="response_format")
+    response = await Api(ScriptedDispatch(3.0, refusal)).chat(stream=True, guided_regex="(")
+    assert response.status_code == 200
+    assert events(response)[-1]["error"]["param"] == "guided_regex"

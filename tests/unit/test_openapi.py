@@ -69,6 +69,28 @@ def test_operation_ids_are_unique_and_every_error_is_openais_object() -> None:
                 assert response["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorAnswer")
 
 
+def test_a_body_of_defaults_alone_may_be_left_out_and_no_other() -> None:
+    required = {
+        path: operation["requestBody"]["required"]
+        for path, methods in DOCUMENT["paths"].items()
+        for operation in methods.values()
+        if "requestBody" in operation
+    }
+    assert not required["/admin/leave"]
+    assert required["/admin/forget"]
+    assert required["/v1/chat/completions"]
+
+
+def test_every_route_that_asks_for_a_key_says_that_the_gate_may_tell_to_wait() -> None:
+    for route in ROUTES:
+        assert route.security != "api_key" or {401, 429, 503} <= set(route.errors)
+
+
+def test_a_time_may_be_written_as_a_date() -> None:
+    kinds = DOCUMENT["components"]["schemas"]["CreateBody"]["properties"]["expires_at"]["anyOf"]
+    assert {kind["type"] for kind in kinds} == {"integer", "string", "null"}
+
+
 def test_what_is_refused_is_not_in_the_request_types_and_what_is_honoured_is() -> None:
     schemas = DOCUMENT["components"]["schemas"]
     chat = schemas["ChatCompletionRequest"]["properties"]
@@ -156,6 +178,7 @@ async def test_the_page_shows_every_path_and_loads_nothing() -> None:
     assert page.links - {"openapi.json"} == {link for link in page.links if link[1:] in page.ids}
     for path in DOCUMENT["paths"]:
         assert path in response.text
+    assert "ChatCompletionChunk</a>" in response.text.split("text/event-stream")[0]
 
 
 def test_every_field_is_on_its_page() -> None:
