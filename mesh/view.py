@@ -87,6 +87,12 @@ class NodeLoad:
     usage: bytes = b""
 
 
+# Kinds of models: what they are asked for. UNKNOWN_KIND: one of a later version.
+GENERATION = "generation"
+EMBEDDING = "embedding"
+UNKNOWN_KIND = "unknown"
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """One model a node serves.
@@ -98,6 +104,7 @@ class ModelInfo:
     context_length: int
     slots: int
     queue_limit: int = 512  # requests that may wait for a slot; a node with more takes none
+    kind: str = GENERATION
 
 
 @dataclass(frozen=True, slots=True)
