@@ -89,6 +89,12 @@ class NodeLoad:
     after_version: int = 0
 
 
+# Kinds of models: what they are asked for. UNKNOWN_KIND: one of a later version.
+GENERATION = "generation"
+EMBEDDING = "embedding"
+UNKNOWN_KIND = "unknown"
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """One model a node serves.
@@ -100,6 +106,7 @@ class ModelInfo:
     context_length: int
     slots: int
     queue_limit: int = 512  # requests that may wait for a slot; a node with more takes none
+    kind: str = GENERATION
 
 
 @dataclass(frozen=True, slots=True)

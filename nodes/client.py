@@ -121,9 +121,10 @@ def stream_chat(
     try:
         if model is None:
             served = _get(url, "/v1/models", api_key)["data"]
-            if not served:
-                raise NodeAnswered("no node of this mesh serves a model yet; see: ai-cluster status")
-            model = served[0]["id"]
+            names = [entry["id"] for entry in served if entry.get("kind", "generation") == "generation"]
+            if not names:
+                raise NodeAnswered("no node of this mesh serves a language model yet; see: ai-cluster status")
+            model = names[0]
         body = {
             "model": model,
             "messages": [{"role": "user", "content": question}],

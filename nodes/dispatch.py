@@ -16,7 +16,7 @@ import trio
 from mesh.errors import MeshError
 from mesh.router import Router
 from mesh.view import ClusterView, MemberView
-from nodes.attempts import Attempts
+from nodes.attempts import AttemptCounts, Attempts
 from nodes.dispatched_stream import DispatchedStream
 from nodes.generation import GenerateRequest, GenerationError, Generator, Sampling
 
@@ -101,6 +101,11 @@ class Dispatch:
         for stream in local:
             stream.interrupt("drain")
         return len(local)
+
+    @property
+    def counts(self) -> AttemptCounts:
+        """What statistics() tells; whoever else has nodes serve requests adds to it."""
+        return self._attempts.counts
 
     @property
     def witnessed(self) -> frozenset[str]:

@@ -29,27 +29,43 @@ from mesh.router import Router
 from mesh.seal import BOOT_ID_BYTES
 from mesh.state import decode_load, encode_load
 from mesh.udp import GossipSocket
-from mesh.view import Address, ClusterView, ModelInfo, ModelLoad, NodeLoad, NodeProfile, Readiness
-from nodes import peer_questions
+from mesh.view import (
+    EMBEDDING,
+    GENERATION,
+    Address,
+    ClusterView,
+    ModelInfo,
+    ModelLoad,
+    NodeLoad,
+    NodeProfile,
+    Readiness,
+)
+from nodes import embedding_codec, peer_questions
 from nodes.api.admin_access import AdminAccess
 from nodes.api.app import build_app
 from nodes.api.services import Services
 from nodes.config import ConfigInvalid, NodeConfig, is_loopback
 from nodes.dispatch import Dispatch
 from nodes.drain import Drain
+from nodes.embedding_dispatch import EmbeddingDispatch
+from nodes.engine.embedding_engine import EmbeddingEngine, load_embedding_engine
+from nodes.engine.embedding_folder import EmbeddingFolder
 from nodes.engine.engine import Engine, load_engine
-from nodes.engine.engine_statistics import FAILED, STUCK
-from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid
+from nodes.engine.engine_statistics import FAILED, STUCK, EngineStatistics
+from nodes.engine.model_folder import ModelFolderInvalid
+from nodes.engine.model_kinds import AnyFolder
 from nodes.figures import mesh_figures
 from nodes.http_server import HttpServer, connections_max
 from nodes.keyring_file import KeyringFile
 from nodes.local import LocalGenerator
+from nodes.local_embedder import LocalEmbedder
 from nodes.mesh_operations import MeshOperations
 from nodes.messages import NODE_READY
 from nodes.node_access import NodeAccess
 from nodes.node_operations import NodeOperations
 from nodes.peer_operations import ask_peer
 from nodes.remote import PeerServer, RemoteGenerator
+from nodes.remote_embedder import EmbeddingServer, RemoteEmbedder
 from nodes.sockets import NodeSockets, advertised_address, bound_address
 from nodes.store import Store
 from observability.collectors import Snapshot
@@ -84,7 +100,7 @@ class Node:
         self,
         config: NodeConfig,
         keyring: KeyringFile,
-        folders: list[tuple[str, ModelFolder]],
+        folders: list[tuple[str, AnyFolder]],
         sockets: NodeSockets,
         generation: int,
         keep_generation: Callable[[int], None],
@@ -109,8 +125,10 @@ class Node:
         self._seed_is_silent = trio.Event()
         self._fenced_by: Address | None = None
         self._engines: dict[str, Engine] = {}
+        self._embedding_engines: dict[str, EmbeddingEngine] = {}
         self._metrics = Metrics(self._node_id, self._version)
         self._local = LocalGenerator(self._engines, observer=ExecutorMetrics(self._metrics))
+        self._local_embedder = LocalEmbedder(self._embedding_engines, observer=ExecutorMetrics(self._metrics))
         self._admin_access = AdminAccess(admin_token)
         self._leave_asked = trio.Event()
         boot_id = secrets.token_bytes(BOOT_ID_BYTES)
@@ -175,6 +193,7 @@ class Node:
             running=lambda: self._drain.running,
         )
         self._peer_server = PeerServer(self._local, self._own_operations.handlers)
+        self._embedding_server = EmbeddingServer(self._local_embedder)
         self._mesh_operations = MeshOperations(
             view=self._view,
             local=self._own_operations.handlers,
@@ -190,6 +209,14 @@ class Node:
             peer_failed=self._peer_failed,
             rng=random.Random(),
             hedges=config.hedge,
+        )
+        self._embeddings = EmbeddingDispatch(
+            view=self._view_with_own_load,
+            router=Router(random.Random()),
+            local=self._local_embedder,
+            remote=partial(RemoteEmbedder, self._forwarder),
+            peer_failed=self._peer_failed,
+            counts=self._dispatch.counts,
         )
         self._http_address = bound_address(config.http, sockets.http)
         self._http = HttpServer(build_app(self._services()), sockets.http, connections_max(config.http_connections_max))
@@ -253,6 +280,7 @@ class Node:
             cluster_name=config.cluster_name,
             gate=self._access.gate,
             dispatch=self._dispatch,
+            embeddings=self._embeddings,
             view=self._view,
             metrics=self._metrics,
             render_metrics=self._render_metrics,
@@ -271,13 +299,14 @@ class Node:
         for name, folder in self._folders:
             logger.info("loading a model", extra={"model": name})
             try:
-                engine = await trio.to_thread.run_sync(
-                    partial(load_engine, folder, **self._engine_options()), abandon_on_cancel=True
-                )
+                engine = await trio.to_thread.run_sync(self._load_engine, folder, abandon_on_cancel=True)
             except ModelFolderInvalid as exc:
                 raise ConfigInvalid(str(exc)) from exc
             await engines.start(engine.run)
-            self._engines[name] = engine
+            if isinstance(engine, EmbeddingEngine):
+                self._embedding_engines[name] = engine
+            else:
+                self._engines[name] = engine
             statistics = engine.statistics()
             self._metrics.model_loaded(name, statistics.load_time_s, statistics.model_memory_bytes)
             self._publish_profile()
@@ -286,18 +315,25 @@ class Node:
         self._gossip_socket.set_load(self._load())
         logger.info(NODE_READY, extra={"models": [name for name, _ in self._folders]})
 
-    def _engine_options(self) -> dict[str, Any]:
+    def _load_engine(self, folder: AnyFolder) -> Engine | EmbeddingEngine:
+        """Raises ModelFolderInvalid."""
         config = self._config
-        return {
-            "slots": config.slots,
+        options: dict[str, Any] = {
             "queue_limit": config.queue,
-            "capacity": config.capacity,
             "threads": config.threads,
             "spinning": config.spinning,
             "provider": config.provider,
             "memory_limit_bytes": None if config.memory_limit_mib is None else config.memory_limit_mib * MIB,
             "device_index": config.device,
         }
+        if isinstance(folder, EmbeddingFolder):
+            return load_embedding_engine(folder, **options)
+        return load_engine(folder, slots=config.slots, capacity=config.capacity, **options)
+
+    def _statistics(self) -> dict[str, EngineStatistics]:
+        """Of every engine that is loaded, by the name of its model."""
+        engines = self._engines | self._embedding_engines
+        return {name: engine.statistics() for name, engine in engines.items()}
 
     async def _publish_load(self) -> None:
         """Hand this node's load to gossip, and measure how late the loop runs."""
@@ -334,7 +370,7 @@ class Node:
 
     def _check_engines(self) -> None:
         """A node whose engine has failed, or is stuck in a step, takes no requests; in the second case for a while."""
-        states = {engine.statistics().state for engine in self._engines.values()}
+        states = {statistics.state for statistics in self._statistics().values()}
         if self._readiness is Readiness.READY and states & {FAILED, STUCK}:
             self._readiness = Readiness.FAILED
             if FAILED in states:
@@ -387,6 +423,8 @@ class Node:
     async def _serve_peer(self, stream: IncomingStream) -> None:
         if state_exchange.is_question(stream.request):
             await state_exchange.answer(stream, self._gossip)
+        elif embedding_codec.is_embedding(stream.request):
+            await self._embedding_server.serve(stream)
         elif peer_questions.is_question(stream.request):
             await peer_questions.answer(stream, self._access.answerers)
         else:
@@ -421,11 +459,10 @@ class Node:
         self._gossip_socket.link_failed(node_id)
 
     def _active_requests(self) -> int:
-        statistics = [engine.statistics() for engine in self._engines.values()]
-        return sum(engine.active + engine.queued for engine in statistics)
+        return sum(engine.active + engine.queued for engine in self._statistics().values())
 
     def _load(self) -> NodeLoad:
-        engines = {name: engine.statistics() for name, engine in self._engines.items()}
+        engines = self._statistics()
         return NodeLoad(
             readiness=Readiness.DRAINING if self._drain.is_active else self._readiness,
             active_requests=self._active_requests(),
@@ -453,7 +490,7 @@ class Node:
         """Tell what this node serves. What still loads is told of too: it is refused for now, not unknown."""
         models = []
         for name, folder in self._folders:
-            engine = self._engines.get(name)
+            engine = self._engines.get(name) or self._embedding_engines.get(name)
             models.append(
                 ModelInfo(
                     name=name,
@@ -461,6 +498,7 @@ class Node:
                     context_length=engine.context_length if engine else folder.context_length,
                     slots=engine.statistics().slots if engine else 0,
                     queue_limit=self._config.queue,
+                    kind=EMBEDDING if isinstance(folder, EmbeddingFolder) else GENERATION,
                 )
             )
         profile = NodeProfile(str(self._http_address), self._version, tuple(models), self._records_digest)
@@ -471,7 +509,7 @@ class Node:
         snapshot = Snapshot(
             view=self._view(),
             active_requests=load.active_requests,
-            engines={name: engine.statistics() for name, engine in self._engines.items()},
+            engines=self._statistics(),
             mesh=mesh_figures(
                 self._gossip.statistics(),
                 self._gossip_socket.statistics(),

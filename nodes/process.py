@@ -15,7 +15,8 @@ import trio
 
 from nodes.config import ConfigInvalid, NodeConfig, is_loopback
 from nodes.data_directory import DataDirectory
-from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid, read_model_folder
+from nodes.engine.model_folder import ModelFolderInvalid
+from nodes.engine.model_kinds import AnyFolder, read_folder
 from nodes.keyring_file import load_keyring
 from nodes.node import Node, StopRequest
 from nodes.sockets import NodeSockets, bind_http, bind_mesh, bound_address
@@ -91,9 +92,9 @@ def _enter_logging(stack: ExitStack, config: NodeConfig) -> WriterThread[logging
         raise ConfigInvalid(f"log_dir {config.log_dir}: {exc.strerror}; give a writable folder with --log-dir") from exc
 
 
-def _read_folder(config: NodeConfig, path: Path) -> ModelFolder:
+def _read_folder(config: NodeConfig, path: Path) -> AnyFolder:
     try:
-        return read_model_folder(path, config.variant, config.provider)
+        return read_folder(path, config.variant, config.provider)
     except ModelFolderInvalid as exc:
         raise ConfigInvalid(str(exc)) from exc
 

@@ -12,15 +12,16 @@ from typing import Any, Protocol
 import trio
 from quart import Response
 
-from mesh.errors import MeshError, ModelUnknown
+from mesh.errors import MeshError
 from mesh.first_token import tokens_of
+from mesh.view import GENERATION
 from nodes.access.gate import Admission, Caller
 from nodes.api.accounting import Exchange
 from nodes.api.choices import Choices
 from nodes.api.errors import api_error
 from nodes.api.limit_headers import limit_headers
 from nodes.api.outcome import Outcome, total_usage, usage_object
-from nodes.api.schema import CHARS_SHOWN
+from nodes.api.served_models import context_length_of
 from nodes.api.services import Services
 from nodes.api.sse import DONE, HEADERS, KEEP_ALIVE, EventStreamBody, data_event
 from nodes.generation import GenerateEvent, GenerateRequest, GenerationError, RequestInvalid
@@ -97,12 +98,8 @@ async def admit(services: Services, exchange: Exchange, caller: Caller, asked: A
     """Let the request in, as far as its key's limits allow; it is counted until the exchange is over.
 
     All requests that generate come through here, after they were checked and before anything is asked of a node. Raises
-    Forbidden, LimitReached and ModelUnknown."""
-    services.gate.check_model(caller, asked.model)
-    infos = [info for member in services.view().members.values() if (info := member.model(asked.model)) is not None]
-    if not infos:
-        raise ModelUnknown(f"no node of this mesh has a model named {asked.model[:CHARS_SHOWN]!r}")
-    context_length = max(info.context_length for info in infos)
+    Forbidden, LimitReached, ModelUnknown, and RequestInvalid for a model that does not generate."""
+    context_length = context_length_of(services, caller, asked.model, GENERATION)
     prompts = asked.generations[:: asked.choices_per_prompt]
     prompt_tokens = sum(min(context_length, tokens_of(prompt.text_bytes())) for prompt in prompts)
     answer_tokens = sum(

@@ -18,6 +18,7 @@ from nodes.api.answer_schema import (
     ClusterStatus,
     Completion,
     EditedKey,
+    EmbeddingList,
     ErrorAnswer,
     Health,
     KeyList,
@@ -29,6 +30,7 @@ from nodes.api.answer_schema import (
 from nodes.api.chat_schema import ChatCompletionRequest
 from nodes.api.completion_schema import CompletionRequest
 from nodes.api.docs_page import docs_page
+from nodes.api.embedding_schema import EmbeddingRequest
 from nodes.api.services import Services
 
 OPENAPI_VERSION = "3.1.0"
@@ -97,6 +99,16 @@ ROUTES = (
         "What follows a prompt",
         CompletionRequest,
         {JSON: Completion, EVENTS: Completion},
+        GENERATING,
+        security="api_key",
+    ),
+    Route(
+        "post",
+        "/v1/embeddings",
+        "OpenAI",
+        "Vectors of texts",
+        EmbeddingRequest,
+        {JSON: EmbeddingList},
         GENERATING,
         security="api_key",
     ),

@@ -11,6 +11,7 @@ from nodes.access.gate import Gate
 from nodes.access.key_admin import KeyAdmin
 from nodes.api.admin_access import AdminAccess
 from nodes.dispatch import Dispatch
+from nodes.embedding_dispatch import EmbeddingDispatch
 from nodes.mesh_operations import MeshOperations
 
 
@@ -32,6 +33,7 @@ class Services:
     cluster_name: str
     gate: Gate
     dispatch: Dispatch
+    embeddings: EmbeddingDispatch
     view: Callable[[], ClusterView]
     metrics: ApiMetrics
     render_metrics: Callable[[str], Awaitable[tuple[str, bytes]]]

@@ -21,6 +21,17 @@ class PromptTooLong(EngineError):
         self.limit = limit
 
 
+class InputTooLong(EngineError):
+    """The client's fault: an embedding model does not take that many tokens. Nothing was queued."""
+
+    def __init__(self, tokens: int, limit: int, *, is_exact: bool = True) -> None:
+        """tokens: at least that many where it is not exact."""
+        count = f"{tokens} tokens" if is_exact else f"more than {tokens} tokens"
+        super().__init__(f"it has {count}, and this model takes {limit}")
+        self.tokens = tokens
+        self.limit = limit
+
+
 class TokenUnknown(EngineError):
     """An id that the model does not have. Nothing was queued."""
 

@@ -8,9 +8,11 @@ from types import MappingProxyType
 from typing import Any
 
 import httpx
+import numpy as np
 import trio
 
 from mesh.view import (
+    GENERATION,
     Address,
     ClusterView,
     MemberStatus,
@@ -23,6 +25,8 @@ from mesh.view import (
 from nodes.api.admin_access import AdminAccess
 from nodes.api.app import build_app
 from nodes.api.services import Services
+from nodes.embedding import EmbedRequest
+from nodes.embedding_dispatch import Embedded
 from nodes.generation import GenerateEvent, GenerateRequest, Usage
 from tests.unit.fake_access import FakeAccess
 
@@ -82,6 +86,24 @@ class ScriptedDispatch:
         return self.streams[-1]
 
 
+class ScriptedEmbeddings:
+    """Gives vectors that tell the input's place: row i is (i + 1, 0.5, -0.25, 0...); or raises."""
+
+    def __init__(self, dimensions: int = 4, refusal: Exception | None = None) -> None:
+        self.requests: list[EmbedRequest] = []
+        self._dimensions = dimensions
+        self._refusal = refusal
+
+    async def embed(self, request: EmbedRequest) -> Embedded:
+        self.requests.append(request)
+        await trio.lowlevel.checkpoint()
+        if self._refusal is not None:
+            raise self._refusal
+        vectors = np.zeros((len(request.inputs), request.dimensions or self._dimensions), np.float32)
+        vectors[:, :3] = [(index + 1, 0.5, -0.25) for index in range(len(request.inputs))]
+        return Embedded(vectors, 3 * len(request.inputs), ("b",))
+
+
 class CountingMetrics:
     def __init__(self) -> None:
         self.http: list[tuple[str, str, int]] = []
@@ -103,7 +125,11 @@ class CountingMetrics:
 
 
 def view(
-    readiness: Readiness = Readiness.READY, *, models: tuple[str, ...] = ("demo",), **fingerprints: str
+    readiness: Readiness = Readiness.READY,
+    *,
+    models: tuple[str, ...] = ("demo",),
+    kind: str = GENERATION,
+    **fingerprints: str,
 ) -> ClusterView:
     members = {}
     for node_id, fingerprint in (fingerprints or {"a": "f1"}).items():
@@ -115,7 +141,7 @@ def view(
             version=1,
             load=NodeLoad(readiness=readiness),
             profile=NodeProfile(
-                "127.0.0.1:8080", "0.1", tuple(ModelInfo(model, fingerprint, 1024, 8) for model in models)
+                "127.0.0.1:8080", "0.1", tuple(ModelInfo(model, fingerprint, 1024, 8, kind=kind) for model in models)
             ),
             age_s=0.0,
             is_self=node_id == "a",
@@ -126,8 +152,15 @@ def view(
 class Api:
     """An application and a client of it. Use as `async with`."""
 
-    def __init__(self, dispatch: ScriptedDispatch, cluster: ClusterView | None = None, is_open: bool = True) -> None:
+    def __init__(
+        self,
+        dispatch: ScriptedDispatch,
+        cluster: ClusterView | None = None,
+        is_open: bool = True,
+        embeddings: ScriptedEmbeddings | None = None,
+    ) -> None:
         self.dispatch = dispatch
+        self.embeddings = embeddings or ScriptedEmbeddings()
         self.metrics = CountingMetrics()
         self.access = FakeAccess(is_open=is_open)
         cluster = cluster or view()
@@ -142,6 +175,7 @@ class Api:
                 cluster_name="test",
                 gate=self.access.gate,
                 dispatch=dispatch,  # type: ignore[arg-type]
+                embeddings=self.embeddings,  # type: ignore[arg-type]
                 view=lambda: cluster,
                 metrics=self.metrics,
                 render_metrics=render_metrics,
@@ -162,6 +196,9 @@ class Api:
 
     async def complete(self, **fields: Any) -> httpx.Response:
         return await self.client.post("/v1/completions", json={"model": "demo", "prompt": "once"} | fields)
+
+    async def embed(self, **fields: Any) -> httpx.Response:
+        return await self.client.post("/v1/embeddings", json={"model": "demo", "input": "once"} | fields)
 
 
 def events(response: httpx.Response) -> list[Any]:

@@ -41,6 +41,7 @@ class Admin:
                 cluster_name="test",
                 gate=self.access.gate,
                 dispatch=ScriptedDispatch(),  # type: ignore[arg-type]
+                embeddings=None,  # type: ignore[arg-type]
                 view=mesh.view,
                 metrics=self.metrics,
                 render_metrics=render_metrics,

@@ -24,6 +24,7 @@ from nodes.api.chat_schema import NOT_SERVED as CHAT_NOT_SERVED
 from nodes.api.chat_schema import ChatCompletionRequest
 from nodes.api.completion_schema import NOT_SERVED as COMPLETION_NOT_SERVED
 from nodes.api.completion_schema import CompletionRequest
+from nodes.api.embedding_schema import EmbeddingRequest
 from nodes.api.openapi import ERRORS, ROUTES, openapi_document
 from nodes.generation import GenerateEvent, TokenLogprob, Usage
 from tests.unit.scripted_api import ANSWER, Api, ScriptedDispatch, events
@@ -184,5 +185,5 @@ async def test_the_page_shows_every_path_and_loads_nothing() -> None:
 def test_every_field_is_on_its_page() -> None:
     page = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(\w+)`", page))
-    fields = {*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields}
+    fields = {*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields, *EmbeddingRequest.model_fields}
     assert not (fields | CHAT_NOT_SERVED.keys() | COMPLETION_NOT_SERVED.keys()) - named
