@@ -49,10 +49,13 @@ from nodes.durable_replica import DurableReplica
 from nodes.engine.engine import Engine, load_engine
 from nodes.engine.engine_statistics import FAILED, STUCK
 from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid
+from nodes.event_feed import EventFeed
+from nodes.events import Happening
 from nodes.figures import mesh_figures
 from nodes.http_server import HttpServer, connections_max
 from nodes.keyring_file import KeyringFile
 from nodes.local import LocalGenerator
+from nodes.member_views import QUESTION_VIEW, MemberViews
 from nodes.mesh_operations import MeshOperations
 from nodes.messages import NODE_READY
 from nodes.node_operations import NodeOperations
@@ -160,10 +163,11 @@ class Node:
             ask_link=partial(state_exchange.ask, self._forwarder),
             on_fenced=self._give_way,
             on_seed_unanswered=lambda seed: self._seed_is_silent.set(),
-            # A peer's models count under their names from its arrival on.
-            on_change=lambda change: self._metrics.know_view(self._view()),
+            on_change=lambda change: self._member_changed(),
             on_usage=self._hear_usage,
         )
+        self._events = EventFeed(self._view)
+        self._member_views = MemberViews(self._view, partial(peer_questions.ask, self._forwarder, QUESTION_VIEW))
         self._build_access(store, records)
         self._own_operations = NodeOperations(
             keyring=keyring,
@@ -191,6 +195,7 @@ class Node:
             peer_failed=self._peer_failed,
             rng=random.Random(),
             hedges=config.hedge,
+            on_move=lambda move: self._events.add(Happening(move.kind, move.target, move.reason, move.origin)),
         )
         self._http_address = bound_address(config.http, sockets.http)
         self._http = HttpServer(build_app(self._services()), sockets.http, connections_max(config.http_connections_max))
@@ -225,7 +230,11 @@ class Node:
             wall_clock=time.time,
             rng=rng,
         )
-        self._answerers = {QUESTION_RECORDS: self._record_sync.answer, QUESTION_USAGE: self._usage.answer}
+        self._answerers = {
+            QUESTION_RECORDS: self._record_sync.answer,
+            QUESTION_USAGE: self._usage.answer,
+            QUESTION_VIEW: self._member_views.answer,
+        }
         lost = LostNodes(config.limits_partition_hold_s)
         book = KeyBook(replica)
         self._gate = Gate(
@@ -280,6 +289,7 @@ class Node:
             nursery.start_soon(self._load_models, engines)
             await stop.asked.wait()
             await self._drain.leave(stop.hurried)
+            self._events.close()
             await self._http.close(HTTP_CLOSE_S)
             nursery.cancel_scope.cancel()
 
@@ -300,6 +310,8 @@ class Node:
             admin_access=self._admin_access,
             operations=self._mesh_operations,
             key_admin=self._key_admin,
+            events=self._events,
+            member_views=self._member_views,
         )
 
     # What lives while the node does.
@@ -349,6 +361,7 @@ class Node:
             self._check_engines()
             self._drain.step()
             self._gossip_socket.set_load(self._load())
+            self._events.step()
             generation = self._view().me.generation
             if generation > self._generation:
                 # Peers remembered a later life of this node than its data directory does.
@@ -453,6 +466,10 @@ class Node:
     def _give_way(self, address: Address) -> None:
         self._fenced_by = address
         self._fenced.set()
+
+    def _member_changed(self) -> None:
+        self._metrics.know_view(self._view())  # a peer's models count under their names from its arrival on
+        self._events.view_changed()
 
     def _view(self) -> ClusterView:
         """With what this node has witnessed itself."""
