@@ -5,7 +5,7 @@ VENV   ?= .venv
 NODES  ?= 3
 BIN    := $(VENV)/bin
 
-.PHONY: run test lint conformance bench bench-gossip chaos soak fuzz fuzz-guided lock conformance-lock clean
+.PHONY: run test lint conformance bench bench-gossip chaos soak fuzz fuzz-guided browser-tools screenshots lock conformance-lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make bench-gossip   gossip of N=10 processes beside serf's, in network namespaces (root; half an hour)"
 	@echo "make chaos   500 streams while nodes are killed and stopped, overload, rude clients, forwarding (a quarter of an hour)"
 	@echo "make fuzz    a million random and mutated inputs to every decoder (a quarter of an hour); make fuzz-guided: by coverage"
+	@echo "make browser-tools   what tests/browser needs beside Debian's chromium (npm); make screenshots: docs/images anew"
 	@echo "make lock    compute requirements.lock anew from pyproject.toml; make clean: remove the environment"
 
 # The lock pins every package with its hash; the stamps make the install happen once per change of it.
@@ -76,6 +77,14 @@ fuzz-guided:
 	@$(VENV)-fuzz/bin/python -m pip install --quiet --disable-pip-version-check atheris msgpack cryptography
 	for subject in section link datagram; do \
 	  $(VENV)-fuzz/bin/python -m tests.fuzz.guided $$subject -max_total_time=$(FUZZ_SECONDS) -max_len=2048 || exit 1; done
+
+# Accessibility is judged by axe-core, which git does not hold. Playwright is in the lock; the browser is the system's.
+AXE ?= 4.14.1
+browser-tools:
+	npm install --prefix .cache/npm --no-save --ignore-scripts --no-audit --no-fund --loglevel error axe-core@$(AXE)
+
+screenshots: $(VENV)/.installed
+	$(BIN)/python -m tests.browser.screenshots
 
 lock:
 	$(PYTHON) -m venv $(VENV)-lock && $(VENV)-lock/bin/python -m pip install --quiet uv

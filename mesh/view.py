@@ -14,6 +14,8 @@ from types import MappingProxyType
 STALE_PUBLISH_INTERVALS = 3
 # Local health awareness (Lifeguard) from which a node counts itself as degraded.
 DEGRADED_AWARENESS = 3
+# A node whose event loop wakes up so late answers nobody in time.
+LOOP_LAG_DEGRADED_S = 0.25
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -166,18 +168,21 @@ class ClusterView:
         """Healthy, degraded or offline, as gossip.md defines them."""
         if member.status in (MemberStatus.DEAD, MemberStatus.LEFT):
             return NodeStatus.OFFLINE
-        is_stale = member.load_age_s > STALE_PUBLISH_INTERVALS * self.publish_interval_s and not member.is_self
-        is_unwell = member.is_self and self.awareness >= DEGRADED_AWARENESS
-        if (
-            member.status is MemberStatus.SUSPECT
-            or member.load.readiness is not Readiness.READY
-            or member.load.loop_lag_s > 0.25
-            or is_stale
-            or is_unwell
-            or member.node_id in self.witnessed
-        ):
-            return NodeStatus.DEGRADED
-        return NodeStatus.HEALTHY
+        return NodeStatus.DEGRADED if self.complaint(member) else NodeStatus.HEALTHY
+
+    def complaint(self, member: MemberView) -> str:
+        """Why a member is degraded or offline, in a few words; empty where it is healthy."""
+        if member.status is not MemberStatus.ALIVE:
+            return member.status.name.lower()
+        if member.load.readiness is not Readiness.READY:
+            return member.load.readiness.value
+        if member.load.loop_lag_s > LOOP_LAG_DEGRADED_S:
+            return "its event loop lags"
+        if member.load_age_s > STALE_PUBLISH_INTERVALS * self.publish_interval_s and not member.is_self:
+            return "its load is old"
+        if member.is_self and self.awareness >= DEGRADED_AWARENESS:
+            return "hears too little of the others"
+        return "streams there make no progress" if member.node_id in self.witnessed else ""
 
     def counts(self) -> dict[NodeStatus, int]:
         """Members by status, every status present. A member that left on purpose is no longer counted."""

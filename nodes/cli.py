@@ -170,13 +170,25 @@ def up(
 @app.command()
 def status(
     url: Url = DEFAULT_URL,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="refresh each second until Ctrl-C")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="follow it until Ctrl-C, as top does")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="the node's answer as it is")] = False,
 ) -> None:
     """Show every node of the mesh as one of them sees it."""
-    from nodes.client import show_status
+    from nodes.watching import show_status
 
     raise typer.Exit(show_status(url, watch=watch, as_json=as_json))
+
+
+@app.command()
+def top(
+    url: Url = DEFAULT_URL,
+    once: Annotated[bool, typer.Option("--once", help="print it once, and end")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="a line of JSON for each status and event")] = False,
+) -> None:
+    """Follow the mesh: load, speed and queue of each node, and what happens, until Ctrl-C."""
+    from nodes.watching import follow
+
+    raise typer.Exit(follow(url, as_json=as_json, once=once))
 
 
 @app.command()

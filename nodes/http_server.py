@@ -52,6 +52,8 @@ REFUSALS_MAX = 64
 # Out of descriptors, the next try to accept is after this.
 ACCEPT_PAUSE_S = 0.1
 CLOSE_POLL_S = 0.05
+# Paths of requests that a drain does not wait for.
+NOT_WAITED_FOR = ("/admin", "/cluster/events")
 # A request this recent means that its client, or a balancer, may come again and has to be told of a drain.
 RECENT_REQUEST_S = 10.0
 
@@ -118,7 +120,8 @@ class HttpServer:
 
     @property
     def requests(self) -> int:
-        """Requests that run now, those of operators (/admin) not counted: one of them may be waiting for the drain."""
+        """Requests that run now, those of operators not counted: one of them may be waiting for the drain, and who
+        watches events does so without end."""
         return self._requests
 
     @property
@@ -232,7 +235,7 @@ class HttpServer:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        is_operators = scope["path"].startswith("/admin")
+        is_operators = scope["path"].startswith(NOT_WAITED_FOR)
         is_http2 = scope["http_version"] == "2"
         connection = scope["state"].pop(SCOPE_STATE_KEY)
         self._last_request_at = trio.current_time()

@@ -54,11 +54,14 @@ from nodes.engine.engine import Engine, load_engine
 from nodes.engine.engine_statistics import FAILED, STUCK, EngineStatistics
 from nodes.engine.model_folder import ModelFolderInvalid
 from nodes.engine.model_kinds import AnyFolder
+from nodes.event_feed import EventFeed
+from nodes.events import Happening
 from nodes.figures import mesh_figures
 from nodes.http_server import HttpServer, connections_max
 from nodes.keyring_file import KeyringFile
 from nodes.local import LocalGenerator
 from nodes.local_embedder import LocalEmbedder
+from nodes.member_views import QUESTION_VIEW, MemberViews
 from nodes.mesh_operations import MeshOperations
 from nodes.messages import NODE_READY
 from nodes.node_access import NodeAccess
@@ -164,10 +167,11 @@ class Node:
             ask_link=partial(state_exchange.ask, self._forwarder),
             on_fenced=self._give_way,
             on_seed_unanswered=lambda seed: self._seed_is_silent.set(),
-            # A peer's models count under their names from its arrival on.
-            on_change=lambda change: self._metrics.know_view(self._view()),
+            on_change=lambda change: self._member_changed(),
             on_usage=lambda node_id, section: self._access.hear_usage(node_id, section),
         )
+        self._events = EventFeed(self._view)
+        self._member_views = MemberViews(self._view, partial(peer_questions.ask, self._forwarder, QUESTION_VIEW))
         self._access = NodeAccess(
             node_id=self._node_id,
             generation=generation,
@@ -182,6 +186,7 @@ class Node:
             has_seeds=bool(self._seeds),
             hold_s=config.limits_partition_hold_s,
         )
+        self._answerers = {**self._access.answerers, QUESTION_VIEW: self._member_views.answer}
         self._own_operations = NodeOperations(
             keyring=keyring,
             view=self._view,
@@ -209,6 +214,7 @@ class Node:
             peer_failed=self._peer_failed,
             rng=random.Random(),
             hedges=config.hedge,
+            on_move=lambda move: self._events.add(Happening(move.kind, move.target, move.reason, move.origin)),
         )
         self._embeddings = EmbeddingDispatch(
             view=self._view_with_own_load,
@@ -269,6 +275,7 @@ class Node:
             nursery.start_soon(self._load_models, engines)
             await stop.asked.wait()
             await self._drain.leave(stop.hurried)
+            self._events.close()
             await self._http.close(HTTP_CLOSE_S)
             nursery.cancel_scope.cancel()
 
@@ -290,6 +297,8 @@ class Node:
             admin_access=self._admin_access,
             operations=self._mesh_operations,
             key_admin=self._access.key_admin,
+            events=self._events,
+            member_views=self._member_views,
         )
 
     # What lives while the node does.
@@ -348,6 +357,7 @@ class Node:
             self._check_engines()
             self._drain.step()
             self._gossip_socket.set_load(self._load())
+            self._events.step()
             generation = self._view().me.generation
             if generation > self._generation:
                 # Peers remembered a later life of this node than its data directory does.
@@ -426,7 +436,7 @@ class Node:
         elif embedding_codec.is_embedding(stream.request):
             await self._embedding_server.serve(stream)
         elif peer_questions.is_question(stream.request):
-            await peer_questions.answer(stream, self._access.answerers)
+            await peer_questions.answer(stream, self._answerers)
         else:
             await self._peer_server.serve(stream)
 
@@ -444,6 +454,10 @@ class Node:
     def _give_way(self, address: Address) -> None:
         self._fenced_by = address
         self._fenced.set()
+
+    def _member_changed(self) -> None:
+        self._metrics.know_view(self._view())  # a peer's models count under their names from its arrival on
+        self._events.view_changed()
 
     def _view(self) -> ClusterView:
         """With what this node has witnessed itself."""

@@ -27,7 +27,7 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 # Closing a stream queues a frame and never waits for the network; this only bounds a fault of ours.
 _CLOSE_TIMEOUT_S = 1.0
 # Probed every few seconds by scrapers and balancers; at info they would be most of the log.
-_QUIET_ROUTES = {"/health", "/health/live", "/health/ready", "/metrics"}
+_QUIET_ROUTES = {"/health", "/health/live", "/health/ready", "/metrics", "/cluster/status", "/cluster/views"}
 
 
 class Exchange:

@@ -200,6 +200,16 @@ class ClusterStatus(Answer):
     members: list[dict[str, Any]]
 
 
+class ClusterViews(Answer):
+    """By observer, by member: alive, suspect, dead, left. silent: observers that gave no answer. disputed: members of
+    which not all observers believe the same."""
+
+    node_id: str
+    views: dict[str, dict[str, str]]
+    silent: list[str]
+    disputed: list[str]
+
+
 class LimitLeft(Answer):
     """Over all nodes together."""
 

@@ -23,7 +23,7 @@ from nodes.api.limit_headers import limit_headers
 from nodes.api.outcome import Outcome, total_usage, usage_object
 from nodes.api.served_models import context_length_of
 from nodes.api.services import Services
-from nodes.api.sse import DONE, HEADERS, KEEP_ALIVE, EventStreamBody, data_event
+from nodes.api.sse import DONE, HEADERS, KEEP_ALIVE, EventStreamBody, comment, data_event
 from nodes.generation import GenerateEvent, GenerateRequest, GenerationError, RequestInvalid
 
 # A failure within this time still gets its own status code; after it the headers are sent, so that a client sees life.
@@ -141,6 +141,7 @@ class _Writer:
         self._form = form
         self._choices = choices
         self._admission = admission
+        self._moves_told = [0] * len(choices.streams)
         self._head = {
             "id": f"{form.id_prefix}{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -175,6 +176,8 @@ class _Writer:
                 item = None
                 with trio.move_on_after(KEEP_ALIVE_S):
                     item = await self._choices.receive()
+                for comment in self._new_moves():
+                    yield comment
                 if item is None:
                     yield KEEP_ALIVE
                     continue
@@ -194,6 +197,15 @@ class _Writer:
             yield data_event(self._object(self._form.chunk_name, []) | {"usage": usage})
         yield DONE
 
+    def _new_moves(self) -> list[bytes]:
+        """Comments that say where answers went on since the last time: for people who watch; clients ignore them."""
+        found = []
+        for index, stream in enumerate(self._choices.streams):
+            moves = stream.moves[self._moves_told[index] :]
+            found += [comment(f"{move.kind} {move.origin} {move.target} {move.reason}") for move in moves]
+            self._moves_told[index] = len(stream.moves)
+        return found
+
     def _chunk(self, choice: JsonObject) -> bytes:
         chunk = self._object(self._form.chunk_name, [choice])
         return data_event(chunk | {"usage": None} if self._asked.has_usage_chunk else chunk)
@@ -208,6 +220,7 @@ class _Writer:
         return usage_object(usage)
 
     def _headers(self) -> dict[str, str]:
+        self._moves_told = [len(stream.moves) for stream in self._choices.streams]  # the header has them
         return {NODE_HEADER: ", ".join(self._choices.node_ids)} | limit_headers(self._admission.remaining())
 
 

@@ -8,7 +8,19 @@ from quart import Quart, Response, jsonify, request
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 
-from nodes.api import admin, chat, completions, embeddings, keys, models, openapi, operations
+from nodes.api import (
+    admin,
+    chat,
+    cluster,
+    cluster_events,
+    completions,
+    embeddings,
+    keys,
+    models,
+    openapi,
+    operations,
+    web,
+)
 from nodes.api.accounting import Accounting, exchange_of
 from nodes.api.errors import api_error
 from nodes.api.services import Services
@@ -47,7 +59,11 @@ def build_app(services: Services) -> Accounting:
     embeddings.register(app, services)
     models.register(app, services)
     operations.register(app, services)
+    status = cluster.status_source(services)
+    cluster.register(app, status)
+    cluster_events.register(app, services, status)
     admin.register(app, services)
     keys.register(app, services.key_admin)
     openapi.register(app, services)
+    web.register(app)
     return Accounting(app, services.metrics)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from nodes.api.answer_schema import (
     ChatCompletion,
     ChatCompletionChunk,
     ClusterStatus,
+    ClusterViews,
     Completion,
     EditedKey,
     EmbeddingList,
@@ -139,8 +140,20 @@ ROUTES = (
         )
     ),
     Route("get", "/cluster/status", "Cluster", "Every node as this one sees it", answer={JSON: ClusterStatus}),
+    Route(
+        "get",
+        "/cluster/events",
+        "Cluster",
+        "What happens in the mesh, the recent first, then live; with status=1 its status each second",
+        answer={EVENTS: None},
+        errors=(500, 503),
+        query=("status",),
+    ),
+    Route("get", "/cluster/views", "Cluster", "What each node believes of each other", answer={JSON: ClusterViews}),
     Route("get", "/metrics", "Cluster", "Figures for Prometheus", answer={"text/plain": None}),
     Route("get", "/openapi.json", "Description", "This description", answer={JSON: None}),
+    Route("get", "/", "People", "The status page, with a chat", answer={"text/html": None}),
+    Route("get", "/web/{name}", "People", "A file of the status page", answer={"text/css": None}, errors=(404, 500)),
     Route("get", "/docs", "Description", "This description as a page", answer={"text/html": None}),
     *(
         Route(method, path, "Admin", summary, body, {LINES: None}, errors, security="admin_token", query=query)
@@ -236,7 +249,8 @@ def _operation(route: Route) -> dict[str, Any]:
         responses[str(status)] = {"description": ERRORS[status], "content": {JSON: {"schema": _ref(ErrorAnswer)}}}
         if status == 503:
             responses[str(status)]["headers"] = {"retry-after": {"schema": {"type": "integer"}}}
-    name = route.path.strip("/").replace("{", "").replace("}", "").replace("/", "_").replace(".", "_")
+    path = route.path.strip("/") or "page"
+    name = path.replace("{", "").replace("}", "").replace("/", "_").replace(".", "_")
     operation: dict[str, Any] = {
         "operationId": f"{route.method}_{name}",
         "tags": [route.tag],

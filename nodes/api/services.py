@@ -12,6 +12,8 @@ from nodes.access.key_admin import KeyAdmin
 from nodes.api.admin_access import AdminAccess
 from nodes.dispatch import Dispatch
 from nodes.embedding_dispatch import EmbeddingDispatch
+from nodes.event_feed import EventFeed
+from nodes.member_views import MemberViews
 from nodes.mesh_operations import MeshOperations
 
 
@@ -43,3 +45,5 @@ class Services:
     admin_access: AdminAccess
     operations: MeshOperations
     key_admin: KeyAdmin
+    events: EventFeed
+    member_views: MemberViews

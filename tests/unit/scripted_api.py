@@ -11,6 +11,7 @@ import httpx
 import numpy as np
 import trio
 
+from mesh.errors import PeerUnavailable
 from mesh.view import (
     GENERATION,
     Address,
@@ -25,12 +26,15 @@ from mesh.view import (
 from nodes.api.admin_access import AdminAccess
 from nodes.api.app import build_app
 from nodes.api.services import Services
+from nodes.attempts import Move
 from nodes.embedding import EmbedRequest
 from nodes.embedding_dispatch import Embedded
+from nodes.event_feed import EventFeed
 from nodes.generation import GenerateEvent, GenerateRequest, Usage
+from nodes.member_views import MemberViews
 from tests.unit.fake_access import FakeAccess
 
-Step = GenerateEvent | Exception | float
+Step = GenerateEvent | Exception | Move | float
 
 ANSWER = (GenerateEvent("Hel", (1,)), GenerateEvent("lo", (2,)), GenerateEvent("!", (3,), "stop", Usage(5, 3, 0)))
 BODY = {"model": "demo", "messages": [{"role": "user", "content": "hi"}]}
@@ -41,6 +45,7 @@ class ScriptedStream(trio.abc.ReceiveChannel[GenerateEvent]):
 
     def __init__(self, script: Sequence[Step]) -> None:
         self.node_id = "b"
+        self.moves: list[Move] = []
         self.is_closed = False
         self._script = list(script)
         self._resume_at = 0.0
@@ -52,6 +57,10 @@ class ScriptedStream(trio.abc.ReceiveChannel[GenerateEvent]):
                 self._resume_at = trio.current_time() + self._script.pop(0)
             await trio.sleep_until(self._resume_at)
             step = self._script.pop(0)
+            if isinstance(step, Move):
+                self.node_id = step.target
+                self.moves.append(step)
+                continue
             if isinstance(step, Exception):
                 raise step
             if isinstance(step, GenerateEvent):
@@ -164,6 +173,10 @@ class Api:
         self.metrics = CountingMetrics()
         self.access = FakeAccess(is_open=is_open)
         cluster = cluster or view()
+        self.events = EventFeed(lambda: cluster, wall_clock=lambda: 1_000.0)
+
+        async def no_peer(member: MemberView, question: bytes) -> bytes:
+            raise PeerUnavailable("no peer is there")
 
         async def render_metrics(accept: str) -> tuple[str, bytes]:
             return "text/plain", b"metrics\n"
@@ -185,6 +198,8 @@ class Api:
                 admin_access=AdminAccess("the admin token"),
                 operations=None,  # type: ignore[arg-type]
                 key_admin=self.access.admin,
+                events=self.events,
+                member_views=MemberViews(lambda: cluster, no_peer),
             )
         )
         self.app = app

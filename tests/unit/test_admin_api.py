@@ -51,6 +51,8 @@ class Admin:
                 admin_access=AdminAccess(TOKEN),
                 operations=mesh.operations,
                 key_admin=self.access.admin,
+                events=None,  # type: ignore[arg-type]
+                member_views=None,  # type: ignore[arg-type]
             )
         )
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from nodes.api.answer_schema import (
     ChatCompletion,
     ChatCompletionChunk,
     ClusterStatus,
+    ClusterViews,
     Completion,
     ErrorAnswer,
     Health,
@@ -144,6 +145,7 @@ async def test_completions_are_of_their_type(fields: dict[str, Any]) -> None:
         ("/health", Health),
         ("/health/live", Health),
         ("/cluster/status", ClusterStatus),
+        ("/cluster/views", ClusterViews),
     ],
 )
 async def test_other_answers_are_of_their_types(path: str, kind: type[BaseModel]) -> None:
