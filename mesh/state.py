@@ -53,8 +53,10 @@ def encode_load(load: NodeLoad) -> bytes:
         _rate(load.loop_lag_s),
         models,
     ]
-    if load.usage:
+    if load.usage or load.view_hash:
         fields.append(load.usage)
+    if load.view_hash:
+        fields.append(_whole(load.view_hash))
     return _within_limit(msgpack.packb(fields, use_single_float=True), "load", len(models))
 
 
@@ -80,6 +82,7 @@ def decode_load(section: bytes) -> NodeLoad:
         loop_lag_s=_read_rate(fields[3]),
         models=MappingProxyType(models),
         usage=fields[5] if len(fields) > 5 and isinstance(fields[5], bytes) else b"",
+        view_hash=count(fields[6]) if len(fields) > 6 else 0,
     )
 
 
