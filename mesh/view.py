@@ -184,9 +184,7 @@ class ClusterView:
         return sorted(
             member.node_id
             for member in self.members.values()
-            if not member.is_self
-            and member.status <= MemberStatus.SUSPECT
-            and member.load.view_hash not in (0, own)
+            if not member.is_self and member.status <= MemberStatus.SUSPECT and member.load.view_hash not in (0, own)
         )
 
     def counts(self) -> dict[NodeStatus, int]:

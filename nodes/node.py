@@ -42,6 +42,7 @@ from nodes.access.usage import UsageLog
 from nodes.api.admin_access import AdminAccess
 from nodes.api.app import build_app
 from nodes.api.services import Services
+from nodes.cluster_metrics import QUESTION_METRICS, ClusterMetrics
 from nodes.config import ConfigInvalid, NodeConfig, is_loopback
 from nodes.dispatch import Dispatch
 from nodes.drain import Drain
@@ -49,7 +50,7 @@ from nodes.durable_replica import DurableReplica
 from nodes.engine.engine import Engine, load_engine
 from nodes.engine.engine_statistics import FAILED, STUCK
 from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid
-from nodes.figures import mesh_figures
+from nodes.figures import UsageFigures, mesh_figures
 from nodes.http_server import HttpServer, connections_max
 from nodes.keyring_file import KeyringFile
 from nodes.local import LocalGenerator
@@ -60,9 +61,10 @@ from nodes.peer_operations import ask_peer
 from nodes.remote import PeerServer, RemoteGenerator
 from nodes.sockets import NodeSockets, advertised_address, bound_address
 from nodes.store import Store
-from observability.collectors import Snapshot
+from observability.collectors import KeyLimit, Snapshot
+from observability.families import LABEL_VALUES_MAX
 from observability.log_writer import WriterThread
-from observability.metrics import ExecutorMetrics, Metrics
+from observability.metrics import ExecutorMetrics, Exposition, Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +118,8 @@ class Node:
         self._version = version("ai-cluster")
         self._readiness = Readiness.LOADING  # of the engines; a drain hides it
         self._loop_lag_s = 0.0
+        self._view_hash = 0  # as told in this node's load
+        self._usage_heard = 0
         self._records_digest = ""
         self._started_at = trio.current_time()
         self._fenced = trio.Event()
@@ -225,7 +229,16 @@ class Node:
             wall_clock=time.time,
             rng=rng,
         )
-        self._answerers = {QUESTION_RECORDS: self._record_sync.answer, QUESTION_USAGE: self._usage.answer}
+        self._cluster_metrics = ClusterMetrics(
+            view=self._view,
+            ask=partial(peer_questions.ask, self._forwarder, QUESTION_METRICS),
+            render=self._render_metrics,
+        )
+        self._answerers = {
+            QUESTION_RECORDS: self._record_sync.answer,
+            QUESTION_USAGE: self._usage.answer,
+            QUESTION_METRICS: self._cluster_metrics.answer,
+        }
         lost = LostNodes(config.limits_partition_hold_s)
         book = KeyBook(replica)
         self._gate = Gate(
@@ -294,6 +307,7 @@ class Node:
             view=self._view,
             metrics=self._metrics,
             render_metrics=self._render_metrics,
+            render_cluster_metrics=self._cluster_metrics.render,
             deadline_s=config.deadline_s,
             body_bytes_max=config.body_bytes_max,
             nodes_expected=config.nodes_expected,
@@ -348,6 +362,7 @@ class Node:
             due += late_s
             self._check_engines()
             self._drain.step()
+            self._view_hash = self._view().hash()
             self._gossip_socket.set_load(self._load())
             generation = self._view().me.generation
             if generation > self._generation:
@@ -432,6 +447,7 @@ class Node:
     def _hear_usage(self, node_id: str, section: bytes) -> None:
         with suppress(MalformedDatagram):  # of a later version: limits then do not see what it tells
             self._peer_counters.receive(node_id, section, trio.current_time())
+            self._usage_heard += 1
 
     def _publish_records(self, digest: str) -> None:
         self._records_digest = digest
@@ -478,6 +494,7 @@ class Node:
             active_requests=self._active_requests(),
             tokens_per_s=sum(engine.tokens_per_s for engine in engines.values()),
             loop_lag_s=self._loop_lag_s,
+            view_hash=self._view_hash,
             models={
                 name: ModelLoad(
                     active=engine.active,
@@ -513,23 +530,32 @@ class Node:
         profile = NodeProfile(str(self._http_address), self._version, tuple(models), self._records_digest)
         self._gossip_socket.set_profile(profile)
 
-    async def _render_metrics(self, accept: str) -> tuple[str, bytes]:
-        load = self._load()
+    async def _render_metrics(self, accept: str, accept_encoding: str) -> Exposition:
+        uses = self._gate.limit_uses(LABEL_VALUES_MAX)
         snapshot = Snapshot(
             view=self._view(),
-            active_requests=load.active_requests,
+            active_requests=self._active_requests(),
+            loop_lag_s=self._loop_lag_s,
             engines={name: engine.statistics() for name, engine in self._engines.items()},
+            kv={name: engine.kv_rows() for name, engine in self._engines.items()},
+            key_ids=self._gate.key_labels(),
+            limits=[
+                KeyLimit(key_id, kind, limit, used)
+                for key_id, kinds in uses.items()
+                for kind, (limit, used) in kinds.items()
+            ],
             mesh=mesh_figures(
                 self._gossip.statistics(),
                 self._gossip_socket.statistics(),
                 self._forwarder.statistics(),
                 self._dispatch.statistics(),
                 self._http.statistics(),
+                UsageFigures(self._own_counters.sections_told, self._usage_heard, self._peer_counters.row_count),
             ),
             nodes_expected=self._config.nodes_expected,
             log_lines_dropped=self._log_writer.lines_dropped,
         )
-        return await self._metrics.render(snapshot, accept)
+        return await self._metrics.render(snapshot, accept, accept_encoding)
 
 
 def _refused(refusals: Mapping[Address, str], node_id: str, cluster_name: str) -> str:

@@ -8,7 +8,7 @@ from quart import Quart, Response, jsonify, request
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 
-from nodes.api import admin, chat, completions, keys, models, openapi, operations
+from nodes.api import admin, chat, cluster, completions, keys, models, openapi, operations
 from nodes.api.accounting import Accounting, exchange_of
 from nodes.api.errors import api_error
 from nodes.api.services import Services
@@ -46,6 +46,7 @@ def build_app(services: Services) -> Accounting:
     completions.register(app, services)
     models.register(app, services)
     operations.register(app, services)
+    cluster.register(app, services)
     admin.register(app, services)
     keys.register(app, services.key_admin)
     openapi.register(app, services)

@@ -127,7 +127,9 @@ ROUTES = (
         )
     ),
     Route("get", "/cluster/status", "Cluster", "Every node as this one sees it", answer={JSON: ClusterStatus}),
+    Route("get", "/cluster/sd", "Cluster", "Every node, for Prometheus's http_sd_configs", answer={JSON: None}),
     Route("get", "/metrics", "Cluster", "Figures for Prometheus", answer={"text/plain": None}),
+    Route("get", "/metrics/cluster", "Cluster", "The figures of every node", answer={"text/plain": None}),
     Route("get", "/openapi.json", "Description", "This description", answer={JSON: None}),
     Route("get", "/docs", "Description", "This description as a page", answer={"text/html": None}),
     *(
