@@ -1,8 +1,6 @@
 import gzip
-import re
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import trio
@@ -16,9 +14,11 @@ from nodes.api.services import ApiMetrics
 from observability.collectors import MESH_FAMILIES, KeyLimit, Snapshot
 from observability.families import LABEL_VALUES_MAX
 from observability.metrics import DURATION_BUCKETS_S, STATUSES, ExecutorMetrics, Metrics
+from observability.merge import merge
+from tests.metrics_page import page_rows
+from tests.unit.fake_nvml import gpu_families
 from tests.unit.test_collectors import FakeEngineFigures, FakeKvFigures, make_member, make_view
 
-PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
 # What the monitoring guide promises: sample name, labels.
@@ -98,15 +98,26 @@ async def test_every_metric_of_the_monitoring_guide_is_exported_with_its_labels(
 
 
 async def test_the_page_lists_exactly_what_is_exported_with_type_and_labels(metrics: Metrics) -> None:
-    documented = {}
-    for row in re.findall(r"^\| `(\w+)` \| (\w+) \| (.*?) \|", PAGE.read_text(), re.MULTILINE):
-        documented[row[0]] = row[1], frozenset(re.findall(r"`(\w+)`", row[2]))
+    await scrape_everything(metrics)
+    text = (await metrics.render(whole_snapshot())).body.decode()
+    merged = Scraped(merge("me", {"me": text}, {"me": True})).families  # with what /metrics/cluster adds
     exported = {}
-    for family in (await scrape_everything(metrics)).families:
+    for family in [*Scraped(text).families, *(f for f in merged if f.name.endswith("scrape_up")), *gpu_families()]:
         name = family.name + ("_total" if family.type == "counter" else "")
         labels = frozenset(label for sample in family.samples for label in sample.labels) - {"le"}
         exported[name] = family.type, labels
-    assert documented == exported
+    assert {name: (row.kind, row.labels) for name, row in page_rows().items()} == exported
+
+
+@pytest.mark.parametrize(
+    ("suffix", "unit"), [("_seconds", "seconds"), ("_bytes", "bytes"), ("_ratio", "ratio"), ("_celsius", "°C")]
+)
+def test_the_page_gives_the_unit_that_a_name_ends_with(suffix: str, unit: str) -> None:
+    rows = {name: row.unit for name, row in page_rows().items()}
+    assert all(rows.values())
+    named = {name for name in rows if name.removesuffix("_total").endswith(suffix)}
+    assert named
+    assert named == {name for name in rows if rows[name] == unit}
 
 
 async def test_the_class_is_what_the_api_asks_for(metrics: Metrics) -> None:
