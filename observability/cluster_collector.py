@@ -1,4 +1,4 @@
-"""`ai_cluster_cluster_*`: the cluster as this node sees it, from gossip. Labels name the subject; who is scraped observes.
+"""`ai_cluster_cluster_*`: the cluster as this node sees it, from gossip. Labels name the subject, never who observes.
 
 Only members of now have rows: a gauge kept per peer would go on telling of nodes that are gone.
 """
