@@ -531,7 +531,7 @@ class Node:
         self._gossip_socket.set_profile(profile)
 
     async def _render_metrics(self, accept: str, accept_encoding: str) -> Exposition:
-        uses = self._gate.limit_uses(LABEL_VALUES_MAX)
+        uses = await self._gate.limit_uses(LABEL_VALUES_MAX)
         snapshot = Snapshot(
             view=self._view(),
             active_requests=self._active_requests(),
