@@ -2,15 +2,15 @@
 
     python -m tests.benchmark.metrics
 
-prints one JSON line, and fails where the p99 of what a scrape holds the loop up exceeds LOOP_P99_MAX_MS. `copy`: what a
-scrape does on the loop itself. `stall`: the latest wake-up, during a scrape, of a task that sleeps a millisecond at a
-time: the copy, and the interpreter's switching between the loop and the thread that renders. `idle`: the same without
-a scrape, which is the machine's own noise. `render`: a scrape from its beginning to its end.
+prints one JSON line. `loop`: CPU time that a scrape takes of the loop's own thread. `stall`: the latest wake-up, during
+a scrape, of a task that sleeps a millisecond at a time: that, and the interpreter's switching between the loop and the
+thread that renders. `idle`: the same without a scrape, which is the machine's own noise. `render`: a scrape from its
+beginning to its end. Fails where the p99 of `loop`, or on a machine quiet enough to tell (NOISE_P99_MAX_MS) of `stall`,
+exceeds LOOP_P99_MAX_MS.
 """
 
 from __future__ import annotations
 
-import gc
 import gzip
 import json
 import statistics
@@ -54,6 +54,7 @@ HTTP_STATUSES = (200, 400, 401, 404, 429, 500, 503)
 SCRAPES = 200
 WARM_UP = 10
 LOOP_P99_MAX_MS = 30.0
+NOISE_P99_MAX_MS = 10.0
 TICK_S = 0.001
 HEADERS = {"text": ("", ""), "openmetrics+gzip": ("application/openmetrics-text; version=1.0.0", "gzip")}
 SHAPES: dict[int, Figure] = {0: 1.0, 1: {f"v{i}": 1.0 for i in range(6)}, 2: {("in", f"t{i}"): 1.0 for i in range(12)}}
@@ -116,12 +117,13 @@ class Bench:
                 reports = [Report(key, Totals(5, 50, 50), 1, 100, 5, 100) for key in families[begin : begin + 10]]
                 self.access.peers.merge(node_id, Usage(1, 1, reports), time.monotonic())
         counted(self.metrics, self.access.gate.key_labels())
-        self.copy_ms: list[float] = []
+        self.loop_ms: list[float] = []
 
-    def snapshot(self) -> Snapshot:
-        """As nodes.node makes it."""
-        started = time.perf_counter()
+    async def scrape(self, accept: str, accept_encoding: str) -> Exposition:
+        """As nodes.node does it."""
+        started = time.thread_time()
         gate = self.access.gate
+        uses = await gate.limit_uses(LABEL_VALUES_MAX)
         snapshot = Snapshot(
             view=self.view,
             active_requests=4,
@@ -130,16 +132,14 @@ class Bench:
             key_ids=gate.key_labels(),
             limits=[
                 KeyLimit(key_id, kind, limit, used)
-                for key_id, kinds in gate.limit_uses(LABEL_VALUES_MAX).items()
+                for key_id, kinds in uses.items()
                 for kind, (limit, used) in kinds.items()
             ],
             mesh={family.key: SHAPES[len(family.labels)] for family in MESH_FAMILIES},
         )
-        self.copy_ms.append((time.perf_counter() - started) * 1000)
-        return snapshot
-
-    async def scrape(self, accept: str, accept_encoding: str) -> Exposition:
-        return await self.metrics.render(self.snapshot(), accept, accept_encoding)
+        found = await self.metrics.render(snapshot, accept, accept_encoding)
+        self.loop_ms.append((time.thread_time() - started) * 1000)
+        return found
 
 
 class Ticker:
@@ -170,7 +170,7 @@ async def measure(bench: Bench, accept: str, accept_encoding: str) -> dict[str, 
     renders: list[float] = []
     ticker = Ticker()
     found = Exposition("", b"")
-    bench.copy_ms.clear()
+    bench.loop_ms.clear()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(ticker.run)
         for index in range(SCRAPES + WARM_UP):
@@ -187,7 +187,7 @@ async def measure(bench: Bench, accept: str, accept_encoding: str) -> dict[str, 
         nursery.cancel_scope.cancel()
     text = gzip.decompress(found.body) if found.content_encoding else found.body
     return {
-        "copy_ms": percentiles(bench.copy_ms[WARM_UP:]),
+        "loop_ms": percentiles(bench.loop_ms[WARM_UP:]),
         "stall_ms": percentiles(stalls),
         "idle_ms": percentiles(idle),
         "render_ms": percentiles(renders),
@@ -198,13 +198,23 @@ async def measure(bench: Bench, accept: str, accept_encoding: str) -> dict[str, 
 
 async def main() -> int:
     bench = Bench()
-    gc.freeze()  # as a node's own objects are by the time it serves
     results = {name: await measure(bench, *headers) for name, headers in HEADERS.items()}
-    held = {name: result["stall_ms"]["p99"] for name, result in results.items()}  # type: ignore[index]
-    is_met = all(stall <= LOOP_P99_MAX_MS for stall in held.values())
+    is_met = is_quiet = True
+    for result in results.values():
+        is_quiet = is_quiet and result["idle_ms"]["p99"] <= NOISE_P99_MAX_MS  # type: ignore[index]
+        judged = ["loop_ms", "stall_ms"] if is_quiet else ["loop_ms"]
+        is_met = is_met and all(result[name]["p99"] <= LOOP_P99_MAX_MS for name in judged)  # type: ignore[index]
     print(
         json.dumps(
-            {"nodes": NODES, "keys": KEYS, "models": MODELS, "limit_ms": LOOP_P99_MAX_MS, "is_met": is_met} | results
+            {
+                "nodes": NODES,
+                "keys": KEYS,
+                "models": MODELS,
+                "limit_ms": LOOP_P99_MAX_MS,
+                "is_met": is_met,
+                "is_quiet": is_quiet,
+            }
+            | results
         )
     )
     return 0 if is_met else 1
