@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
@@ -123,13 +124,16 @@ class Prometheus:
             program = "import sys, urllib.request; sys.stdout.buffer.write(urllib.request.urlopen(sys.argv[1]).read())"
             command = [*self._prefix, "python3", "-c", program, self.url + path]
             return json.loads(subprocess.run(command, capture_output=True, check=True, timeout=30).stdout)
-        with urllib.request.urlopen(self.url + path, timeout=30) as response:
-            return json.load(response)
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=30) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{path}: {error.read().decode()}") from None
 
     def _is_ready(self) -> bool:
         try:
             return bool(self._get("/api/v1/status/runtimeinfo"))
-        except (OSError, subprocess.CalledProcessError):
+        except (OSError, AssertionError, subprocess.CalledProcessError):
             return False
 
     def _check_alive(self) -> None:
