@@ -70,6 +70,9 @@ logger = logging.getLogger(__name__)
 
 # How often this node's load is taken for gossip, which decides what of it is urgent.
 LOAD_INTERVAL_S = 0.1
+# Counted from 0 on, so that rate() sees the first answer, error and refusal of each.
+GENERATING_PATHS = ("/v1/chat/completions", "/v1/completions")
+GENERATING_STATUSES = (200, 429, 500, 503)
 # While no seed has answered a handshake, how often each is tried.
 SEED_CHECK_INTERVAL_S = 2.0
 # What is left of a late wake-up of the loop in the reported lag, each LOAD_INTERVAL_S.
@@ -127,6 +130,8 @@ class Node:
         self._fenced_by: Address | None = None
         self._engines: dict[str, Engine] = {}
         self._metrics = Metrics(self._node_id, self._version)
+        for path in GENERATING_PATHS:
+            self._metrics.know_route("POST", path, GENERATING_STATUSES)
         self._local = LocalGenerator(self._engines, observer=ExecutorMetrics(self._metrics))
         self._admin_access = AdminAccess(admin_token)
         self._leave_asked = trio.Event()

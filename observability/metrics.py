@@ -182,6 +182,13 @@ class Metrics:
         for name in sorted(names - self._models):
             self.know_model(name, is_local=False)
 
+    def know_route(self, method: str, path: str, statuses: Iterable[int]) -> None:
+        """path: a route's template; statuses: those that answers of it usually have."""
+        for status in statuses:
+            labels = method, self._bounded("path", path), self._bounded("http_status", str(status))
+            self._http.labels(*labels)
+            self._http_seconds.labels(*labels)
+
     def know_key(self, key_id: str) -> None:
         """key_id: the public id, `sk-` and letters; never the key. Cheap when it is known; every scrape does it too."""
         if key_id in self._known_keys or len(self._known_keys) >= LABEL_VALUES_MAX:

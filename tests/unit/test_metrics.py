@@ -171,6 +171,15 @@ async def test_the_series_of_a_known_model_begin_at_zero(metrics: Metrics) -> No
     assert found.value("ai_cluster_api_key_rate_limit_hits_total", key_id="anonymous") == 0
 
 
+async def test_the_series_of_a_known_route_begin_at_zero(metrics: Metrics) -> None:
+    metrics.know_route("POST", "/v1/completions", (200, 503))
+    found = await scrape(metrics)
+    labels = {"method": "POST", "path": "/v1/completions"}
+    for status in ("200", "503"):
+        assert found.value("ai_cluster_http_requests_total", status=status, **labels) == 0
+        assert found.value("ai_cluster_http_request_duration_seconds_count", status=status, **labels) == 0
+
+
 async def test_a_key_made_known_begins_at_zero_and_counts_its_limit_hits(metrics: Metrics) -> None:
     metrics.know_key("sk-abc123")
     assert (await scrape(metrics)).value("ai_cluster_api_key_rate_limit_hits_total", key_id="sk-abc123") == 0
