@@ -29,7 +29,7 @@ _CLOSE_TIMEOUT_S = 1.0
 # Probed every few seconds by scrapers and balancers; at info they would be most of the log.
 _QUIET_ROUTES = {"/health", "/health/live", "/health/ready", "/metrics", "/metrics/cluster", "/cluster/sd"}
 # W3C Trace Context: version, trace id, parent id, flags. A trace id of zeros is none.
-_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
+_TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 
 
 class Exchange:
