@@ -342,3 +342,12 @@ async def test_a_generator_without_an_observer_generates() -> None:
     setup.local = LocalGenerator({"demo": setup.engine})
     async with serving(setup):
         assert (await read(await setup.open()))[2].finish_reason == "length"
+
+
+async def test_every_token_after_the_first_is_told_of_to_the_observer() -> None:
+    setup = Setup()
+    async with serving(setup):
+        async with await setup.open() as stream:
+            first, *later = [event async for event in stream]
+    assert later
+    assert setup.witness.later_tokens == sum(len(event.token_ids) for event in later)

@@ -26,6 +26,8 @@ loads = st.builds(
     rates,
     rates,
     st.dictionaries(names, model_loads, max_size=5).map(MappingProxyType),
+    st.binary(max_size=20),
+    st.integers(0, 2**32 - 1),
 )
 fingerprints = st.binary(min_size=1, max_size=32).map(bytes.hex) | st.text(max_size=12)
 models = st.builds(ModelInfo, names, fingerprints, counts, counts, counts)
