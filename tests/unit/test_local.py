@@ -344,10 +344,13 @@ async def test_a_generator_without_an_observer_generates() -> None:
         assert (await read(await setup.open()))[2].finish_reason == "length"
 
 
-async def test_every_token_after_the_first_is_told_of_to_the_observer() -> None:
+async def test_tokens_after_the_first_event_are_told_of_to_the_observer() -> None:
     setup = Setup()
-    async with serving(setup):
-        async with await setup.open() as stream:
-            first, *later = [event async for event in stream]
-    assert later
-    assert setup.witness.later_tokens == sum(len(event.token_ids) for event in later)
+    setup.session.hold()
+    async with serving(setup), await setup.open() as stream:
+        setup.session.allow(1)  # the prefill, which gives the first token
+        first = await stream.receive()
+        setup.session.release()
+        later = [event async for event in stream]
+    assert len(first.token_ids) == 1
+    assert setup.witness.later_tokens == sum(len(event.token_ids) for event in later) > 0
