@@ -56,6 +56,7 @@ class OwnCounters:
 
     def __init__(self, generation: int) -> None:
         self.generation = generation
+        self.sections_told = 0  # those that say something
         self._sequence = 0
         self._rows: dict[str, _OwnRow] = {}
         self._changed: OrderedDict[str, None] = OrderedDict()  # in the order of the first change not told
@@ -158,6 +159,7 @@ class OwnCounters:
             self._changed.pop(key, None)
             self._told[key] = None
             self._told.move_to_end(key)
+        self.sections_told += bool(told)
         return b"".join(parts) if told else b""
 
     def _next_keys(self, now: float) -> Iterator[str]:

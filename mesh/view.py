@@ -5,6 +5,7 @@ Data only: it holds no socket, no clock and no reference into the gossip core.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
@@ -89,6 +90,7 @@ class NodeLoad:
     models: Mapping[str, ModelLoad] = field(default_factory=lambda: MappingProxyType({}))
     usage: bytes = b""
     after_version: int = 0
+    view_hash: int = 0  # ClusterView.hash() at its owner; 0 where it does not tell
 
 
 # Kinds of models: what they are asked for. UNKNOWN_KIND: one of a later version.
@@ -183,6 +185,21 @@ class ClusterView:
         if member.is_self and self.awareness >= DEGRADED_AWARENESS:
             return "hears too little of the others"
         return "streams there make no progress" if member.node_id in self.witnessed else ""
+
+    def hash(self) -> int:
+        """32 bits of the ids that this node holds to be there, alive or suspect: equal where two nodes agree."""
+        here = (member.node_id for member in self.members.values() if member.status <= MemberStatus.SUSPECT)
+        return zlib.crc32("\n".join(sorted(here)).encode())
+
+    def disagreeing(self) -> list[str]:
+        """Ids of live peers whose last report was of another view than this one; for a second or two after each change
+        that is as it should be."""
+        own = self.hash()
+        return sorted(
+            member.node_id
+            for member in self.members.values()
+            if not member.is_self and member.status <= MemberStatus.SUSPECT and member.load.view_hash not in (0, own)
+        )
 
     def counts(self) -> dict[NodeStatus, int]:
         """Members by status, every status present. A member that left on purpose is no longer counted."""

@@ -48,7 +48,7 @@ class LocalEmbedder:
         else:
             inputs = _token_ids(engine, request)
         prompt_tokens = sum(map(len, inputs))
-        record = _Record(self._observer, request.model, started)
+        record = _Record(self._observer, request, started)
         try:
             vectors = await engine.embed(
                 inputs, deadline, fairness_id=request.fairness_id, weight=max(1, request.priority) / PRIORITY_DEFAULT
@@ -73,19 +73,20 @@ class LocalEmbedder:
 class _Record:
     """Tells the observer that one request started, and how it ended: cancelled, unless something else is known."""
 
-    def __init__(self, observer: Observer | None, model: str, started: float) -> None:
+    def __init__(self, observer: Observer | None, request: EmbedRequest, started: float) -> None:
         self.status: Status = "cancelled"
         self.prompt_tokens = 0
         self._observer = observer
-        self._model = model
+        self._model = request.model
+        self._labels = {"request_id": request.request_id}
         self._started = started
         if observer is not None:
-            observer.started(model)
+            observer.started(request.model)
 
     def end(self) -> None:
         if self._observer is not None:
             seconds = trio.current_time() - self._started
-            self._observer.finished(self._model, self.status, seconds, self.prompt_tokens, 0)
+            self._observer.finished(self._model, self.status, seconds, self.prompt_tokens, 0, self._labels, None)
 
 
 def _check_dimensions(request: EmbedRequest, dimensions: int) -> None:

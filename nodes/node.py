@@ -44,6 +44,7 @@ from nodes import embedding_codec, peer_questions
 from nodes.api.admin_access import AdminAccess
 from nodes.api.app import build_app
 from nodes.api.services import Services
+from nodes.cluster_metrics import QUESTION_METRICS, ClusterMetrics
 from nodes.config import ConfigInvalid, NodeConfig, is_loopback
 from nodes.dispatch import Dispatch
 from nodes.drain import Drain
@@ -71,14 +72,18 @@ from nodes.remote import PeerServer, RemoteGenerator
 from nodes.remote_embedder import EmbeddingServer, RemoteEmbedder
 from nodes.sockets import NodeSockets, advertised_address, bound_address
 from nodes.store import Store
-from observability.collectors import Snapshot
+from observability.collectors import KeyLimit, Snapshot
+from observability.families import LABEL_VALUES_MAX
 from observability.log_writer import WriterThread
-from observability.metrics import ExecutorMetrics, Metrics
+from observability.metrics import ExecutorMetrics, Exposition, Metrics
 
 logger = logging.getLogger(__name__)
 
 # How often this node's load is taken for gossip, which decides what of it is urgent.
 LOAD_INTERVAL_S = 0.1
+# Counted from 0 on, so that rate() sees the first answer, error and refusal of each.
+GENERATING_PATHS = ("/v1/chat/completions", "/v1/completions")
+GENERATING_STATUSES = (200, 429, 500, 503)
 # While no seed has answered a handshake, how often each is tried.
 SEED_CHECK_INTERVAL_S = 2.0
 # What is left of a late wake-up of the loop in the reported lag, each LOAD_INTERVAL_S.
@@ -123,6 +128,7 @@ class Node:
         self._version = version("ai-cluster")
         self._readiness = Readiness.LOADING  # of the engines; a drain hides it
         self._loop_lag_s = 0.0
+        self._view_hash = 0  # as told in this node's load
         self._records_digest = ""
         self._fenced = trio.Event()
         self._seed_is_silent = trio.Event()
@@ -130,6 +136,8 @@ class Node:
         self._engines: dict[str, Engine] = {}
         self._embedding_engines: dict[str, EmbeddingEngine] = {}
         self._metrics = Metrics(self._node_id, self._version)
+        for path in GENERATING_PATHS:
+            self._metrics.know_route("POST", path, GENERATING_STATUSES)
         self._local = LocalGenerator(self._engines, observer=ExecutorMetrics(self._metrics))
         self._local_embedder = LocalEmbedder(self._embedding_engines, observer=ExecutorMetrics(self._metrics))
         self._admin_access = AdminAccess(admin_token)
@@ -186,7 +194,16 @@ class Node:
             has_seeds=bool(self._seeds),
             hold_s=config.limits_partition_hold_s,
         )
-        self._answerers = {**self._access.answerers, QUESTION_VIEW: self._member_views.answer}
+        self._cluster_metrics = ClusterMetrics(
+            view=self._view,
+            ask=partial(peer_questions.ask, self._forwarder, QUESTION_METRICS),
+            render=self._render_metrics,
+        )
+        self._answerers = {
+            **self._access.answerers,
+            QUESTION_VIEW: self._member_views.answer,
+            QUESTION_METRICS: self._cluster_metrics.answer,
+        }
         self._own_operations = NodeOperations(
             keyring=keyring,
             view=self._view,
@@ -291,6 +308,7 @@ class Node:
             view=self._view,
             metrics=self._metrics,
             render_metrics=self._render_metrics,
+            render_cluster_metrics=self._cluster_metrics.render,
             deadline_s=config.deadline_s,
             body_bytes_max=config.body_bytes_max,
             nodes_expected=config.nodes_expected,
@@ -356,6 +374,7 @@ class Node:
             due += late_s
             self._check_engines()
             self._drain.step()
+            self._view_hash = self._view().hash()
             self._gossip_socket.set_load(self._load())
             self._events.step()
             generation = self._view().me.generation
@@ -482,6 +501,7 @@ class Node:
             active_requests=self._active_requests(),
             tokens_per_s=sum(engine.tokens_per_s for engine in engines.values()),
             loop_lag_s=self._loop_lag_s,
+            view_hash=self._view_hash,
             models={
                 name: ModelLoad(
                     active=engine.active,
@@ -518,23 +538,32 @@ class Node:
         profile = NodeProfile(str(self._http_address), self._version, tuple(models), self._records_digest)
         self._gossip_socket.set_profile(profile)
 
-    async def _render_metrics(self, accept: str) -> tuple[str, bytes]:
-        load = self._load()
+    async def _render_metrics(self, accept: str, accept_encoding: str) -> Exposition:
+        uses = await self._access.gate.limit_uses(LABEL_VALUES_MAX)
         snapshot = Snapshot(
             view=self._view(),
-            active_requests=load.active_requests,
+            active_requests=self._active_requests(),
+            loop_lag_s=self._loop_lag_s,
             engines=self._statistics(),
+            kv={name: engine.kv_rows() for name, engine in self._engines.items()},
+            key_ids=self._access.gate.key_labels(),
+            limits=[
+                KeyLimit(key_id, kind, limit, used)
+                for key_id, kinds in uses.items()
+                for kind, (limit, used) in kinds.items()
+            ],
             mesh=mesh_figures(
                 self._gossip.statistics(),
                 self._gossip_socket.statistics(),
                 self._forwarder.statistics(),
                 self._dispatch.statistics(),
                 self._http.statistics(),
+                self._access.figures(),
             ),
             nodes_expected=self._config.nodes_expected,
             log_lines_dropped=self._log_writer.lines_dropped,
         )
-        return await self._metrics.render(snapshot, accept)
+        return await self._metrics.render(snapshot, accept, accept_encoding)
 
 
 def _refused(refusals: Mapping[Address, str], node_id: str, cluster_name: str) -> str:

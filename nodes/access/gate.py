@@ -158,6 +158,25 @@ class Gate:
     def remaining(self, key: ApiKey, limits: Limits) -> dict[Kind, Remaining]:
         return self._limiter.remaining(key.family, limits, self._now())
 
+    def key_labels(self) -> list[str]:
+        """What metrics call the keys that work; rotated ones share their family's label."""
+        return list(dict.fromkeys(key.label for key in self._book.keys))
+
+    async def limit_uses(self, keys_max: int) -> dict[str, dict[Kind, tuple[int, int]]]:
+        """label → kind → (limit, how much of it is used over all nodes), of the oldest keys_max that have a limit. Of
+        each key as of its own instant: in a large mesh one takes a tenth of a millisecond, so others run in between."""
+        found: dict[str, dict[Kind, tuple[int, int]]] = {}
+        for key in self._book.keys:
+            settings = key.settings
+            limits = Limits(settings.requests_per_minute, settings.tokens_per_minute, settings.concurrency)
+            if limits == Limits():
+                continue
+            if key.label not in found and len(found) >= keys_max:
+                break
+            found[key.label] = self._limiter.uses(key.family, limits, self._now())  # of a family the newest key's
+            await trio.lowlevel.checkpoint()
+        return found
+
     def _limit_reached(self, key: ApiKey, limits: Limits, refusal: Refusal, tokens: int) -> LimitReached:
         what = {"requests": "requests per minute", "tokens": "tokens per minute", "concurrency": "requests at once"}
         message = f"the limit of this API key is {refusal.limit} {what[refusal.kind]}, over all nodes together"

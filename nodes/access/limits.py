@@ -151,6 +151,16 @@ class Limiter:
                 return Refusal(kind, limit, RETRY_BRIEF_S, is_brief=True)
         return None
 
+    def uses(self, key: str, limits: Limits, now: float) -> dict[Kind, tuple[int, int]]:
+        """(limit, how much of it is used over all nodes), of the limits that the key has."""
+        _, used, _ = self._used(key, self._shares(now), now)
+        rows: tuple[tuple[Kind, int | None, int], ...] = (
+            ("requests", limits.requests_per_minute, used.requests),
+            ("tokens", limits.tokens_per_minute, used.tokens + used.reserved_tokens),
+            ("concurrency", limits.concurrency, used.running),
+        )
+        return {kind: (limit, amount) for kind, limit, amount in rows if limit is not None}
+
     def remaining(self, key: str, limits: Limits, now: float) -> dict[Kind, Remaining]:
         """Of the limits per minute that the key has, for the x-ratelimit headers."""
         shares = self._shares(now)

@@ -196,6 +196,8 @@ class ClusterStatus(Answer):
     version: str
     nodes: dict[str, int]
     nodes_expected: int
+    view_hash: int
+    views_disagreeing: list[str] = Field(description="Live nodes that told of other members than this one sees")
     warnings: list[str]
     members: list[dict[str, Any]]
 

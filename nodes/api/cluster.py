@@ -1,14 +1,15 @@
-"""The cluster as this node sees it, for people. Answered from gossip alone."""
+"""The cluster as this node sees it, for people and for Prometheus's service discovery. Answered from gossip alone."""
 
 from __future__ import annotations
 
+import ipaddress
 import json
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import trio
-from quart import Quart, Response
+from quart import Quart, Response, jsonify
 
 from mesh.view import ClusterView, MemberStatus, MemberView, NodeStatus
 from nodes.api.services import Services
@@ -19,14 +20,45 @@ STATUS_REUSE_S = 0.2
 STATUS_REUSE_MEMBER_S = 0.002
 # The prompt for which a node's time to first token is told; what it has cached would make that shorter.
 PROMPT_TOKENS_ASSUMED = 100
+# What Prometheus calls the labels that relabelling may use; it drops them afterwards.
+SD_LABEL_NODE = "__meta_ai_cluster_node"
+SD_LABEL_CLUSTER = "__meta_ai_cluster_name"
 
 
-def register(app: Quart, status: Callable[[], bytes]) -> None:
+def register(app: Quart, services: Services, status: Callable[[], bytes]) -> None:
     """status: the body of /cluster/status."""
 
     @app.get("/cluster/status")
     async def cluster_status() -> Response:
         return Response(status(), 200, content_type="application/json")
+
+    @app.get("/cluster/sd")
+    async def service_discovery() -> Response:
+        return jsonify(sd_targets(services.view(), services.cluster_name))
+
+
+def sd_targets(view: ClusterView, cluster_name: str) -> list[dict[str, Any]]:
+    """Target groups of Prometheus's http_sd_configs: every member that has not left, the dead ones included, so that
+    `up == 0` tells of them. Labels do not depend on who is asked: else each answerer would make targets of its own."""
+    return [
+        {"targets": [target], "labels": {SD_LABEL_NODE: node_id, SD_LABEL_CLUSTER: cluster_name}}
+        for node_id, member in sorted(view.members.items())
+        if member.status is not MemberStatus.LEFT and (target := _http_target(member))
+    ]
+
+
+def _http_target(member: MemberView) -> str:
+    """HOST:PORT of its HTTP; of a node that binds all addresses, at the one where its mesh is."""
+    host, _, port = member.profile.http_address.rpartition(":")
+    if not port:
+        return ""
+    try:
+        is_everywhere = ipaddress.ip_address(host.strip("[]")).is_unspecified
+    except ValueError:
+        is_everywhere = False
+    if is_everywhere:
+        host = f"[{member.address.host}]" if ":" in member.address.host else member.address.host
+    return f"{host}:{port}"
 
 
 def status_source(services: Services) -> Callable[[], bytes]:
@@ -54,6 +86,8 @@ def _cluster_status(services: Services, view: ClusterView) -> dict[str, Any]:
         "version": services.version,
         "nodes": {status.value: count for status, count in counts.items()},
         "nodes_expected": services.nodes_expected or known,
+        "view_hash": view.hash(),
+        "views_disagreeing": view.disagreeing(),
         "warnings": _warnings(view),
         "members": [_member(view, view.members[node_id]) for node_id in sorted(view.members)],
     }
@@ -74,6 +108,7 @@ def _member(view: ClusterView, member: MemberView) -> dict[str, Any]:
         "age_s": round(member.age_s, 3),
         "load_age_s": round(member.load_age_s, 3),
         "loop_lag_s": round(member.load.loop_lag_s, 3),
+        "view_hash": view.hash() if member.is_self else member.load.view_hash,
         "active_requests": member.load.active_requests,
         "tokens_per_s": round(member.load.tokens_per_s, 1),
         "prefix_digest_bytes": len(member.bulk),

@@ -1,4 +1,4 @@
-"""What operators and programs ask of a node: health, metrics."""
+"""What operators and programs ask of a node itself: health, metrics. nodes.api.cluster answers for all of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from quart import Quart, Response, jsonify, request
 
 from mesh.view import ClusterView, Readiness
 from nodes.api.services import Services
+from observability.metrics import Exposition
 
 
 def register(app: Quart, services: Services) -> None:
@@ -26,8 +27,19 @@ def register(app: Quart, services: Services) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        content_type, body = await services.render_metrics(request.headers.get("accept", ""))
-        return Response(body, 200, content_type=content_type)
+        headers = request.headers
+        return _answer(await services.render_metrics(headers.get("accept", ""), headers.get("accept-encoding", "")))
+
+    @app.get("/metrics/cluster")
+    async def cluster_metrics() -> Response:
+        return _answer(await services.render_cluster_metrics(request.headers.get("accept-encoding", "")))
+
+
+def _answer(exposition: Exposition) -> Response:
+    headers = {"vary": "accept, accept-encoding"}
+    if exposition.content_encoding:
+        headers["content-encoding"] = exposition.content_encoding
+    return Response(exposition.body, 200, headers, content_type=exposition.content_type)
 
 
 def _health(services: Services, view: ClusterView) -> dict[str, Any]:

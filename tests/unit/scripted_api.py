@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -32,6 +32,7 @@ from nodes.embedding_dispatch import Embedded
 from nodes.event_feed import EventFeed
 from nodes.generation import GenerateEvent, GenerateRequest, Usage
 from nodes.member_views import MemberViews
+from observability.metrics import Exposition
 from tests.unit.fake_access import FakeAccess
 
 Step = GenerateEvent | Exception | Move | float
@@ -119,12 +120,16 @@ class CountingMetrics:
         self.keys: list[tuple[str, str]] = []
         self.streams: list[tuple[str, str]] = []
         self.limited: list[str] = []
+        self.exemplars: list[dict[str, str]] = []
 
     def rate_limited(self, key_id: str) -> None:
         self.limited.append(key_id)
 
-    def http_request(self, method: str, path: str, status: int, seconds: float) -> None:
+    def http_request(
+        self, method: str, path: str, status: int, seconds: float, exemplar: Mapping[str, str] | None = None
+    ) -> None:
         self.http.append((method, path, status))
+        self.exemplars.append(dict(exemplar or {}))
 
     def api_key_request(self, key_id: str, status: str) -> None:
         self.keys.append((key_id, status))
@@ -178,8 +183,11 @@ class Api:
         async def no_peer(member: MemberView, question: bytes) -> bytes:
             raise PeerUnavailable("no peer is there")
 
-        async def render_metrics(accept: str) -> tuple[str, bytes]:
-            return "text/plain", b"metrics\n"
+        async def render_metrics(accept: str, accept_encoding: str) -> Exposition:
+            return Exposition("text/plain", b"metrics\n", "gzip" if "gzip" in accept_encoding else "")
+
+        async def render_cluster_metrics(accept_encoding: str) -> Exposition:
+            return Exposition("text/plain", b"cluster metrics\n")
 
         app = build_app(
             Services(
@@ -192,6 +200,7 @@ class Api:
                 view=lambda: cluster,
                 metrics=self.metrics,
                 render_metrics=render_metrics,
+                render_cluster_metrics=render_cluster_metrics,
                 deadline_s=600.0,
                 body_bytes_max=10_000,
                 nodes_expected=None,

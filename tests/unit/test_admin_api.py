@@ -17,6 +17,7 @@ from mesh.view import MemberStatus
 from nodes.api.admin_access import AdminAccess
 from nodes.api.app import build_app
 from nodes.api.services import Services
+from observability.metrics import Exposition
 from tests.unit.fake_access import FakeAccess
 from tests.unit.scripted_api import CountingMetrics, ScriptedDispatch
 from tests.unit.test_mesh_operations import NEW, NEW_ID, OLD_ID, FakeMesh, member
@@ -31,8 +32,8 @@ class Admin:
         self.metrics = CountingMetrics()
         self.access = FakeAccess()
 
-        async def render_metrics(accept: str) -> tuple[str, bytes]:
-            return "text/plain", b""
+        async def render_metrics(*headers: str) -> Exposition:
+            return Exposition("text/plain", b"")
 
         app = build_app(
             Services(
@@ -45,6 +46,7 @@ class Admin:
                 view=mesh.view,
                 metrics=self.metrics,
                 render_metrics=render_metrics,
+                render_cluster_metrics=render_metrics,
                 deadline_s=600.0,
                 body_bytes_max=10_000,
                 nodes_expected=None,

@@ -184,3 +184,15 @@ async def test_a_refusal_says_which_limit_and_what_is_left() -> None:
         await access.gate.admit(caller, "m", 50, 100)
     assert (refusal.value.kind, refusal.value.retry_after_s) == ("tokens", None)
     assert refusal.value.remaining["requests"].remaining == 9
+
+
+async def test_uses_are_of_keys_with_limits_and_a_bounded_number_of_them() -> None:
+    access = FakeAccess()
+    limited = [access.create(f"limited-{i}", requests_per_minute=10 + i) for i in range(3)]
+    access.create("free")
+    labels = ["-".join(token.split("-")[:2]) for token in limited]
+    uses = await access.gate.limit_uses(keys_max=10)
+    assert sorted(uses) == sorted(labels)
+    assert sorted(row["requests"] for row in uses.values()) == [(10, 0), (11, 0), (12, 0)]
+    assert len(await access.gate.limit_uses(keys_max=2)) == 2
+    assert set(labels) < set(access.gate.key_labels())

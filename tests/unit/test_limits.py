@@ -108,6 +108,15 @@ def test_requests_at_once_are_counted_over_all_nodes() -> None:
     assert node.check(limits, now=1.0) is None
 
 
+def test_sections_that_say_something_are_counted() -> None:
+    node = Node()
+    assert node.own.section(0.0) == b""
+    assert node.own.sections_told == 0
+    node.begin(1)
+    node.tell(1.0)
+    assert node.own.sections_told == 1
+
+
 def test_remaining_is_what_headers_say() -> None:
     node = Node(live=2)
     node.hear("b", 2, tokens=30)
@@ -198,3 +207,12 @@ def test_in_a_partition_each_side_keeps_to_its_part_and_together_to_little_more(
 
 
 SIDES = (("node-0", "node-1"), ("node-2", "node-3"))
+
+
+def test_uses_are_of_the_limits_that_a_key_has_over_all_nodes() -> None:
+    node = Node(live=2)
+    node.begin(2, tokens=30)
+    node.hear("other", requests=3, tokens=40, running=1)
+    assert node.limiter.uses(KEY, Limits(10, 500), 0.0) == {"requests": (10, 5), "tokens": (500, 100)}
+    assert node.limiter.uses(KEY, Limits(concurrency=4), 0.0) == {"concurrency": (4, 3)}
+    assert node.limiter.uses(KEY, Limits(), 0.0) == {}

@@ -29,6 +29,7 @@ loads = st.builds(
     st.dictionaries(names, model_loads, max_size=5).map(MappingProxyType),
     st.binary(max_size=60),
     st.integers(0, VERSION_MAX),
+    st.integers(0, 2**32 - 1),
 )
 fingerprints = st.binary(min_size=1, max_size=32).map(bytes.hex) | st.text(max_size=12)
 kinds = st.sampled_from([GENERATION, EMBEDDING])
