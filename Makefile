@@ -29,8 +29,10 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 run: $(VENV)/.installed
 	@exec $(BIN)/ai-cluster up --nodes $(NODES)
 
+# Unit tests share nothing, so two processes run them; those of real nodes take turns on the cores.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
+	$(BIN)/python -m pytest --ignore tests/unit
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -252,6 +252,11 @@ class Gossip:
         """The next usage section holds what others must know soon: publish as soon as the packet budget allows."""
         self._state.hurry_usage(now)
 
+    @property
+    def own_version(self) -> int:
+        """Of the latest publication."""
+        return self._own.version
+
     def add_seed(self, address: Address, now: float) -> None:
         """Call this address as a configured seed is called, first with the next tick, which is due at once then."""
         self._contacts.add(address)
@@ -388,8 +393,8 @@ class Gossip:
         else:
             rumours.add_load(member.node_id, is_changed=member.hot != former_hot or bool(change & Change.BULK))
             self._view_is_old = True
-        if member.load.usage and member.hot != former_hot:
-            self._outbox.emit(UsageHeard(member.node_id, member.load.usage))
+        if plan.load is not None and plan.load.usage and member.hot != former_hot:
+            self._outbox.emit(UsageHeard(member.node_id, plan.load.usage))
         if member.status is MemberStatus.SUSPECT and change & (Change.STATUS | Change.ACCUSED | Change.ADVANCED):
             self._detector.watch(member)
             if change & Change.STATUS and self._detector.wants_to_confirm(member):
@@ -451,7 +456,7 @@ class Gossip:
             self._haste_at = min(self._haste_at, now)
 
     def observe_load(self, node_id: str, load: NodeLoad, now: float) -> None:
-        """A fresher load that rode on a link frame; the next newer publication replaces it."""
+        """A fresher load that rode on a link frame; a publication replaces it that was made after it."""
         member = self._table.members.get(node_id)
         if member is not None and member.is_live and member is not self._own:
             member.load, member.load_at = load, now

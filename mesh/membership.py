@@ -278,8 +278,9 @@ class MemberTable:
         elif change & Change.ACCUSED:
             member.accusers = join_accusers(member.accusers, record.accusers)
         if plan.load is not None:
-            member.load, member.hot, member.load_at = plan.load, record.hot, now
-            member.load_version = record.version
+            member.hot, member.load_version = record.hot, record.version
+            if record.version > member.load.after_version:  # else what the peer link brought is newer
+                member.load, member.load_at = plan.load, now
         if plan.profile is not None:
             member.profile, member.warm = plan.profile, record.warm
             member.profile_version = record.warm_version

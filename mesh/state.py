@@ -12,7 +12,7 @@ import msgpack
 
 from mesh.errors import MalformedDatagram
 from mesh.view import EMBEDDING, GENERATION, UNKNOWN_KIND, ModelInfo, ModelLoad, NodeLoad, NodeProfile, Readiness
-from mesh.wire import COUNT_MAX, SECTION_BYTES_MAX, count, text
+from mesh.wire import COUNT_MAX, SECTION_BYTES_MAX, VERSION_MAX, count, text
 
 NAME_BYTES_MAX = 256  # of a model, a fingerprint, a version, an HTTP address
 RATE_MAX = 1e12  # tokens per second or seconds; beyond it a number is a mistake, and infinity and NaN are as well
@@ -56,8 +56,10 @@ def encode_load(load: NodeLoad) -> bytes:
         _rate(load.loop_lag_s),
         models,
     ]
-    if load.usage:
+    if load.usage or load.after_version:
         fields.append(load.usage)
+    if load.after_version:
+        fields.append(load.after_version)
     return _within_limit(msgpack.packb(fields, use_single_float=True), "load", len(models))
 
 
@@ -83,6 +85,7 @@ def decode_load(section: bytes) -> NodeLoad:
         loop_lag_s=_read_rate(fields[3]),
         models=MappingProxyType(models),
         usage=fields[5] if len(fields) > 5 and isinstance(fields[5], bytes) else b"",
+        after_version=count(fields[6], VERSION_MAX) if len(fields) > 6 else 0,
     )
 
 

@@ -77,7 +77,8 @@ class ModelLoad:
 class NodeLoad:
     """The hot section: published by its owner each second and at once when it jumps.
 
-    usage: of API keys, as mesh.counters_wire has it; in publications alone."""
+    usage: of API keys, as mesh.counters_wire has it; in publications alone. after_version: on a peer link, of the
+    owner's state when it sent this: publications up to it are older. 0 in publications."""
 
     readiness: Readiness = Readiness.LOADING
     active_requests: int = 0  # streams this node executes now
@@ -85,6 +86,7 @@ class NodeLoad:
     loop_lag_s: float = 0.0
     models: Mapping[str, ModelLoad] = field(default_factory=lambda: MappingProxyType({}))
     usage: bytes = b""
+    after_version: int = 0
 
 
 # Kinds of models: what they are asked for. UNKNOWN_KIND: one of a later version.

@@ -89,6 +89,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         self._attempt: Attempt | None = None
         self._rival: Attempt | None = None  # the second opening of a request whose first token is late
         self._was_hedged = False
+        self._held: GenerateEvent | None = None  # the first event, while the loser of the race is closed
         self._ids: list[int] = []  # of the answer so far; at most the model's context
         self._fingerprint = ""  # of the model that they are of
         self._excluded: dict[str, _Exclusion] = {}  # at most one a member
@@ -191,6 +192,8 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
     async def _first_event(self) -> GenerateEvent:
         """Where it is late, the first of two nodes gives it."""
         assert self._attempt is not None
+        if self._held is not None:
+            return self._take_held()
         if not self._was_hedged:
             late_s = self._attempts.late_after_s(self._request.model)
             if late_s is None:
@@ -209,10 +212,16 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
             self._attempt = result.winner
             self.path[-1] = result.winner.node_id
         self._rival = None
+        self._held = result.event
         await loser.close()
         if result.event is None:
             raise next(error for attempt, error in result.failures if attempt is self._attempt)
-        return result.event
+        return self._take_held()
+
+    def _take_held(self) -> GenerateEvent:
+        assert self._held is not None
+        event, self._held = self._held, None
+        return event
 
     async def _open_rival(self, first: Attempt) -> None:
         """At most one, and none where it would take more than its share."""

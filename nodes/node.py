@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import random
 import secrets
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -20,13 +19,12 @@ from typing import Any
 import trio
 
 from mesh import state_exchange
-from mesh.counters import PeerCounters
 from mesh.errors import HandshakeRefused, MalformedDatagram, PeerUnavailable
 from mesh.forwarder import Forwarder, IncomingStream
 from mesh.gossip import Gossip
 from mesh.own_counters import OwnCounters
 from mesh.prefix_digests import DIGEST_INTERVAL_S, encode_digest
-from mesh.replica import Record, Replica
+from mesh.replica import Record
 from mesh.router import Router
 from mesh.seal import BOOT_ID_BYTES
 from mesh.state import decode_load, encode_load
@@ -43,19 +41,12 @@ from mesh.view import (
     Readiness,
 )
 from nodes import embedding_codec, peer_questions
-from nodes.access.gate import Gate
-from nodes.access.key_admin import KeyAdmin
-from nodes.access.key_book import KeyBook
-from nodes.access.limits import Limiter, LostNodes
-from nodes.access.record_sync import RecordSync
-from nodes.access.usage import UsageLog
 from nodes.api.admin_access import AdminAccess
 from nodes.api.app import build_app
 from nodes.api.services import Services
 from nodes.config import ConfigInvalid, NodeConfig, is_loopback
 from nodes.dispatch import Dispatch
 from nodes.drain import Drain
-from nodes.durable_replica import DurableReplica
 from nodes.embedding_dispatch import EmbeddingDispatch
 from nodes.engine.embedding_engine import EmbeddingEngine, load_embedding_engine
 from nodes.engine.embedding_folder import EmbeddingFolder
@@ -70,6 +61,7 @@ from nodes.local import LocalGenerator
 from nodes.local_embedder import LocalEmbedder
 from nodes.mesh_operations import MeshOperations
 from nodes.messages import NODE_READY
+from nodes.node_access import NodeAccess
 from nodes.node_operations import NodeOperations
 from nodes.peer_operations import ask_peer
 from nodes.remote import PeerServer, RemoteGenerator
@@ -89,10 +81,6 @@ SEED_CHECK_INTERVAL_S = 2.0
 # What is left of a late wake-up of the loop in the reported lag, each LOAD_INTERVAL_S.
 LAG_DECAY = 0.8
 MIB = 1024 * 1024
-# How long a node with seeds that has no keys waits for some peer's before it serves without.
-RECORDS_WAIT_S = 10.0
-QUESTION_RECORDS = "records"
-QUESTION_USAGE = "usage"
 # Between the end of the drain and the end of HTTP: the last chunks on their way to clients.
 HTTP_CLOSE_S = 2.0
 
@@ -133,7 +121,6 @@ class Node:
         self._readiness = Readiness.LOADING  # of the engines; a drain hides it
         self._loop_lag_s = 0.0
         self._records_digest = ""
-        self._started_at = trio.current_time()
         self._fenced = trio.Event()
         self._seed_is_silent = trio.Event()
         self._fenced_by: Address | None = None
@@ -150,15 +137,14 @@ class Node:
             boot_id=boot_id,
             keyring=keyring.ring,
             serve=self._serve_peer,
-            load=lambda: encode_load(self._load()),
+            load=self._encode_link_load,
             on_load=self._observe_load,
             on_peer_lost=self._peer_failed,
         )
         bound = bound_address(config.mesh, sockets.mesh_tcp)
         advertised = advertised_address(config, bound)
         self._seeds = tuple(seed for seed in config.join if seed not in (advertised, bound))
-        self._own_counters = OwnCounters(generation)
-        self._peer_counters = PeerCounters()
+        own_counters = OwnCounters(generation)
         self._gossip = Gossip(
             config.gossip.config(),
             self._node_id,
@@ -169,7 +155,7 @@ class Node:
             boot_id,
             random.Random(),
             trio.current_time(),
-            usage=self._own_counters.section,
+            usage=own_counters.section,
         )
         self._gossip_socket = GossipSocket(
             self._gossip,
@@ -180,9 +166,22 @@ class Node:
             on_seed_unanswered=lambda seed: self._seed_is_silent.set(),
             # A peer's models count under their names from its arrival on.
             on_change=lambda change: self._metrics.know_view(self._view()),
-            on_usage=self._hear_usage,
+            on_usage=lambda node_id, section: self._access.hear_usage(node_id, section),
         )
-        self._build_access(store, records)
+        self._access = NodeAccess(
+            node_id=self._node_id,
+            generation=generation,
+            store=store,
+            records=records,
+            own_counters=own_counters,
+            forwarder=self._forwarder,
+            view=self._view,
+            publish=self._publish_records,
+            usage_changed=self._gossip_socket.usage_changed,
+            is_open=config.open or is_loopback(config.http.host),
+            has_seeds=bool(self._seeds),
+            hold_s=config.limits_partition_hold_s,
+        )
         self._own_operations = NodeOperations(
             keyring=keyring,
             view=self._view,
@@ -231,42 +230,6 @@ class Node:
             notice_s=config.drain_notice_s,
         )
 
-    def _build_access(self, store: Store, records: list[Record]) -> None:
-        """Keys, limits and usage."""
-        config = self._config
-        replica = Replica(self._node_id, self._generation, records)
-        rng = random.Random()
-        self._record_sync = RecordSync(
-            DurableReplica(replica, store),
-            view=self._view,
-            ask=partial(peer_questions.ask, self._forwarder, QUESTION_RECORDS),
-            publish=self._publish_records,
-            rng=rng,
-        )
-        self._usage = UsageLog(
-            store,
-            node_id=self._node_id,
-            generation=lambda: self._generation,
-            view=self._view,
-            ask=partial(peer_questions.ask, self._forwarder, QUESTION_USAGE),
-            wall_clock=time.time,
-            rng=rng,
-        )
-        self._answerers = {QUESTION_RECORDS: self._record_sync.answer, QUESTION_USAGE: self._usage.answer}
-        lost = LostNodes(config.limits_partition_hold_s)
-        book = KeyBook(replica)
-        self._gate = Gate(
-            book,
-            Limiter(self._own_counters, self._peer_counters, lambda now: lost.shares(self._view(), now)),
-            self._own_counters,
-            self._usage,
-            is_open=config.open or is_loopback(config.http.host),
-            has_synchronised=self._knows_records,
-            usage_changed=self._gossip_socket.usage_changed,
-            wall_clock=time.time,
-        )
-        self._key_admin = KeyAdmin(book, self._record_sync, self._gate, store, wall_clock=time.time)
-
     async def run(self, stop: StopRequest) -> None:
         """Until a stop is asked for, then drain.
 
@@ -278,8 +241,7 @@ class Node:
             await mesh.start(self._gossip_socket.run)
             await mesh.start(self._mesh_operations.run)
             await mesh.start(self._dispatch.run)
-            await mesh.start(self._record_sync.run)
-            await mesh.start(self._usage.run)
+            await mesh.start(self._access.run)
             mesh.start_soon(self._stop_when_asked_to_leave, stop)
             try:
                 async with trio.open_nursery() as engines:
@@ -316,7 +278,7 @@ class Node:
             node_id=self._node_id,
             version=self._version,
             cluster_name=config.cluster_name,
-            gate=self._gate,
+            gate=self._access.gate,
             dispatch=self._dispatch,
             embeddings=self._embeddings,
             view=self._view,
@@ -327,7 +289,7 @@ class Node:
             nodes_expected=config.nodes_expected,
             admin_access=self._admin_access,
             operations=self._mesh_operations,
-            key_admin=self._key_admin,
+            key_admin=self._access.key_admin,
         )
 
     # What lives while the node does.
@@ -348,6 +310,7 @@ class Node:
             statistics = engine.statistics()
             self._metrics.model_loaded(name, statistics.load_time_s, statistics.model_memory_bytes)
             self._publish_profile()
+        await self._access.wait_known()
         self._readiness = Readiness.READY
         self._gossip_socket.set_load(self._load())
         logger.info(NODE_READY, extra={"models": [name for name, _ in self._folders]})
@@ -389,7 +352,7 @@ class Node:
             if generation > self._generation:
                 # Peers remembered a later life of this node than its data directory does.
                 self._generation = generation
-                self._own_counters.renew(generation)
+                self._access.renew(generation)
                 try:
                     await trio.to_thread.run_sync(self._keep_generation, generation)
                 except OSError as exc:  # the next start learns it from peers again
@@ -463,26 +426,16 @@ class Node:
         elif embedding_codec.is_embedding(stream.request):
             await self._embedding_server.serve(stream)
         elif peer_questions.is_question(stream.request):
-            await peer_questions.answer(stream, self._answerers)
+            await peer_questions.answer(stream, self._access.answerers)
         else:
             await self._peer_server.serve(stream)
-
-    def _hear_usage(self, node_id: str, section: bytes) -> None:
-        with suppress(MalformedDatagram):  # of a later version: limits then do not see what it tells
-            self._peer_counters.receive(node_id, section, trio.current_time())
 
     def _publish_records(self, digest: str) -> None:
         self._records_digest = digest
         self._publish_profile()
 
-    def _knows_records(self) -> bool:
-        """Of the API keys as much as some peer. A node without seeds is the first; one whose seeds are silent serves
-        those that reach it."""
-        return (
-            not self._seeds
-            or self._record_sync.has_compared.is_set()
-            or trio.current_time() - self._started_at > RECORDS_WAIT_S
-        )
+    def _encode_link_load(self) -> bytes:
+        return encode_load(replace(self._load(), after_version=self._gossip.own_version))
 
     def _observe_load(self, node_id: str, report: bytes) -> None:
         with suppress(MalformedDatagram):  # of a later version: gossip carries what this one can read

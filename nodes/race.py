@@ -25,20 +25,24 @@ class Race:
 async def race(attempts: Sequence[Attempt]) -> Race:
     """Read all until one gives an event. Closes none. Cancelled, it loses nothing: it may be called again."""
     result = Race()
-    async with trio.open_nursery() as nursery:
+    try:
+        async with trio.open_nursery() as nursery:
 
-        async def read(attempt: Attempt) -> None:
-            try:
-                event = await attempt.receive()
-            except (MeshError, GenerationError) as exc:
-                result.failures.append((attempt, exc))
-                return
-            if result.winner is None:
-                result.winner, result.event = attempt, event
-                nursery.cancel_scope.cancel()
-            else:
-                result.wasted_tokens += len(event.token_ids)
+            async def read(attempt: Attempt) -> None:
+                try:
+                    event = await attempt.receive()
+                except (MeshError, GenerationError) as exc:
+                    result.failures.append((attempt, exc))
+                    return
+                if result.winner is None:
+                    result.winner, result.event = attempt, event
+                    nursery.cancel_scope.cancel()
+                else:
+                    result.wasted_tokens += len(event.token_ids)
 
-        for attempt in attempts:
-            nursery.start_soon(read, attempt)
+            for attempt in attempts:
+                nursery.start_soon(read, attempt)
+    except* trio.Cancelled:
+        if result.winner is None:
+            raise  # else the event was read in the very tick of the cancellation, which meets the next checkpoint
     return result

@@ -7,7 +7,7 @@ key on every node demands one that works; off loopback also before, unless the n
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 
@@ -54,10 +54,6 @@ class LimitReached(Exception):
         self.remaining = remaining
 
 
-class NotSynchronised(Exception):
-    """This node has just started and does not know yet which keys its mesh has."""
-
-
 @dataclass(frozen=True, slots=True)
 class Caller:
     """key: None where none is needed."""
@@ -81,7 +77,7 @@ class Caller:
 
 
 class Gate:
-    """is_open: no key is needed where none was ever created. has_synchronised: this node knows its mesh's keys as well
+    """is_open: no key is needed where none was ever created. wait_known: until this node knows its mesh's keys as well
     as some peer does. usage_changed: GossipSocket.usage_changed. now: the counters' clock; wall_clock: seconds since
     1970."""
 
@@ -93,7 +89,7 @@ class Gate:
         usage: UsageLog,
         *,
         is_open: bool,
-        has_synchronised: Callable[[], bool],
+        wait_known: Callable[[], Awaitable[None]],
         usage_changed: Callable[[], None],
         wall_clock: Callable[[], float],
         now: Callable[[], float] = trio.current_time,
@@ -103,19 +99,19 @@ class Gate:
         self._own = own
         self._usage = usage
         self._is_open = is_open
-        self._has_synchronised = has_synchronised
+        self._wait_known = wait_known
         self._usage_changed = usage_changed
         self._wall_clock = wall_clock
         self._now = now
         self._failures = FailureLimiter()
 
-    def authenticate(self, authorization: str, address: str) -> Caller:
-        """authorization: the header, "" for none; address: the client's IP. Raises Unauthorized, LimitReached for an
-        address that shows wrong key after wrong key, and NotSynchronised."""
+    async def authenticate(self, authorization: str, address: str) -> Caller:
+        """authorization: the header, "" for none; address: the client's IP. Raises Unauthorized, and LimitReached for
+        an address that shows wrong key after wrong key."""
+        if not self._book.was_ever_used and self._is_open:
+            await self._wait_known()
         if not self._book.was_ever_used:
             if self._is_open:
-                if not self._has_synchronised():
-                    raise NotSynchronised("this node has just started and asks its mesh for the API keys; try again")
                 return Caller()
             raise Unauthorized(
                 "this node's HTTP address is off loopback, so it takes requests with an API key only, and none was "

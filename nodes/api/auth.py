@@ -8,6 +8,6 @@ from nodes.access.gate import Caller
 from nodes.api.services import Services
 
 
-def authenticate(services: Services) -> Caller:
-    """Of the request at hand. Raises Unauthorized, LimitReached, NotSynchronised."""
-    return services.gate.authenticate(request.headers.get("authorization", ""), request.remote_addr or "")
+async def authenticate(services: Services) -> Caller:
+    """Of the request at hand. Raises Unauthorized, LimitReached."""
+    return await services.gate.authenticate(request.headers.get("authorization", ""), request.remote_addr or "")

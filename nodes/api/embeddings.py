@@ -37,7 +37,7 @@ def register(app: Quart, services: Services) -> None:
         exchange = exchange_of(request.scope)
         outcome = Outcome(services.metrics, exchange)
         try:
-            caller = authenticate(services)
+            caller = await authenticate(services)
             outcome.key_id = caller.label
             check_content_type(request.mimetype)
             body = parse_embedding(await read_body(request))

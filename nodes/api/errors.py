@@ -10,7 +10,7 @@ from http import HTTPStatus
 from werkzeug.exceptions import HTTPException
 
 from mesh.errors import ModelUnknown, NoCapacity, PeerUnavailable
-from nodes.access.gate import Forbidden, LimitReached, NotSynchronised, Unauthorized
+from nodes.access.gate import Forbidden, LimitReached, Unauthorized
 from nodes.access.limits import Kind, Remaining
 from nodes.api.limit_headers import limit_headers
 from nodes.generation import DeadlineExceeded, GenerationFailed, RequestInvalid
@@ -59,8 +59,6 @@ def api_error(error: Exception) -> ApiError:
                 retry_after_s=error.retry_after_s,
                 remaining=error.remaining,
             )
-        case NotSynchronised():
-            return ApiError(503, str(error), "server_error", code="not_ready", retry_after_s=1.0)
         case ModelUnknown():
             return ApiError(404, str(error), param="model", code="model_not_found")
         case NoCapacity():

@@ -20,7 +20,7 @@ OWNER = "ai-cluster"
 def register(app: Quart, services: Services) -> None:
     @app.get("/v1/models")
     async def models() -> Response:
-        caller = authenticate(services)
+        caller = await authenticate(services)
         served = served_models(services.view())
         data = [served[name] for name in sorted(served) if caller.may_use(name)]
         return jsonify({"object": "list", "data": data})
@@ -28,7 +28,7 @@ def register(app: Quart, services: Services) -> None:
     # A name may have slashes, as on the hub.
     @app.get("/v1/models/<path:name>")
     async def model(name: str) -> Response:
-        caller = authenticate(services)
+        caller = await authenticate(services)
         served = served_models(services.view())
         if name not in served or not caller.may_use(name):
             raise ModelUnknown(

@@ -23,6 +23,7 @@ import trio
 from nodes.engine.courier import Courier
 from nodes.engine.errors import EngineFault
 from nodes.engine.executor import Execution, Executor, Session
+from nodes.engine.priority import make_way
 from nodes.engine.scheduler import Outcome, Plan, Scheduler
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class EngineThread:
             self.wake.notify()
 
     def _run(self, deliver: Callable[[Tick], None], fail: Callable[[], None]) -> None:
+        make_way()
         try:
             while (tick := self._tick()) is not None:
                 self._courier.post(partial(deliver, tick))

@@ -25,6 +25,7 @@ from nodes.engine.memory import KvNeeds, KvPlan, MemoryTooSmall
 from nodes.engine.model_folder import BUILD_FIX, ModelFolder, ModelFolderInvalid
 from nodes.engine.model_loader import read_model_folder
 from nodes.engine.model_variants import find_variants
+from nodes.engine.priority import call_making_way
 from nodes.engine.shared_kv_session import PREFILL_TOKENS_MAX, SharedKvSession
 
 __all__ = ["OnnxSession", "Provider", "load_session"]
@@ -81,7 +82,7 @@ def load_session(
                 fix = f'give the provider "auto" or "cpu", or {INSTALL_FIX} on a machine with a GPU'
                 raise ModelFolderInvalid(folder.path, f"CUDA cannot run it ({reason})", fix) from exc
             folder = _for_cpu(folder, reason)
-    return make_loader(folder).on_cpu(), folder
+    return call_making_way(make_loader(folder).on_cpu), folder
 
 
 def _for_cpu(folder: ModelFolder, reason: str) -> ModelFolder:

@@ -46,7 +46,8 @@ def client(node: NodeProcess) -> openai.OpenAI:
 
 def vectors(node: NodeProcess, inputs: list[str], **options: object) -> np.ndarray:
     """Of the official client, which asks for base64 by itself."""
-    answer = client(node).embeddings.create(model=MODEL, input=inputs, **options)  # type: ignore[arg-type]
+    with client(node) as api:
+        answer = api.embeddings.create(model=MODEL, input=inputs, **options)  # type: ignore[arg-type]
     assert [item.index for item in answer.data] == list(range(len(inputs)))
     return np.array([item.embedding for item in answer.data])
 
@@ -73,13 +74,13 @@ def test_an_embedding_does_not_depend_on_what_comes_with_it(pair: Mesh) -> None:
 
 
 def test_floats_ids_and_fewer_dimensions(pair: Mesh) -> None:
-    api = client(pair.nodes[0]).embeddings
-    plain = api.create(model=MODEL, input=TEXTS[0], encoding_format="float")
-    assert np.array_equal(np.array([plain.data[0].embedding]), vectors(pair.nodes[0], TEXTS[:1]))
-    short = np.array(api.create(model=MODEL, input=TEXTS[0], dimensions=8).data[0].embedding)
+    with client(pair.nodes[0]) as api:
+        plain = api.embeddings.create(model=MODEL, input=TEXTS[0], encoding_format="float")
+        short = api.embeddings.create(model=MODEL, input=TEXTS[0], dimensions=8)
+        ids = api.embeddings.create(model=MODEL, input=[[5, 6, 7], [8]])
     whole = np.array(plain.data[0].embedding)
-    assert np.allclose(short, whole[:8] / np.linalg.norm(whole[:8]), atol=1e-5)
-    ids = api.create(model=MODEL, input=[[5, 6, 7], [8]])
+    assert np.array_equal(whole[None], vectors(pair.nodes[0], TEXTS[:1]))
+    assert np.allclose(short.data[0].embedding, whole[:8] / np.linalg.norm(whole[:8]), atol=1e-5)
     assert (len(ids.data), ids.usage.prompt_tokens, ids.usage.total_tokens) == (2, 4, 4)
 
 

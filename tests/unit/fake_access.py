@@ -38,7 +38,8 @@ class FakeAccess:
         view: Callable[[], ClusterView] | None = None,
     ) -> None:
         self.wall_time = DAY * DAY_S + 100.0
-        self.has_synchronised = True
+        self.known = trio.Event()
+        self.known.set()
         self.changes = 0
         self.store = MemoryStore()
         self.replica = Replica("a", 1)
@@ -67,7 +68,7 @@ class FakeAccess:
             self.own,
             self.usage,
             is_open=is_open,
-            has_synchronised=lambda: self.has_synchronised,
+            wait_known=lambda: self.known.wait(),
             usage_changed=self._changed,
             wall_clock=lambda: self.wall_time,
             now=now,

@@ -16,7 +16,6 @@ from nodes.access.gate import (
     FailureLimiter,
     Forbidden,
     LimitReached,
-    NotSynchronised,
     Unauthorized,
 )
 from nodes.access.limits import Shares
@@ -32,34 +31,48 @@ def bearer(token: str) -> str:
 async def test_a_mesh_that_never_had_a_key_is_open_on_loopback_and_takes_any() -> None:
     access = FakeAccess()
     for header in ("", "Bearer anything", "Basic x"):
-        assert access.gate.authenticate(header, HERE).label == ANONYMOUS
+        assert (await access.gate.authenticate(header, HERE)).label == ANONYMOUS
 
 
 async def test_off_loopback_nobody_is_let_in_without_a_key() -> None:
     access = FakeAccess(is_open=False)
     with pytest.raises(Unauthorized, match="keys create"):
-        access.gate.authenticate("", HERE)
+        await access.gate.authenticate("", HERE)
     token = access.create()
-    assert access.gate.authenticate(bearer(token), HERE).key is not None
+    assert (await access.gate.authenticate(bearer(token), HERE)).key is not None
 
 
-async def test_a_node_that_does_not_know_its_meshs_keys_yet_lets_nobody_in() -> None:
+async def test_a_node_that_does_not_know_its_meshs_keys_yet_lets_its_clients_wait(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
     access = FakeAccess()
-    access.has_synchronised = False
-    with pytest.raises(NotSynchronised):
-        access.gate.authenticate("", HERE)
+    access.known = trio.Event()
+    tokens: list[str] = []
+
+    async def learn() -> None:
+        await trio.sleep(3.0)
+        tokens.append(access.create())
+        access.known.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(learn)
+        with pytest.raises(Unauthorized):
+            await access.gate.authenticate("", HERE)
+    assert trio.current_time() >= 3.0
+    access.known = trio.Event()  # nobody waits who shows a key
+    assert (await access.gate.authenticate(bearer(tokens[0]), HERE)).key is not None
 
 
 async def test_from_the_first_key_on_one_is_demanded_also_when_all_are_revoked() -> None:
     access = FakeAccess()
     token = access.create()
-    caller = access.gate.authenticate(f"bearer  {token} ", HERE)
+    caller = await access.gate.authenticate(f"bearer  {token} ", HERE)
     assert caller.key is not None
     assert caller.label == f"sk-{caller.key.public_id}"
     await access.admin.revoke("alice")
     for header in ("", "Bearer", bearer(token), bearer(token + "x"), "Basic abc", bearer("sk-unknown-secret")):
         with pytest.raises(Unauthorized):
-            access.gate.authenticate(header, HERE)
+            await access.gate.authenticate(header, HERE)
 
 
 async def test_a_disabled_or_expired_key_is_told_apart_from_an_unknown_one() -> None:
@@ -67,17 +80,17 @@ async def test_a_disabled_or_expired_key_is_told_apart_from_an_unknown_one() -> 
     token = access.create(expires_at=int(access.wall_time) + 10)
     await access.admin.change("alice", {"is_enabled": False})
     with pytest.raises(Unauthorized, match="disabled"):
-        access.gate.authenticate(bearer(token), HERE)
+        await access.gate.authenticate(bearer(token), HERE)
     await access.admin.change("alice", {"is_enabled": True})
-    assert access.gate.authenticate(bearer(token), HERE).key is not None
+    assert (await access.gate.authenticate(bearer(token), HERE)).key is not None
     access.wall_time += 10
     with pytest.raises(Unauthorized, match="expired"):
-        access.gate.authenticate(bearer(token), HERE)
+        await access.gate.authenticate(bearer(token), HERE)
 
 
 async def test_models_that_a_key_may_not_use_are_forbidden() -> None:
     access = FakeAccess()
-    caller = access.gate.authenticate(bearer(access.create(models=("m", "n"))), HERE)
+    caller = await access.gate.authenticate(bearer(access.create(models=("m", "n"))), HERE)
     access.gate.check_model(caller, "m")
     with pytest.raises(Forbidden, match="'other'"):
         access.gate.check_model(caller, "other")
@@ -90,16 +103,16 @@ async def test_guessing_is_slowed_and_who_shares_the_address_is_not_shut_out(
     token = access.create()
     for _ in range(FAILURES_MAX - 1):
         with pytest.raises(Unauthorized):
-            access.gate.authenticate(bearer("sk-a-b"), HERE)
+            await access.gate.authenticate(bearer("sk-a-b"), HERE)
     with pytest.raises(LimitReached) as refusal:
-        access.gate.authenticate(bearer("sk-a-b"), HERE)
+        await access.gate.authenticate(bearer("sk-a-b"), HERE)
     assert refusal.value.retry_after_s == pytest.approx(FAILURE_WINDOW_S)
-    assert access.gate.authenticate(bearer(token), HERE).key is not None
+    assert (await access.gate.authenticate(bearer(token), HERE)).key is not None
     with pytest.raises(Unauthorized):
-        access.gate.authenticate(bearer("sk-a-b"), "192.0.2.8")
+        await access.gate.authenticate(bearer("sk-a-b"), "192.0.2.8")
     await trio.sleep(FAILURE_WINDOW_S)
     with pytest.raises(Unauthorized):
-        access.gate.authenticate(bearer("sk-a-b"), HERE)
+        await access.gate.authenticate(bearer("sk-a-b"), HERE)
 
 
 def test_addresses_are_remembered_up_to_a_bound_and_ipv6_by_network() -> None:
@@ -116,7 +129,7 @@ async def test_what_a_request_uses_is_counted_as_it_goes_and_at_its_end(
 ) -> None:
     access = FakeAccess()
     token = access.create(tokens_per_minute=1_000)
-    caller = access.gate.authenticate(bearer(token), HERE)
+    caller = await access.gate.authenticate(bearer(token), HERE)
     assert caller.key is not None
     family = caller.key.family
     admission = await access.gate.admit(caller, "m", 50, 250)
@@ -138,7 +151,7 @@ async def test_what_a_request_uses_is_counted_as_it_goes_and_at_its_end(
 
 async def test_a_request_that_its_client_left_costs_its_prompt_and_what_was_generated() -> None:
     access = FakeAccess()
-    caller = access.gate.authenticate(bearer(access.create()), HERE)
+    caller = await access.gate.authenticate(bearer(access.create()), HERE)
     left = await access.gate.admit(caller, "m", 50, 100)
     left.generated(3)
     await left.aclose()
@@ -152,7 +165,7 @@ async def test_a_request_waits_for_its_forerunners_to_be_heard_of_but_not_for_lo
 ) -> None:
     access = FakeAccess()
     access.gate._limiter._shares = lambda now: Shares(4)
-    caller = access.gate.authenticate(bearer(access.create(requests_per_minute=4)), HERE)
+    caller = await access.gate.authenticate(bearer(access.create(requests_per_minute=4)), HERE)
     await access.gate.admit(caller, "m", 1, 1)
     with pytest.raises(LimitReached) as refusal:
         await access.gate.admit(caller, "m", 1, 1)
@@ -166,7 +179,7 @@ async def test_a_request_waits_for_its_forerunners_to_be_heard_of_but_not_for_lo
 
 async def test_a_refusal_says_which_limit_and_what_is_left() -> None:
     access = FakeAccess()
-    caller = access.gate.authenticate(bearer(access.create(tokens_per_minute=100, requests_per_minute=9)), HERE)
+    caller = await access.gate.authenticate(bearer(access.create(tokens_per_minute=100, requests_per_minute=9)), HERE)
     with pytest.raises(LimitReached, match=r"100 tokens per minute.*may use 150") as refusal:
         await access.gate.admit(caller, "m", 50, 100)
     assert (refusal.value.kind, refusal.value.retry_after_s) == ("tokens", None)

@@ -25,6 +25,7 @@ from mesh.gossip import (
     PingLink,
     SeedUnanswered,
     SendDatagram,
+    UsageHeard,
 )
 from mesh.seal import DEVELOPMENT_KEY, DatagramSealer, Keyring, Opened
 from mesh.state import encode_load
@@ -286,6 +287,30 @@ def test_a_load_seen_on_a_link_shows_until_the_next_publication() -> None:
     assert (seen.load.active_requests, seen.load_age_s, seen.load_version) == (7, 0.0, version)
     mesh.run(1.0)
     assert mesh.member(a, "b").load.active_requests == 1
+
+
+@pytest.mark.parametrize(("later", "seen"), [(1, 7), (2, 1)])
+def test_a_publication_made_before_what_the_link_brought_does_not_replace_it(later: int, seen: int) -> None:
+    a, b = gossip("a"), gossip("b", seeds=(address("a"),))
+    mesh = Wire(a, b)
+    mesh.run(0.5)
+    version = mesh.member(a, "b").load_version
+    a.observe_load("b", replace(READY, active_requests=7, after_version=version + 1), mesh.now)
+    fresh = record("b", version=version + later, hot=encode_load(READY))
+    a.receive(sealed(wire.Rumour(), fresh), address("b"), mesh.now)
+    member = mesh.member(a, "b")
+    assert (member.load.active_requests, member.load_version) == (seen, version + later)
+
+
+def test_usage_in_a_publication_is_told_also_where_its_load_is_old() -> None:
+    a, b = gossip("a"), gossip("b", seeds=(address("a"),))
+    mesh = Wire(a, b)
+    mesh.run(0.5)
+    version = mesh.member(a, "b").load_version
+    a.observe_load("b", replace(READY, after_version=version + 1), mesh.now)
+    fresh = record("b", version=version + 1, hot=encode_load(replace(READY, usage=b"a section")))
+    effects = a.receive(sealed(wire.Rumour(), fresh), address("b"), mesh.now)
+    assert UsageHeard("b", b"a section") in effects
 
 
 def test_a_ping_meant_for_another_is_not_answered() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mesh.errors import MalformedDatagram
 from mesh.state import decode_load, decode_profile, encode_load, encode_profile, is_urgent
 from mesh.view import EMBEDDING, GENERATION, UNKNOWN_KIND, ModelInfo, ModelLoad, NodeLoad, NodeProfile, Readiness
+from mesh.wire import VERSION_MAX
 
 counts = st.integers(0, 2**40)
 rates = st.floats(0, 1e9, width=32)
@@ -26,11 +27,15 @@ loads = st.builds(
     rates,
     rates,
     st.dictionaries(names, model_loads, max_size=5).map(MappingProxyType),
+    st.binary(max_size=60),
+    st.integers(0, VERSION_MAX),
 )
 fingerprints = st.binary(min_size=1, max_size=32).map(bytes.hex) | st.text(max_size=12)
 kinds = st.sampled_from([GENERATION, EMBEDDING])
 models = st.builds(ModelInfo, names, fingerprints, counts, counts, counts, kinds)
-profiles = st.builds(NodeProfile, st.text(max_size=30), st.text(max_size=8), st.lists(models, max_size=5).map(tuple))
+profiles = st.builds(
+    NodeProfile, st.text(max_size=30), st.text(max_size=8), st.lists(models, max_size=5).map(tuple), fingerprints
+)
 
 
 @given(loads)

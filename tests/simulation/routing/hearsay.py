@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 from mesh.prefix_digests import DIGEST_INTERVAL_S, encode_digest
@@ -74,6 +75,7 @@ class Hearsay:
         self._gossip.run_until(SETTLE_S + now)
         load = self._load(node)
         self._gossip.set_load(self.names[node], load)
+        load = replace(load, after_version=self._gossip.nodes[self.names[node]].core.own_version)
         for entry in self._decoding(node) if tick % PING_TICKS else self._open_at(node):
             if entry != node:
                 observer = self._gossip.nodes[self.names[entry]]
