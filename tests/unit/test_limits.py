@@ -128,10 +128,11 @@ def view(**statuses: MemberStatus) -> ClusterView:
     return ClusterView("a", 0.0, {name: member(name, status) for name, status in statuses.items()})
 
 
-def test_a_lost_node_keeps_its_share_for_a_time_and_one_that_left_does_not() -> None:
+def test_a_lost_node_keeps_its_share_from_its_suspicion_for_a_time_and_one_that_left_does_not() -> None:
     lost = LostNodes(600.0)
     alive, dead, left = MemberStatus.ALIVE, MemberStatus.DEAD, MemberStatus.LEFT
-    assert lost.shares(view(a=alive, b=MemberStatus.SUSPECT), 0.0) == Shares(2, ())
+    assert lost.shares(view(a=alive, b=MemberStatus.SUSPECT), 0.0) == Shares(1, ("b",))
+    assert lost.shares(view(a=alive, b=alive), 1.0) == Shares(2, ())  # it refuted the suspicion
     now = view(a=alive, b=dead, c=left)
     assert lost.shares(now, 10.0) == Shares(1, ("b",))
     assert lost.shares(now, 609.9) == Shares(1, ("b",))
