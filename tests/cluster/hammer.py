@@ -1,8 +1,8 @@
 """`python -m tests.cluster.hammer`: requests at a given rate to several nodes, whatever becomes of them.
 
 A process of its own, so that who measures is not late, over connections that it keeps. On stdin, the JSON of Order,
-since it holds a key; on stdout, one JSON array [[answered at, node, status, tokens], …] in the order of the answers, by time.monotonic(), which
-all processes of a machine share. status 0: no answer.
+since it holds a key; on stdout, one JSON array [[answered at, node, status, tokens], …] in the order of the answers, by
+time.monotonic(), which all processes of a machine share. status 0: no answer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import trio
 
 READ_BYTES = 65_536
 ANSWER_TIMEOUT_S = 20.0
-# Requests that wait for an answer, of all nodes; beyond it the load is no longer what was ordered, and that is an error.
+# Requests that wait for an answer, of all nodes; beyond it the load is no longer what was ordered.
 RUNNING_MAX = 2_000
 OVERTIME_S = 60.0
 

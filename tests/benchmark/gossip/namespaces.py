@@ -124,10 +124,9 @@ class Network:
         thread reaches all. One side, or none, ends it."""
         side_of = {index: number for number, side in enumerate(sides) for index in side}
         for index in range(self.count):
+            beyond = [other for other in range(self.count) if side_of.get(other) != side_of.get(index)]
             commands = ["neigh flush dev eth0 nud permanent"]
-            for other in range(self.count):
-                if side_of.get(other) != side_of.get(index):
-                    commands.append(f"neigh replace {self.host(other)} lladdr {NOBODY} dev eth0 nud permanent")
+            commands += [f"neigh replace {self.host(o)} lladdr {NOBODY} dev eth0 nud permanent" for o in beyond]
             _ip(commands, self._name(index))
 
     async def traffic(self, index: int, label: str) -> Traffic:
