@@ -162,12 +162,12 @@ class Limiter:
             ("requests", limits.requests_per_minute, used.requests),
             ("tokens", limits.tokens_per_minute, used.tokens + used.reserved_tokens),
         )
-        found: dict[Kind, Remaining] = {}
-        for kind, limit, amount in rows:
-            if limit is not None:
-                last = max((when for when, *_ in self._expiries(key)), default=now)
-                found[kind] = Remaining(limit, max(0, shares.of(limit) - amount), max(0.0, last - now))
-        return found
+        last = max(now, self._own.last_expiry(key) or now, self._peers.last_expiry(key) or now)
+        return {
+            kind: Remaining(limit, max(0, shares.of(limit) - amount), last - now)
+            for kind, limit, amount in rows
+            if limit is not None
+        }
 
     def _used(self, key: str, shares: Shares, now: float) -> tuple[Used, Used, Used]:
         """(by this node, by all, by those that are lost)."""
@@ -177,9 +177,6 @@ class Limiter:
             lost = _sum(lost, self._peers.used_by(node_id, key, now))
         return own, _sum(own, others), lost
 
-    def _expiries(self, key: str) -> list[tuple[float, int, int]]:
-        return list(heapq.merge(self._own.expiries(key), self._peers.expiries(key)))
-
     def _retry_after_s(
         self, key: str, kind: Kind, limit: int, cost: int, use: _Use, shares: Shares, now: float
     ) -> float:
@@ -187,7 +184,7 @@ class Limiter:
         if kind == "concurrency":
             return RETRY_RUNNING_S
         excess = max(1, use.used + cost - shares.of(limit))
-        for when, requests, tokens in self._expiries(key):
+        for when, requests, tokens in heapq.merge(self._own.expiries(key), self._peers.expiries(key)):
             excess -= requests if kind == "requests" else tokens
             if excess <= 0:
                 return max(RETRY_AFTER_MIN_S, when - now)
