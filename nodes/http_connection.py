@@ -40,7 +40,8 @@ SLOW_HEAD = "slow_head"
 NOT_READING = "not_reading"
 LIMIT = "limit"
 FAULT = "fault"
-CLOSE_REASONS = (SLOW_HEAD, NOT_READING, LIMIT, FAULT)
+HANDSHAKE = "handshake"
+CLOSE_REASONS = (SLOW_HEAD, NOT_READING, LIMIT, FAULT, HANDSHAKE)
 
 # The key under which an ASGI scope's state holds its connection.
 SCOPE_STATE_KEY = "ai_cluster.connection"
@@ -151,7 +152,7 @@ class WatchedStream(trio.abc.HalfCloseableStream):
 
 class Connection(TCPServer):
     """hypercorn's server of one connection. is_draining: an HTTP/2 client is told to send its next requests elsewhere.
-    note_closed: told the reason when it is closed against its client's will."""
+    note_closed: told the reason when it is closed against its client's will. watch: makes the stream, of TLS perhaps."""
 
     stream: WatchedStream  # type: ignore[assignment]
 
@@ -163,8 +164,9 @@ class Connection(TCPServer):
         stream: trio.SocketStream,
         is_draining: Callable[[], bool],
         note_closed: Callable[[str], None],
+        watch: Callable[[trio.SocketStream, Callable[[], None]], WatchedStream] = WatchedStream,
     ) -> None:
-        watched = WatchedStream(stream, self.give_up)
+        watched = watch(stream, self.give_up)
         super().__init__(application, config, context, {SCOPE_STATE_KEY: self}, watched)  # type: ignore[arg-type]
         self._is_draining = is_draining
         self._note_closed = note_closed

@@ -42,6 +42,7 @@ from nodes.access.usage import UsageLog
 from nodes.api.admin_access import AdminAccess
 from nodes.api.app import build_app
 from nodes.api.services import Services
+from nodes.certificate import Certificate
 from nodes.config import ConfigInvalid, NodeConfig, is_loopback
 from nodes.dispatch import Dispatch
 from nodes.drain import Drain
@@ -104,8 +105,9 @@ class Node:
         admin_token: str,
         store: Store,
         records: list[Record],
+        certificate: Certificate | None,
     ) -> None:
-        """records: those of the store."""
+        """records: those of the store. certificate: None serves plain HTTP."""
         self._config = config
         self._generation = generation
         self._keep_generation = keep_generation
@@ -193,7 +195,10 @@ class Node:
             hedges=config.hedge,
         )
         self._http_address = bound_address(config.http, sockets.http)
-        self._http = HttpServer(build_app(self._services()), sockets.http, connections_max(config.http_connections_max))
+        self._certificate = certificate
+        self._http = HttpServer(
+            build_app(self._services()), sockets.http, connections_max(config.http_connections_max), certificate
+        )
         self._drain = Drain(
             self._http,
             self._dispatch,
@@ -300,6 +305,7 @@ class Node:
             admin_access=self._admin_access,
             operations=self._mesh_operations,
             key_admin=self._key_admin,
+            cors_origins=config.cors_origins,
         )
 
     # What lives while the node does.
@@ -525,6 +531,7 @@ class Node:
                 self._forwarder.statistics(),
                 self._dispatch.statistics(),
                 self._http.statistics(),
+                None if self._certificate is None else self._certificate.expires_at,
             ),
             nodes_expected=self._config.nodes_expected,
             log_lines_dropped=self._log_writer.lines_dropped,

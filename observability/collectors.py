@@ -104,6 +104,7 @@ MESH_FAMILIES = (
         "HTTP connections closed against their client's will, by why.",
         ("reason",),
     ),
+    Family("tls_certificate_expiry_seconds", "gauge", "When the HTTP certificate in use expires, seconds since 1970."),
     Family("links", "gauge", "Peer links up, opened by either side."),
     Family("link_streams_open", "gauge", "Streams open on peer links, opened and served ones."),
     Family("link_streams", "counter", "Streams begun on peer links, by role (opened, served).", ("role",)),

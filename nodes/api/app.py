@@ -11,6 +11,7 @@ from werkzeug.exceptions import HTTPException
 from nodes.api import admin, chat, completions, keys, models, openapi, operations
 from nodes.api.accounting import Accounting, exchange_of
 from nodes.api.errors import api_error
+from nodes.api.response_headers import ResponseHeaders
 from nodes.api.services import Services
 
 logger = logging.getLogger(__name__)
@@ -49,4 +50,4 @@ def build_app(services: Services) -> Accounting:
     admin.register(app, services)
     keys.register(app, services.key_admin)
     openapi.register(app, services)
-    return Accounting(app, services.metrics)  # type: ignore[arg-type]
+    return Accounting(ResponseHeaders(app, services.cors_origins), services.metrics)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,3 +41,4 @@ class Services:
     admin_access: AdminAccess
     operations: MeshOperations
     key_admin: KeyAdmin
+    cors_origins: Sequence[str] = ()

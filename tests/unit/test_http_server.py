@@ -15,6 +15,7 @@ import trio
 import trio.testing
 
 from mesh.view import Address
+from nodes.certificate import Certificate
 from nodes.config import ConfigInvalid
 from nodes.http_connection import HEAD_TIMEOUT_S, WRITE_TIMEOUT_S
 from nodes.http_server import (
@@ -89,11 +90,11 @@ class Application:
 
 
 class Served:
-    def __init__(self, maximum: int) -> None:
+    def __init__(self, maximum: int, certificate: Certificate | None = None) -> None:
         self.application = Application()
         listener = bind_http(Address("127.0.0.1", 0))
         self.address: tuple[str, int] = listener.getsockname()
-        self.server = HttpServer(self.application, listener, maximum)
+        self.server = HttpServer(self.application, listener, maximum, certificate)
         self.listener = listener
         self.clients: list[trio.socket.SocketType] = []
 
@@ -113,8 +114,8 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(maximum: int = 100) -> AsyncIterator[Served]:
-    served = Served(maximum)
+async def serving(maximum: int = 100, certificate: Certificate | None = None) -> AsyncIterator[Served]:
+    served = Served(maximum, certificate)
     try:
         with served.listener:
             async with trio.open_nursery() as nursery:
