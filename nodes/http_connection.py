@@ -152,7 +152,7 @@ class WatchedStream(trio.abc.HalfCloseableStream):
 
 class Connection(TCPServer):
     """hypercorn's server of one connection. is_draining: an HTTP/2 client is told to send its next requests elsewhere.
-    note_closed: told the reason when it is closed against its client's will. watch: makes the stream, of TLS perhaps."""
+    note_closed: told the reason when it is closed against its client's will. watch: makes its stream."""
 
     stream: WatchedStream  # type: ignore[assignment]
 

@@ -1,7 +1,7 @@
 """TLS on a watched connection: what hypercorn reads and writes in clear is sealed on its way to the socket.
 
-Over Python's memory BIOs and not trio's SSLStream, because the end of a connection is decided in places that must not
-wait (close_softly), and its close_notify has to be sent from there; without one, a client cannot tell an end from a cut.
+Over Python's memory BIOs and not trio's SSLStream, because the end of a connection is decided where nobody may wait
+(close_softly), and its close_notify is sent from there; without one, a client cannot tell an end from a cut.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class Node:
         admin_token: str,
         store: Store,
         records: list[Record],
-        certificate: Certificate | None,
+        certificate: Certificate | None = None,
     ) -> None:
         """records: those of the store. certificate: None serves plain HTTP."""
         self._config = config

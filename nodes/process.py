@@ -86,8 +86,8 @@ def _warn_of_exposure(config: NodeConfig) -> None:
         logger.warning("the HTTP address is off loopback", extra={"address": str(config.http), "reason": reason})
         if config.tls_cert_file is None:
             logger.warning(
-                "API keys and the admin token travel in clear over plain HTTP; give --tls-cert-file and --tls-key-file, "
-                "or put a proxy with TLS before it",
+                "API keys and the admin token travel in clear over plain HTTP; give --tls-cert-file and "
+                "--tls-key-file, or put a proxy with TLS before it",
                 extra={"address": str(config.http)},
             )
 

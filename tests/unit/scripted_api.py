@@ -126,7 +126,13 @@ def view(
 class Api:
     """An application and a client of it. Use as `async with`."""
 
-    def __init__(self, dispatch: ScriptedDispatch, cluster: ClusterView | None = None, is_open: bool = True) -> None:
+    def __init__(
+        self,
+        dispatch: ScriptedDispatch,
+        cluster: ClusterView | None = None,
+        is_open: bool = True,
+        cors_origins: tuple[str, ...] = (),
+    ) -> None:
         self.dispatch = dispatch
         self.metrics = CountingMetrics()
         self.access = FakeAccess(is_open=is_open)
@@ -151,6 +157,7 @@ class Api:
                 admin_access=AdminAccess("the admin token"),
                 operations=None,  # type: ignore[arg-type]
                 key_admin=self.access.admin,
+                cors_origins=cors_origins,
             )
         )
         self.app = app
