@@ -1,7 +1,7 @@
 """`python -m tests.cluster.hammer`: requests at a given rate to several nodes, whatever becomes of them.
 
 A process of its own, so that who measures is not late, over connections that it keeps. On stdin, the JSON of Order,
-since it holds a key; on stdout, one JSON array [[answered at, node, status, tokens], …] in the order of the answers, by
+since it holds a key; on stdout, one JSON array [[answered at, node, status, tokens, seconds], …] in the order of the answers, by
 time.monotonic(), which all processes of a machine share. status 0: no answer.
 """
 
@@ -41,12 +41,13 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """of one request. node: index of its address; tokens: that it used, prompt and answer."""
+    """Of one request. node: index of its address; tokens: that it used, prompt and answer; seconds: until its answer."""
 
     at: float
     node: int
     status: int
     tokens: int
+    seconds: float
 
 
 @dataclass
@@ -103,6 +104,7 @@ class _Hammer:
                 nursery.start_soon(self._ask, rng.randrange(len(order.addresses)))
 
     async def _ask(self, node: int) -> None:
+        started = time.monotonic()
         status = tokens = 0
         stream: trio.SocketStream | None = None
         try:
@@ -121,7 +123,8 @@ class _Hammer:
             self.running -= 1
             if stream is not None:
                 stream.socket.close()
-        self.outcomes.append(Outcome(time.monotonic(), node, status, tokens))
+        ended = time.monotonic()
+        self.outcomes.append(Outcome(ended, node, status, tokens, ended - started))
 
     async def _connect(self, node: int) -> trio.SocketStream:
         host, port = self.order.addresses[node].rsplit(":", 1)
@@ -154,7 +157,11 @@ async def _more(stream: trio.SocketStream) -> bytes | bytearray:
 def main() -> None:
     hammering = _Hammer(Order(**json.loads(sys.stdin.readline())))
     trio.run(hammering.run)
-    print(json.dumps([[o.at, o.node, o.status, o.tokens] for o in sorted(hammering.outcomes, key=lambda o: o.at)]))
+    print(
+        json.dumps(
+            [[o.at, o.node, o.status, o.tokens, o.seconds] for o in sorted(hammering.outcomes, key=lambda o: o.at)]
+        )
+    )
 
 
 if __name__ == "__main__":

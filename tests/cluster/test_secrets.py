@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mesh.seal import generate_key
+from mesh.seal import new_key
 from tests.cluster.mesh import Mesh, NodeProcess
 
 CHAT = "/v1/chat/completions"
@@ -44,7 +44,7 @@ class Watched:
 @pytest.fixture
 def planted(tmp_path: Path) -> Iterator[tuple[Mesh, str, str]]:
     """(two nodes, their cluster key, the first one's admin token)."""
-    cluster_key, admin_token = generate_key(), secrets.token_urlsafe(32)
+    cluster_key, admin_token = new_key(), secrets.token_urlsafe(32)
     mesh = Mesh(tmp_path)
     try:
         for _ in range(2):
@@ -58,7 +58,7 @@ def planted(tmp_path: Path) -> Iterator[tuple[Mesh, str, str]]:
 
 def test_no_secret_is_in_any_log_metric_error_title_or_status(planted: tuple[Mesh, str, str], tmp_path: Path) -> None:
     mesh, cluster_key, admin_token = planted
-    new_cluster_key = generate_key()
+    new_cluster_key = new_key()
     one, two = (Watched(node) for node in mesh.nodes)
     status, made = one.ask("POST", "/admin/keys", {"name": "alice"}, admin_token, keep=False)
     assert status == 200, made
@@ -94,13 +94,13 @@ def test_no_secret_is_in_any_log_metric_error_title_or_status(planted: tuple[Mes
         ("GET", "/admin/keys/alice", None),
         ("PATCH", "/admin/keys/alice", {"concurrency": 5}),
         ("GET", "/admin/usage", None),
-        ("POST", "/admin/members", {}),
+        ("GET", "/admin/members", None),
         ("POST", "/admin/keyring/install", {"key": new_cluster_key}),
-        ("POST", "/admin/keyring/list", {}),
+        ("GET", "/admin/keyring", None),
         ("DELETE", "/admin/keys/alice", None),
     ):
         status, answer = one.ask(method, path, body, admin_token)
-        assert status in (200, 404, 405), (path, answer)
+        assert status == 200, (path, answer)
     for watched in (one, two):
         for path in ("/metrics", "/cluster/status", "/health", "/health/ready", "/openapi.json", "/docs"):
             assert watched.ask("GET", path)[0] == 200
@@ -126,6 +126,6 @@ def test_no_secret_is_in_any_log_metric_error_title_or_status(planted: tuple[Mes
         (what, where)
         for what, secret in planted_secrets.items()
         for where, text in places.items()
-        if secret.encode() in text
+        if secret.lower().encode() in text.lower()
     ]
     assert found == []
