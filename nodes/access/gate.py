@@ -148,8 +148,8 @@ class Gate:
             raise Forbidden(f"this API key may not use the model {model[:100]!r}; GET /v1/models lists what it may use")
 
     async def admit(self, caller: Caller, model: str, prompt_tokens: int, answer_tokens: int) -> Admission:
-        """Let a request in that may use so many tokens, and count it. prompt_tokens: a guess, which is corrected by what
-        the model's prompts were before. model: one that the mesh has. The caller closes what is returned, whatever
+        """Let a request in that may use so many tokens, and count it. prompt_tokens: a guess, which is corrected by
+        what the model's prompts were before. model: one that the mesh has. The caller closes what is returned, whatever
         happens. Raises LimitReached."""
         key, guessed_tokens = caller.key, prompt_tokens
         # A prompt that turns out longer than was reserved is an overshoot while it runs, and many may run.

@@ -1,8 +1,8 @@
 """`python -m tests.cluster.hammer`: requests at a given rate to several nodes, whatever becomes of them.
 
 A process of its own, so that who measures is not late, over connections that it keeps. On stdin, the JSON of Order,
-since it holds a key; on stdout, one JSON array [[answered at, node, status, tokens, seconds], …] in the order of the answers, by
-time.monotonic(), which all processes of a machine share. status 0: no answer.
+since it holds a key; on stdout, one JSON array [[answered at, node, status, tokens, seconds], …] in the order of the
+answers, by time.monotonic(), which all processes of a machine share. status 0: no answer.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of one request. node: index of its address; tokens: that it used, prompt and answer; seconds: until its answer."""
+    """Of one request. node: index of its address; tokens: that it used; seconds: until its answer."""
 
     at: float
     node: int
