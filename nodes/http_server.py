@@ -253,8 +253,8 @@ class HttpServer:
 
     async def _application(self, scope: Any, receive: Any, send: Any) -> None:
         """The application, its requests counted, its answers marked while draining, its HTTP/2 writes bounded."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
+        if scope["type"] == "websocket":  # there are none here; hypercorn answers 403
+            await send({"type": "websocket.close"})
             return
         is_operators = scope["path"].startswith("/admin")
         is_http2 = scope["http_version"] == "2"

@@ -120,7 +120,8 @@ class _Limits:
         most = most_in_a_window(weights)
         # The first minute is full at once, and each later one as soon as what is in it expires.
         minutes = max(1, round(self._options.seconds / WINDOW_S))
-        mean = sum(weight for _, weight in weights) / minutes
+        ends = weights[0][0] + self._options.seconds if weights else 0.0  # an answer may come after the load has ended
+        mean = sum(weight for at, weight in weights if at <= ends) / minutes
         self._figures[kind] = {"limit": limit, "most": most, "mean": mean, "least": least_in_a_window(weights)}
         self._laws[f"{kind}_most"] = law(most / limit, at_most=1 + tolerance)
         self._laws[f"{kind}_mean_most"] = law(mean / limit, at_most=1 + tolerance)

@@ -91,28 +91,38 @@ VALUES: tuple[Any, ...] = (
     "\x00", "\ud800", "é" * 300, "x" * 5_000, "1", "null", "tiny", [], [[]], [None] * 50, ["a"] * 2_000, {}, {"a": {}},
     {"": ""}, {"type": "json_schema"}, {"type": "json_object"}, {"$ref": "#"}, [0, 1, 2], {"role": "user"},
 )  # fmt: skip
-TEXTS = (b"NaN", b"Infinity", b"-", b"1e999", b'"\\u', b'"\\ud800"', b"\xff", b"\xed\xa0\x80", b"[" * 3_000, b'{"a":' * 3_000,
-         b"\x00", b"//", b"'", b",", b":", b"}", b"]", b"9" * 6_000, b"\xef\xbb\xbf")  # fmt: skip
+TEXTS = (
+    b"NaN", b"Infinity", b"-", b"1e999", b'"\\u', b'"\\ud800"', b"\xff", b"\xed\xa0\x80", b"[" * 3_000,
+    b'{"a":' * 3_000, b"\x00", b"//", b"'", b",", b":", b"}", b"]", b"9" * 6_000, b"\xef\xbb\xbf",
+)  # fmt: skip
 HEADERS = (
     b"content-length: -1", b"content-length: 99999999999999999999", b"content-length: 5, 6", b"content-length: 0x10",
-    b"content-length: ", b"content-length: 3\r\ncontent-length: 4", b"transfer-encoding: chunked", b"transfer-encoding: gzip",
-    b"transfer-encoding: chunked, chunked", b"transfer-encoding: identity", b"content-encoding: gzip", b"expect: 100-continue",
-    b"expect: nonsense", b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: a",
+    b"content-length: ", b"content-length: 3\r\ncontent-length: 4", b"transfer-encoding: chunked",
+    b"transfer-encoding: gzip", b"transfer-encoding: chunked, chunked", b"transfer-encoding: identity",
+    b"content-encoding: gzip", b"expect: 100-continue", b"expect: nonsense",
+    b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: a",
     b"connection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAAP__", b"host: a\r\nhost: b",
     b"host: \x00", b"authorization: Bearer", b"authorization: Bearer \xff\xfe", b"authorization: Bearer sk-a-b",
-    b"authorization: Basic ====", b"x: " + b"y" * 20_000, b"\r\n".join(b"x-%d: y" % i for i in range(150)), b"no colon", b": empty",
-    b" folded", b"x\x00y: z", b"accept: " + b"a," * 900, b"accept: application/openmetrics-text; version=9999; q=a",
-    b"content-type: text/plain", b"content-type: application/json; charset=utf-99", b"content-type: multipart/form-data",
-    b"content-type: multipart/form-data; boundary=a", b"content-type: application/x-www-form-urlencoded", b"content-type: \xff",
-    b"x-request-id: \x7f", b"range: bytes=0-0,5-1", b"if-none-match: \"", b"cookie: a=b; =; \xff", b"origin: null",
-    b"forwarded: for=\"", b"x-forwarded-for: 1, 2", b"accept-encoding: gzip;q=nan", b"date: never", b"te: trailers",
+    b"authorization: Basic ====", b"x: " + b"y" * 20_000, b"\r\n".join(b"x-%d: y" % i for i in range(150)),
+    b"no colon", b": empty", b" folded", b"x\x00y: z", b"accept: " + b"a," * 900,
+    b"accept: application/openmetrics-text; version=9999; q=a", b"content-type: text/plain",
+    b"content-type: application/json; charset=utf-99", b"content-type: multipart/form-data",
+    b"content-type: multipart/form-data; boundary=a", b"content-type: application/x-www-form-urlencoded",
+    b"content-type: \xff", b"x-request-id: \x7f", b"range: bytes=0-0,5-1", b"if-none-match: \"",
+    b"cookie: a=b; =; \xff", b"origin: null", b"forwarded: for=\"", b"x-forwarded-for: 1, 2",
+    b"accept-encoding: gzip;q=nan", b"date: never", b"te: trailers",
 )  # fmt: skip
 PATHS = (
-    b"/", b"//", b"/%", b"/%00", b"/%ff", b"/..%2f..%2fetc/passwd", b"/v1/models/" + b"a" * 3_000, b"/v1/models/%e0%80", b"*", b"",
-    b"http://a/v1/models", b"/v1/chat/completions/", b"/v1/../admin/keys", b"/admin/keys/%2e%2e", b"/admin/usage?from=0001-01-01",
-    b"/admin/usage?from=%00", b"/admin/usage?to=9999-12-31", b"/v1/models?" + b"a=b&" * 500, b"/\xff", b"/v1/models#x", b"/metrics?name[]=%ff",
+    b"/", b"//", b"/%", b"/%00", b"/%ff", b"/..%2f..%2fetc/passwd", b"/v1/models/" + b"a" * 3_000,
+    b"/v1/models/%e0%80", b"*", b"", b"http://a/v1/models", b"/v1/chat/completions/", b"/v1/../admin/keys",
+    b"/admin/keys/%2e%2e", b"/admin/usage?from=0001-01-01", b"/admin/usage?from=%00", b"/admin/usage?to=9999-12-31",
+    b"/v1/models?" + b"a=b&" * 500, b"/\xff", b"/v1/models#x", b"/metrics?name[]=%ff",
 )  # fmt: skip
-METHODS = (b"GET", b"POST", b"PUT", b"DELETE", b"PATCH", b"HEAD", b"OPTIONS", b"TRACE", b"CONNECT", b"get", b"", b"A" * 100, b"\xff", b"PRI")  # fmt: skip
+SEPARATORS = (b"\r\n", b"\n", b"\x00", b" ", b"\xff", b"\t", b":")
+METHODS = (
+    b"GET", b"POST", b"PUT", b"DELETE", b"PATCH", b"HEAD", b"OPTIONS", b"TRACE", b"CONNECT", b"get", b"", b"A" * 100,
+    b"\xff", b"PRI",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
