@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import copy
 import json
 import random
 import re
@@ -216,7 +217,7 @@ class Draw:
             elif choice < 0.2 and isinstance(tree, dict):
                 tree[rng.choice(("", "a", "functions", "audio", "model", "messages", "stream", "\ud800"))] = tree[key]
             else:
-                tree[key] = rng.choice(VALUES)
+                tree[key] = copy.deepcopy(rng.choice(VALUES))
             return
 
     def _request(self, method: str, path: str, body: Any, headers: list[bytes] | None = None) -> bytes:
