@@ -2,8 +2,8 @@
 
 One node without peers, so that nothing but its own disk can restore what it acknowledged. Several clients edit keys of
 their own over HTTP, one edit each at a time; after each kill the node is started again, and all keys are compared with
-what was acknowledged. An edit without an answer may have happened or not, but not half of it: a change sets three limits
-to one number, a rotation makes one key and revokes another. Exit status 1 where one of these does not hold:
+what was acknowledged. An edit without an answer may have happened or not, but not half of it: a change sets three
+limits to one number, a rotation makes one key and revokes another. Exit status 1 where one of these does not hold:
 
   lost          no acknowledged edit is missing, and no revoked key works
   half_applied  no edit without an answer is there in part
@@ -32,7 +32,7 @@ EDITS_A_KILL_MIN = 50
 KEYS_MAX = 8  # of each client, so that lists stay short
 FAULTS_MAX = 20
 # The moments at which a node is killed: some within the first edit after its start, some after dozens.
-KILL_AFTER_S = (0.0, 1.0)
+KILL_AFTER_S = (0.0, 0.6)
 
 Verb = Literal["create", "change", "rotate", "revoke"]
 
@@ -128,8 +128,7 @@ class Editor:
             numbers[key_id] = key["requests_per_minute"]
         new = sorted(mine.keys() - self.keys.keys())
         gone = sorted(self.keys.keys() - mine.keys())
-        for key_id in mine.keys() & self.revoked.keys():
-            faults.append(("lost", f"the revocation of {key_id}"))
+        faults += [("lost", f"the revocation of {key_id}") for key_id in mine.keys() & self.revoked.keys()]
         for key_id, known in self.keys.items():
             allowed = {known.number}
             if edit is not None and edit.verb == "change" and edit.key_id == key_id:
