@@ -2,7 +2,7 @@
 
 A process of its own, so that who measures is not late, over connections that it keeps. On stdin, the JSON of Order,
 since it holds a key; on stdout, one JSON array [[answered at, node, status, tokens, seconds], …] in the order of the
-answers, by time.monotonic(), which all processes of a machine share. status 0: no answer.
+answers, by time.monotonic(), which all processes of a machine share. status 0: the connection failed; -1: no answer in time.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class _Hammer:
         status = tokens = 0
         stream: trio.SocketStream | None = None
         try:
-            with trio.move_on_after(ANSWER_TIMEOUT_S):
+            with trio.move_on_after(ANSWER_TIMEOUT_S) as patience:
                 free = self.idle.setdefault(node, [])
                 stream = free.pop() if free else await self._connect(node)
                 status, body, is_kept = await self._exchange(stream, node)
@@ -117,6 +117,8 @@ class _Hammer:
                 if is_kept:
                     free.append(stream)
                     stream = None
+            if patience.cancelled_caught:
+                status = -1
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, EOFError):
             status = 0
         finally:

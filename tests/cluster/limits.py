@@ -49,6 +49,7 @@ POLL_S = 0.02
 PARTS = ("effects", "requests", "tokens", "partition", "heal", "orders")
 # Before a load begins, so that its process runs.
 LEAD_S = 2.0
+FAULTS = {0: "connection failed", -1: "no answer in time"}
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}
 
 
@@ -152,7 +153,7 @@ class _Limits:
         waits.append(quantiles([outcome.seconds for outcome in outcomes if outcome.status == 200], 1e3))
         for outcome in outcomes:
             if outcome.status not in (200, 429):
-                self._faults[f"status {outcome.status}"] += 1
+                self._faults[FAULTS.get(outcome.status, f"status {outcome.status}")] += 1
         return [(outcome.at, outcome.tokens) for outcome in outcomes if outcome.status == 200]
 
     def _cost(self) -> int:
