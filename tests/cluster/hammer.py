@@ -2,7 +2,8 @@
 
 A process of its own, so that who measures is not late, over connections that it keeps. On stdin, the JSON of Order,
 since it holds a key; on stdout, one JSON array [[answered at, node, status, tokens, seconds], …] in the order of the
-answers, by time.monotonic(), which all processes of a machine share. status 0: the connection failed; -1: no answer in time.
+answers, by time.monotonic(), which all processes of a machine share. status 0: the connection failed; -1: it was too
+late.
 """
 
 from __future__ import annotations

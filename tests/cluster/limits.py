@@ -179,7 +179,7 @@ class _Limits:
         most = most_in_a_window([(at, 1) for at, _ in admitted])
         self._figures["partition"] = {"limit": options.limit, "most": most, "admitted": len(admitted)}
         self._laws["partition_most"] = law(most / options.limit, at_most=1.1)
-        self._wait_until_agreed()
+        self.wait_until_agreed()
 
     # Effects of edits.
 
@@ -212,7 +212,7 @@ class _Limits:
         self._until(401, token, seen)
         self._figures["refused_after_heal_s"] = round(time.monotonic() - healed, 3)
         self._laws["heal_s"] = law(time.monotonic() - seen, at_most=self._options.effect_s)
-        self._wait_until_agreed()
+        self.wait_until_agreed()
 
     def _orders_of_restarts(self) -> None:
         orders = list(itertools.permutations(range(len(self._nodes))))
@@ -230,7 +230,7 @@ class _Limits:
             meshes = [node.mesh for node in self._nodes]
             for index in order:
                 self._nodes[index].start(*(mesh for i, mesh in enumerate(meshes) if i != index), wait_until_ready=False)
-            self._wait_until_agreed()
+            self.wait_until_agreed()
             took.append(self._until(401, token, time.monotonic()))
             assert {self._chat(node, token)[0] for node in self._nodes} == {401}
         self._figures["orders"] = len(took)
@@ -244,7 +244,7 @@ class _Limits:
 
         return wait_for(lambda: all(sees(node) for node in self._nodes), "the sides see each other", AGREE_S)
 
-    def _wait_until_agreed(self) -> None:
+    def wait_until_agreed(self) -> None:
         expected = {node.name: "healthy" for node in self._nodes}
 
         def agreed() -> bool:
@@ -352,7 +352,7 @@ def _place(folder: Path, network_of: Network | None) -> Iterator[_Place]:
 def run(folder: Path, options: Options, net: Network | None = None) -> dict[str, Any]:
     with _place(folder, net) as place:
         measured = _Limits(place.nodes, net, options)
-        measured._wait_until_agreed()
+        measured.wait_until_agreed()
         return measured.run()
 
 
