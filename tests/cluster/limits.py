@@ -21,14 +21,13 @@ import argparse
 import itertools
 import json
 import random
-import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -369,13 +368,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--only", default=defaults.only, help=f"some of {','.join(PARTS)}")
     options = Options(**vars(parser.parse_args()))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        net = None
         try:
-            with network(NODES, {}) as net:
-                figures = run(Path(folder), options, net)
-        except NamespacesUnavailable as exc:
-            print(f"no partitions: {exc}", file=sys.stderr)
-            figures = run(Path(folder), options)
+            net = stack.enter_context(network(NODES, {}))
+        except (NamespacesUnavailable, OSError) as exc:  # root may lack the right to make them, as in containers
+            progress(f"no partitions: {exc}")
+        figures = run(Path(folder), options, net)
     finish(figures)
 
 
