@@ -515,3 +515,16 @@ async def test_a_server_is_in_use_while_clients_are_connected_or_were_lately(clo
         assert not served.server.has_idle
         await trio.sleep(RECENT_REQUEST_S)
         assert not served.server.is_in_use
+
+
+async def test_a_websocket_is_refused_and_its_connection_goes_on_to_be_bounded(clock: trio.testing.MockClock) -> None:
+    async with serving() as served:
+        client = await served.connect()
+        upgrade = b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n"
+        await client.send_all(
+            b"GET /short HTTP/1.1\r\nhost: a\r\n%ssec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n" % upgrade
+        )
+        assert (await client.receive_some()).startswith(b"HTTP/1.1 403")
+        await wait_until(lambda: served.connections == 0)
+        assert served.application.ended == []
+        assert served.closed == {}

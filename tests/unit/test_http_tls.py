@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import ssl
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
 
-from nodes.certificate import WATCH_INTERVAL_S, Certificate
+from nodes import certificate as certificate_module
+from nodes.certificate import Certificate
 from nodes.config import ConfigInvalid
 from nodes.http_connection import HANDSHAKE, HEAD_TIMEOUT_S, NOT_READING, WRITE_TIMEOUT_S
 from tests.unit.certificates import client_context, common_name, write_certificate
-from tests.unit.test_http_server import GET, LONG, THRESHOLD_S, H2Client, Served, serving, wait_until
+from tests.unit.test_http_server import GET, LARGE_BYTES, LONG, THRESHOLD_S, H2Client, Served, serving, wait_until
 
 LONG_GET = b"GET /long HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n"
 
@@ -28,6 +30,18 @@ def clock(autojump_clock: trio.testing.MockClock) -> trio.testing.MockClock:
 @pytest.fixture
 def certificate(tmp_path: Path) -> Certificate:
     return Certificate(*write_certificate(tmp_path, "first"), "1.2")
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are looked at often, on a real clock: threads read them, for which no other clock waits."""
+    monkeypatch.setattr(certificate_module, "WATCH_INTERVAL_S", 0.01)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(60):
+        while not condition():
+            await trio.sleep(0.01)
 
 
 async def connect(served: Served, *protocols: str, context: ssl.SSLContext | None = None) -> trio.SSLStream:  # type: ignore[type-arg]
@@ -81,7 +95,7 @@ async def test_http2_is_spoken_where_the_client_prefers_it(
 
 
 async def test_a_renewed_certificate_is_for_new_connections_and_running_ones_go_on(
-    clock: trio.testing.MockClock, certificate: Certificate, tmp_path: Path
+    soon: None, certificate: Certificate, tmp_path: Path
 ) -> None:
     async with serving(certificate=certificate) as served:
         former = await connect(served)
@@ -89,15 +103,14 @@ async def test_a_renewed_certificate_is_for_new_connections_and_running_ones_go_
         await ask(former)
         write_certificate(tmp_path, "second", days=60)
         expired_at = certificate.expires_at
-        await trio.sleep(4 * WATCH_INTERVAL_S)
-        assert certificate.expires_at > expired_at
+        await until(lambda: certificate.expires_at > expired_at)
         assert name_of(await connect(served)) == "second"
         assert (await ask(former)).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize("damage", ["no PEM", "another key", "gone"])
 async def test_a_bad_new_certificate_keeps_the_old_one_and_is_logged(
-    clock: trio.testing.MockClock,
+    soon: None,
     certificate: Certificate,
     tmp_path: Path,
     damage: str,
@@ -113,13 +126,15 @@ async def test_a_bad_new_certificate_keeps_the_old_one_and_is_logged(
         else:
             (tmp_path / "key.pem").unlink()
         with caplog.at_level(logging.ERROR, "nodes.certificate"):
-            await trio.sleep(10 * WATCH_INTERVAL_S)
+            await until(lambda: bool(caplog.records))
+            await trio.sleep(0.1)  # it is not said again
         assert [record.message for record in caplog.records] == [
             "the new certificate cannot be used; the former one stays in use"
         ]
         assert name_of(await connect(served)) == "first"
-        write_certificate(tmp_path, "third")
-        await trio.sleep(4 * WATCH_INTERVAL_S)
+        expired_at = certificate.expires_at
+        write_certificate(tmp_path, "third", days=90)
+        await until(lambda: certificate.expires_at > expired_at)
         assert name_of(await connect(served)) == "third"
 
 
@@ -159,9 +174,12 @@ async def test_a_tls_client_that_does_not_read_is_closed(
     async with serving(certificate=certificate) as served:
         stream = await connect(served)
         await stream.send_all(b"GET /large HTTP/1.1\r\nhost: test\r\n\r\n")
-        await trio.sleep(WRITE_TIMEOUT_S + 5)
-        assert served.closed == {NOT_READING: 1}
+        await wait_until(lambda: served.application.sent_bytes > 0)
+        started = trio.current_time()
         await wait_until(lambda: served.connections == 0)
+        assert trio.current_time() - started < 2 * WRITE_TIMEOUT_S
+        assert served.closed == {NOT_READING: 1}
+        assert served.application.sent_bytes < LARGE_BYTES / 2
 
 
 async def test_an_idle_tls_connection_is_closed_softly_in_a_drain(
@@ -170,6 +188,7 @@ async def test_an_idle_tls_connection_is_closed_softly_in_a_drain(
     async with serving(certificate=certificate) as served:
         stream = await connect(served)
         await ask(stream)
+        await wait_until(lambda: served.server.has_idle)
         await trio.sleep(2.0)
         served.server.close_idle(1.0)
         assert await stream.receive_some() == b""  # the end, said by close_notify
