@@ -16,12 +16,14 @@ from collections.abc import Callable
 from typing import Any
 
 import trio
+from h2.exceptions import H2Error
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
+from hyperframe.exceptions import HyperframeError
 
 logger = logging.getLogger(__name__)
 
@@ -247,7 +249,11 @@ class Connection(TCPServer):
                 if head.cancelled_caught:
                     await self._refuse_slow_head()
                     continue
-                await self.protocol.handle(RawData(bytes(data)))
+                try:
+                    await self.protocol.handle(RawData(bytes(data)))
+                except (ValueError, H2Error, HyperframeError) as exc:  # of an upgrade to h2c, which it does not check
+                    self._refuse_bytes(exc)
+                    continue
                 if not data:
                     break
         except (trio.ClosedResourceError, trio.BrokenResourceError):
@@ -272,6 +278,11 @@ class Connection(TCPServer):
         """None before run()."""
         wrapper = getattr(self, "protocol", None)
         return None if wrapper is None else wrapper.protocol
+
+    def _refuse_bytes(self, fault: Exception) -> None:
+        logger.info("closed a connection whose client sent what is no HTTP", extra={"error.type": type(fault).__name__})
+        self._note_closed(FAULT)
+        self.stream.close_softly()
 
     async def _refuse_slow_head(self) -> None:
         logger.info("closed a connection whose client sends the head of a request too slowly")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from nodes.api.accounting import exchange_of
 
@@ -37,6 +38,10 @@ _TOO_MANY = (
     b'{"error": {"message": "more than %d headers", "type": "invalid_request_error", "param": null, '
     b'"code": "request_header_fields_too_large"}}' % HEADERS_MAX
 )
+_NO_PATH = (
+    b'{"error": {"message": "the request\'s target has no path", "type": "invalid_request_error", "param": null, '
+    b'"code": "bad_request"}}'
+)
 
 
 class ResponseHeaders:
@@ -59,6 +64,8 @@ class ResponseHeaders:
 
         if len(scope["headers"]) > HEADERS_MAX:
             await _answer(with_headers, 431, [(b"content-type", b"application/json")], _TOO_MANY)
+        elif not _has_path(scope["path"]):
+            await _answer(with_headers, 400, [(b"content-type", b"application/json")], _NO_PATH)
         elif allowed and scope["method"] == "OPTIONS" and _header(scope, b"access-control-request-method"):
             exchange_of(scope).route = "preflight"
             await _answer(with_headers, 204, _preflight(scope))
@@ -73,6 +80,14 @@ class ResponseHeaders:
         if b"*" in self._origins:
             return b"*" if origin else b""
         return origin if origin in self._origins else b""
+
+
+def _has_path(target: str) -> bool:
+    """quart does not look; it takes a whole URL for its path."""
+    try:
+        return target.startswith("/") or bool(urlsplit(target).path)
+    except ValueError:
+        return False
 
 
 def _missing(present: Any, allowed: bytes) -> list[tuple[bytes, bytes]]:

@@ -528,3 +528,18 @@ async def test_a_websocket_is_refused_and_its_connection_goes_on_to_be_bounded(c
         await wait_until(lambda: served.connections == 0)
         assert served.application.ended == []
         assert served.closed == {}
+
+
+@pytest.mark.parametrize("settings", [b"AAMAAABkAAQAAP__ folded", b"A", b"AAMAAABk", b"////////"])
+async def test_an_upgrade_to_http2_with_bad_settings_ends_its_connection_alone(
+    clock: trio.testing.MockClock, settings: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving() as served:
+        client = await served.connect()
+        upgrade = b"connection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: "
+        await client.send_all(b"GET /short HTTP/1.1\r\nhost: a\r\n%s%s\r\n\r\n" % (upgrade, settings))
+        with trio.move_on_after(KEEP_ALIVE_TIMEOUT_S / 2):
+            await read_to_end(client)
+        await wait_until(lambda: served.connections == 0)
+        assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+        await ask(await served.connect())

@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+import trio
 
 from nodes.api.response_headers import HEADERS_MAX, STRICT
 from tests.unit.scripted_api import ANSWER, BODY, Api, ScriptedDispatch
@@ -96,3 +97,34 @@ async def test_headers_are_limited_in_number(count: int, status: int) -> None:
     assert response.status_code == status
     if status == 431:
         assert response.json()["error"]["code"] == "request_header_fields_too_large"
+
+
+@pytest.mark.parametrize(("target", "status"), [("", 400), ("http://[", 400), ("http://a", 400), ("*", 404)])
+async def test_a_target_without_a_path_is_refused(target: str, status: int) -> None:
+    api = Api(ScriptedDispatch())
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b""}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "GET",
+        "scheme": "http",
+        "path": target,
+        "raw_path": target.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(b"host", b"a")],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 2),
+        "extensions": {},
+    }
+    with trio.fail_after(10):
+        await api.app(scope, receive, send)
+    assert sent[0]["status"] == status
