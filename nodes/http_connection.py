@@ -253,7 +253,7 @@ class Connection(TCPServer):
                     await self.protocol.handle(RawData(bytes(data)))
                 except (ValueError, H2Error, HyperframeError) as exc:  # of an upgrade to h2c, which it does not check
                     self._refuse_bytes(exc)
-                    continue
+                    await trio.lowlevel.checkpoint()
                 if not data:
                     break
         except (trio.ClosedResourceError, trio.BrokenResourceError):
@@ -282,7 +282,7 @@ class Connection(TCPServer):
     def _refuse_bytes(self, fault: Exception) -> None:
         logger.info("closed a connection whose client sent what is no HTTP", extra={"error.type": type(fault).__name__})
         self._note_closed(FAULT)
-        self.stream.close_softly()
+        self.abort()  # the protocol is in no state to go on, or to be told of an end
 
     async def _refuse_slow_head(self) -> None:
         logger.info("closed a connection whose client sends the head of a request too slowly")
