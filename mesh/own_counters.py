@@ -107,6 +107,11 @@ class OwnCounters:
         row = self._rows.get(key)
         return row.window.expiries() if row else iter(())
 
+    def last_expiry(self, key: str) -> float | None:
+        """Of what this node used; see Window."""
+        row = self._rows.get(key)
+        return row.window.last_expiry if row else None
+
     def totals(self) -> Iterator[tuple[str, Totals]]:
         """Of this generation, by key."""
         return ((key, row.totals) for key, row in self._rows.items())

@@ -109,6 +109,15 @@ def serve(
     http_connections_max: Annotated[
         int | None, typer.Option(metavar="N", help="connections at once [3/4 of ulimit -n, <= 10000]")
     ] = None,
+    tls_cert_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM certificate and chain: HTTPS, read again when it changes")
+    ] = None,
+    tls_key_file: Annotated[Path | None, typer.Option(metavar="FILE", help="PEM key of the certificate")] = None,
+    tls_min: Annotated[str | None, typer.Option(metavar="1.2|1.3", help="oldest version of TLS [1.2]")] = None,
+    cors_origins: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="whose web pages may call /v1; repeatable [none]"),
+    ] = None,
     config: ConfigFile = None,
 ) -> None:
     """Run one node until SIGTERM or Ctrl-C, which let running streams finish first."""

@@ -33,7 +33,12 @@ def mesh_figures(
     dispatch: DispatchStatistics,
     http: HttpStatistics,
     usage: UsageFigures,
+    certificate_expires_at: float | None,
 ) -> Mapping[str, Figure]:
+    """certificate_expires_at: seconds since 1970; None where there is no TLS, and the figure is left out."""
+    certificate = (
+        {} if certificate_expires_at is None else {"tls_certificate_expiry_timestamp_seconds": certificate_expires_at}
+    )
     sent = {("out", kind): float(count) for kind, count in gossip.packets_sent.items()}
     received = {("in", kind): float(count) for kind, count in gossip.packets_received.items()}
     return {
@@ -66,4 +71,5 @@ def mesh_figures(
         "link_rejected": links.rejected,
         "link_broken": links.broken_links,
         "link_cancels": links.cancels_sent,
+        **certificate,
     }

@@ -44,6 +44,7 @@ from nodes import embedding_codec, peer_questions
 from nodes.api.admin_access import AdminAccess
 from nodes.api.app import build_app
 from nodes.api.services import Services
+from nodes.certificate import Certificate
 from nodes.cluster_metrics import QUESTION_METRICS, ClusterMetrics
 from nodes.config import ConfigInvalid, NodeConfig, is_loopback
 from nodes.dispatch import Dispatch
@@ -116,8 +117,9 @@ class Node:
         admin_token: str,
         store: Store,
         records: list[Record],
+        certificate: Certificate | None = None,
     ) -> None:
-        """records: those of the store."""
+        """records: those of the store. certificate: None serves plain HTTP."""
         self._config = config
         self._generation = generation
         self._keep_generation = keep_generation
@@ -242,7 +244,10 @@ class Node:
             counts=self._dispatch.counts,
         )
         self._http_address = bound_address(config.http, sockets.http)
-        self._http = HttpServer(build_app(self._services()), sockets.http, connections_max(config.http_connections_max))
+        self._certificate = certificate
+        self._http = HttpServer(
+            build_app(self._services()), sockets.http, connections_max(config.http_connections_max), certificate
+        )
         self._drain = Drain(
             self._http,
             self._dispatch,
@@ -317,6 +322,7 @@ class Node:
             key_admin=self._access.key_admin,
             events=self._events,
             member_views=self._member_views,
+            cors_origins=config.cors_origins,
         )
 
     # What lives while the node does.
@@ -559,6 +565,7 @@ class Node:
                 self._dispatch.statistics(),
                 self._http.statistics(),
                 self._access.figures(),
+                None if self._certificate is None else self._certificate.expires_at,
             ),
             nodes_expected=self._config.nodes_expected,
             log_lines_dropped=self._log_writer.lines_dropped,

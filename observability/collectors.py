@@ -148,6 +148,11 @@ MESH_FAMILIES = (
     ),
     Family("usage_sections", "counter", "Usage of API keys told to peers and heard of them.", ("direction",)),
     Family("usage_rows", "gauge", "Counters of peers' API key usage held in memory, one a node and key."),
+    Family(
+        "tls_certificate_expiry_timestamp_seconds",
+        "gauge",
+        "When the HTTP certificate in use expires, seconds since 1970.",
+    ),
     Family("links", "gauge", "Peer links up, opened by either side."),
     Family("link_streams_open", "gauge", "Streams open on peer links, opened and served ones."),
     Family("link_streams", "counter", "Streams begun on peer links, by role (opened, served).", ("role",)),

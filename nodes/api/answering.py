@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -33,6 +34,7 @@ NODE_HEADER = "x-ai-cluster-node"
 # Reserved of a key's tokens per minute for an answer whose request does not bound it.
 ANSWER_TOKENS_EXPECTED = 256
 FINGERPRINT_CHARS = 10  # of OpenAI's own are as many
+_CONTENT_TYPE = re.compile(r"[a-z0-9.+-]{1,40}/[a-z0-9.+-]{1,60}")
 
 JsonObject = dict[str, Any]
 
@@ -74,8 +76,9 @@ def check_content_type(mimetype: str) -> None:
 
     Raises RequestInvalid."""
     if mimetype != "application/json":
+        shown = mimetype if _CONTENT_TYPE.fullmatch(mimetype) else "missing or none"
         raise RequestInvalid(
-            f"the content type is {mimetype[:100] or 'missing'}; send content-type: application/json",
+            f"the content type is {shown}; send content-type: application/json",
             code="unsupported_media_type",
             status=415,
         )

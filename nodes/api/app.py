@@ -23,6 +23,7 @@ from nodes.api import (
 )
 from nodes.api.accounting import Accounting, exchange_of
 from nodes.api.errors import api_error
+from nodes.api.response_headers import ResponseHeaders
 from nodes.api.services import Services
 
 logger = logging.getLogger(__name__)
@@ -66,4 +67,4 @@ def build_app(services: Services) -> Accounting:
     keys.register(app, services.key_admin)
     openapi.register(app, services)
     web.register(app)
-    return Accounting(app, services.metrics)  # type: ignore[arg-type]
+    return Accounting(ResponseHeaders(app, services.cors_origins), services.metrics)

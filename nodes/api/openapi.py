@@ -42,7 +42,6 @@ LINES = "application/x-ndjson"
 # The page is made here and has no script; nothing else may be loaded by it.
 PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
 }
 
 ERRORS = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,3 +52,4 @@ class Services:
     key_admin: KeyAdmin
     events: EventFeed
     member_views: MemberViews
+    cors_origins: Sequence[str] = ()

@@ -172,6 +172,7 @@ class Api:
         cluster: ClusterView | None = None,
         is_open: bool = True,
         embeddings: ScriptedEmbeddings | None = None,
+        cors_origins: tuple[str, ...] = (),
     ) -> None:
         self.dispatch = dispatch
         self.embeddings = embeddings or ScriptedEmbeddings()
@@ -209,6 +210,7 @@ class Api:
                 key_admin=self.access.admin,
                 events=self.events,
                 member_views=MemberViews(lambda: cluster, no_peer),
+                cors_origins=cors_origins,
             )
         )
         self.app = app

@@ -14,6 +14,7 @@ import trio
 
 from mesh.seal import key_id
 from mesh.view import MemberStatus
+from nodes.access.gate import FAILURES_MAX, LimitReached, Unauthorized
 from nodes.api.admin_access import AdminAccess
 from nodes.api.app import build_app
 from nodes.api.services import Services
@@ -180,3 +181,15 @@ async def test_what_a_later_versions_node_answers_is_shown_whatever_it_is() -> N
 def test_ids_of_keys_are_what_people_see_everywhere() -> None:
     assert key_id(NEW).hex() == NEW_ID.hex()
     assert len(NEW_ID.hex()) == 8
+
+
+async def test_guessing_the_token_is_slowed_by_address(autojump_clock: trio.testing.MockClock) -> None:
+    access = AdminAccess(TOKEN)
+    for _ in range(FAILURES_MAX - 1):
+        with pytest.raises(Unauthorized):
+            access.authorize("Bearer wrong", "192.0.2.7")
+    with pytest.raises(LimitReached):
+        access.authorize("Bearer wrong", "192.0.2.7")
+    access.authorize(f"Bearer {TOKEN}", "192.0.2.7")  # the right one always works
+    with pytest.raises(Unauthorized):
+        access.authorize("Bearer wrong", "192.0.2.8")

@@ -47,7 +47,7 @@ def test_every_route_is_described_and_no_other() -> None:
     app: Any = Api(ScriptedDispatch()).app
     served = {
         (method.lower(), re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule))
-        for rule in app._app.url_map.iter_rules()
+        for rule in app._app._app.url_map.iter_rules()
         for method in rule.methods - {"HEAD", "OPTIONS"}
     }
     described = {(method, path) for path, methods in DOCUMENT["paths"].items() for method in methods}
