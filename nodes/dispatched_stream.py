@@ -64,7 +64,7 @@ class _Exclusion:
 
 class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
     """path: the nodes that generated it, in order. moves: how it came from one to the next, hedges that won included.
-    failovers: moves since its first event.
+    failovers: moves since its first event. first_token_s: from the request to its first event; None before.
 
     Holds no nursery, so it may cross from a handler to a response body. Closing it cancels the generation."""
 
@@ -81,6 +81,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         self.path: list[str] = []
         self.moves: list[Move] = []
         self.failovers = 0
+        self.first_token_s: float | None = None
         self._attempts = attempts
         self._request = request
         self._route = RouteRequest(request.model, request.text_bytes(), blocks=blocks)
@@ -247,7 +248,8 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         now = trio.current_time()
         if not self._has_begun:
             self._has_begun = True
-            self._attempts.note_first_token(self._request.model, now - self._opened_at)
+            self.first_token_s = now - self._opened_at
+            self._attempts.note_first_token(self._request.model, self.first_token_s)
             info = self._attempt.member.model(self._request.model)
             self._fingerprint = info.fingerprint if info else ""
         self._ids += event.token_ids

@@ -121,6 +121,7 @@ async def answer(
     admission = await admit(services, exchange, caller, asked)
     try:
         choices = await open_generation(services, exchange, caller, asked)
+        outcome.note_streams(choices.streams, services.node_id)
         writer = _Writer(services, exchange, outcome, asked, form, choices, admission)
         return await (writer.streamed() if asked.is_stream else writer.whole())
     except RequestInvalid as exc:

@@ -11,7 +11,11 @@ from nodes.access.gate import LimitReached, Unauthorized
 from nodes.api.accounting import Exchange
 from nodes.api.errors import api_error
 from nodes.api.services import ApiMetrics
+from nodes.dispatched_stream import DispatchedStream
 from nodes.generation import GenerateEvent, RequestInvalid, Usage
+
+# Nodes named on a request's log line; a request that moved more often tells how often.
+PATH_NODES_MAX = 16
 
 
 class Outcome:
@@ -25,11 +29,17 @@ class Outcome:
         self.model = "unknown"
         self.is_stream = False
         self.status = "cancelled"  # until an end is reached
+        self._streams: Sequence[DispatchedStream] = ()
+        self._entry = ""
         exchange.on_end = self._count
 
     def note_request(self, model: str, is_stream: bool) -> None:
         self.model, self.is_stream = model, is_stream
         self._exchange.log_fields |= {"model": model, "key_id": self.key_id}
+
+    def note_streams(self, streams: Sequence[DispatchedStream], entry: str) -> None:
+        """Whose way is told on the log line, however the request ends. entry: the node that was asked."""
+        self._streams, self._entry = streams, entry
 
     def failed(self, error: Exception) -> None:
         self.status = _failure_status(error)
@@ -47,6 +57,7 @@ class Outcome:
 
     def _count(self, is_complete: bool) -> None:
         status = "cancelled" if self.status == "success" and not is_complete else self.status
+        self._exchange.log_fields |= {"outcome": status} | _way(self._streams, self._entry)
         self._metrics.api_key_request(self.key_id, status)
         if self.is_stream:
             self._metrics.streaming_finished(self.model, status, trio.current_time() - self._started)
@@ -70,6 +81,22 @@ def usage_object(usage: Usage) -> dict[str, object]:
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
+
+
+def _way(streams: Sequence[DispatchedStream], entry: str) -> dict[str, object]:
+    """Log fields: the nodes that were given the request, in order, and what the client waited for its first token."""
+    if not streams:
+        return {}
+    nodes = [node_id for stream in streams for node_id in stream.path]
+    path = nodes if len(streams) == 1 else list(dict.fromkeys(nodes))
+    left_out = len(path) - PATH_NODES_MAX
+    waits_s = [stream.first_token_s for stream in streams if stream.first_token_s is not None]
+    fields: dict[str, object] = {
+        "path": ",".join(path[:PATH_NODES_MAX]) + (f",+{left_out}" if left_out > 0 else ""),
+        "hops": sum(node_id != entry for node_id in nodes),
+        "failovers": sum(stream.failovers for stream in streams),
+    }
+    return fields | ({"time_to_first_token_ms": round(min(waits_s) * 1000, 3)} if waits_s else {})
 
 
 def _failure_status(error: Exception) -> str:

@@ -47,7 +47,11 @@ class ScriptedStream(trio.abc.ReceiveChannel[GenerateEvent]):
     def __init__(self, script: Sequence[Step]) -> None:
         self.node_id = "b"
         self.moves: list[Move] = []
+        self.path: list[str] = ["b"]
+        self.failovers = 0
+        self.first_token_s: float | None = None
         self.is_closed = False
+        self._opened_at = trio.current_time()
         self._script = list(script)
         self._resume_at = 0.0
 
@@ -65,6 +69,8 @@ class ScriptedStream(trio.abc.ReceiveChannel[GenerateEvent]):
             if isinstance(step, Exception):
                 raise step
             if isinstance(step, GenerateEvent):
+                if self.first_token_s is None:
+                    self.first_token_s = trio.current_time() - self._opened_at
                 return step
         raise trio.EndOfChannel
 

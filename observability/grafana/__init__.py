@@ -1,0 +1,1 @@
+"""Grafana's dashboards, made of one description: `python -m observability.grafana` writes dashboards/*.json."""
