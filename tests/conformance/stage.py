@@ -11,6 +11,8 @@ What a client's tests may ask for is asked over HTTP on loopback, since they run
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -26,7 +28,9 @@ from typing import Any
 from tests.cluster.mesh import Mesh, NodeProcess, wait_for
 
 MODEL = "demo"
-EMBEDDING_MODEL = "demo-embeddings"
+EMBEDDING_MODEL = "encoder"
+ENCODER_MODULE = "nodes.model_tools.random_encoder"
+BUILT_IN = Path(__file__).parents[2] / "nodes" / "models" / "demo"
 EXECUTOR_TIMEOUT_S = 20.0
 CLI_TIMEOUT_S = 60.0
 EMBEDDINGS_PATH = "/v1/embeddings"
@@ -44,10 +48,21 @@ class Stage:
         self._lock = threading.Lock()
 
     def start(self) -> None:
+        models = self._models()
         self.mesh.add("--no-model", *self._options)
-        self.mesh.add(*self._options)
-        self.mesh.add(*self._options)
+        self.mesh.add(*models, *self._options)
+        self.mesh.add(*models, *self._options)
         self.mesh.wait_until_agreed()
+
+    def _models(self) -> tuple[str, ...]:
+        """An embedding model beside the built-in one, as soon as this version can make one."""
+        if importlib.util.find_spec(ENCODER_MODULE) is None:
+            return ()
+        encoders: Any = importlib.import_module(ENCODER_MODULE)
+        folder = self.mesh.folder / EMBEDDING_MODEL
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        encoders.write_random_encoder(folder, encoders.EncoderShape(context=128))
+        return ("--model", f"{BUILT_IN}={MODEL}", "--model", f"{folder}={EMBEDDING_MODEL}")
 
     def close(self) -> None:
         for thread in self._reviving:
