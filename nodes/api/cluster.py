@@ -13,8 +13,8 @@ from quart import Quart, Response
 from mesh.view import ClusterView, MemberStatus, MemberView, NodeStatus
 from nodes.api.services import Services
 
-# However many clients follow events, the status is made so often at most; with many members, whose status takes longer to make,
-# less often: two hundredths of the time at most.
+# However many clients follow events, the status is made so often at most; with many members, whose status takes longer
+# to make, less often: two hundredths of the time at most.
 STATUS_REUSE_S = 0.2
 STATUS_REUSE_MEMBER_S = 0.002
 # The prompt for which a node's time to first token is told; what it has cached would make that shorter.
