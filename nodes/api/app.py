@@ -61,7 +61,7 @@ def build_app(services: Services) -> Accounting:
     models.register(app, services)
     operations.register(app, services)
     status = cluster.status_source(services)
-    cluster.register(app, services, status)
+    cluster.register(app, services)
     cluster_events.register(app, services, status)
     admin.register(app, services)
     keys.register(app, services.key_admin)

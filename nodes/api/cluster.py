@@ -14,8 +14,8 @@ from quart import Quart, Response, jsonify
 from mesh.view import ClusterView, MemberStatus, MemberView, NodeStatus
 from nodes.api.services import Services
 
-# However many clients watch, the status is made so often at most; with many members, whose status takes longer to make,
-# less often: two hundredths of the time at most.
+# However many clients follow events, the status is made so often at most; with many members, whose status takes longer
+# to make, less often: two hundredths of the time at most.
 STATUS_REUSE_S = 0.2
 STATUS_REUSE_MEMBER_S = 0.002
 # The prompt for which a node's time to first token is told; what it has cached would make that shorter.
@@ -25,12 +25,11 @@ SD_LABEL_NODE = "__meta_ai_cluster_node"
 SD_LABEL_CLUSTER = "__meta_ai_cluster_name"
 
 
-def register(app: Quart, services: Services, status: Callable[[], bytes]) -> None:
-    """status: the body of /cluster/status."""
-
+def register(app: Quart, services: Services) -> None:
     @app.get("/cluster/status")
     async def cluster_status() -> Response:
-        return Response(status(), 200, content_type="application/json")
+        # As of now: who asks once decides by it.
+        return Response(_encoded(services, services.view()), 200, content_type="application/json")
 
     @app.get("/cluster/sd")
     async def service_discovery() -> Response:
@@ -62,7 +61,7 @@ def _http_target(member: MemberView) -> str:
 
 
 def status_source(services: Services) -> Callable[[], bytes]:
-    """Makes the body of /cluster/status, which may be a little old."""
+    """Makes the body of /cluster/status for followers; it may be a little old."""
     made, made_at = b"", -STATUS_REUSE_S
 
     def status() -> bytes:
@@ -71,10 +70,14 @@ def status_source(services: Services) -> Callable[[], bytes]:
         view = services.view()
         if not made or now - made_at >= max(STATUS_REUSE_S, STATUS_REUSE_MEMBER_S * len(view.members)):
             made_at = now
-            made = json.dumps(_cluster_status(services, view), separators=(",", ":")).encode()
+            made = _encoded(services, view)
         return made
 
     return status
+
+
+def _encoded(services: Services, view: ClusterView) -> bytes:
+    return json.dumps(_cluster_status(services, view), separators=(",", ":")).encode()
 
 
 def _cluster_status(services: Services, view: ClusterView) -> dict[str, Any]:
