@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -191,7 +192,9 @@ class Api:
             raise PeerUnavailable("no peer is there")
 
         async def render_metrics(accept: str, accept_encoding: str) -> Exposition:
-            return Exposition("text/plain", b"metrics\n", "gzip" if "gzip" in accept_encoding else "")
+            if "gzip" in accept_encoding:
+                return Exposition("text/plain", gzip.compress(b"metrics\n"), "gzip")
+            return Exposition("text/plain", b"metrics\n")
 
         async def render_cluster_metrics(accept_encoding: str) -> Exposition:
             return Exposition("text/plain", b"cluster metrics\n")

@@ -111,7 +111,7 @@ async def test_what_is_no_request_is_refused_by_name(fields: dict[str, Any], par
 
 async def test_token_ids_are_bounded_in_all() -> None:
     api = api_of()
-    api.app._app.config["MAX_CONTENT_LENGTH"] = 10**7  # type: ignore[attr-defined]
+    api.app._app._app.config["MAX_CONTENT_LENGTH"] = 10**7  # type: ignore[attr-defined]
     response = await api.embed(input=[[1] * 2000] * (INPUT_IDS_TOTAL_MAX // 2000 + 1))
     assert response.status_code == 400
     assert str(INPUT_IDS_TOTAL_MAX) in response.json()["error"]["message"]

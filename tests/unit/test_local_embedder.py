@@ -34,7 +34,9 @@ class Told:
     def first_token(self, model: str, seconds: float) -> None:
         raise AssertionError("embeddings have no first token")
 
-    def finished(self, model: str, status: str, seconds: float, prompt_tokens: int, completion_tokens: int) -> None:
+    def finished(
+        self, model: str, status: str, seconds: float, prompt_tokens: int, completion_tokens: int, *others: object
+    ) -> None:
         self.ended.append((model, status, prompt_tokens, completion_tokens))
 
 
