@@ -1,20 +1,22 @@
-# make run | test | lint | bench | soak: each works on a fresh clone with Python >= 3.11 (with pip and venv) and make.
+# make run | test | lint | conformance | bench | soak: each works on a fresh clone with Python >= 3.11 (with pip and venv) and make.
 
 PYTHON ?= python3
 VENV   ?= .venv
 NODES  ?= 3
 BIN    := $(VENV)/bin
 
-.PHONY: run test lint bench bench-gossip chaos soak fuzz fuzz-guided lock clean
+.PHONY: run test lint conformance bench bench-gossip chaos soak fuzz fuzz-guided browser-tools screenshots lock conformance-lock clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make run     three nodes with the built-in model on 127.0.0.1:8080-8082, until Ctrl-C (NODES=N for more)"
 	@echo "make test    every test; make lint: ruff, mypy --strict, import contracts; make bench: the benchmark"
+	@echo "make conformance   real clients at pinned versions against three nodes, and /openapi.json by schemathesis (8 minutes)"
 	@echo "make soak    20,000 generations on a tiny model: does the engine's memory stay flat? (some minutes)"
 	@echo "make bench-gossip   gossip of N=10 processes beside serf's, in network namespaces (root; half an hour)"
 	@echo "make chaos   500 streams while nodes are killed and stopped, overload, rude clients, forwarding (a quarter of an hour)"
 	@echo "make fuzz    a million random and mutated inputs to every decoder (a quarter of an hour); make fuzz-guided: by coverage"
+	@echo "make browser-tools   what tests/browser needs beside Debian's chromium (npm); make screenshots: docs/images anew"
 	@echo "make lock    compute requirements.lock anew from pyproject.toml; make clean: remove the environment"
 
 # The lock pins every package with its hash; the stamps make the install happen once per change of it.
@@ -39,6 +41,11 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Each client in an environment of its own below .conformance/, Node included. CLIENTS="openai_node ai_sdk" for some.
+CLIENTS ?=
+conformance: $(VENV)/.installed
+	$(BIN)/python -m tests.conformance $(CLIENTS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m tests.benchmark.slice
@@ -71,11 +78,23 @@ fuzz-guided:
 	for subject in section link datagram; do \
 	  $(VENV)-fuzz/bin/python -m tests.fuzz.guided $$subject -max_total_time=$(FUZZ_SECONDS) -max_len=2048 || exit 1; done
 
+# Accessibility is judged by axe-core, which git does not hold. Playwright is in the lock; the browser is the system's.
+AXE ?= 4.14.1
+browser-tools:
+	npm install --prefix .cache/npm --no-save --ignore-scripts --no-audit --no-fund --loglevel error axe-core@$(AXE)
+
+screenshots: $(VENV)/.installed
+	$(BIN)/python -m tests.browser.screenshots
+
 lock:
 	$(PYTHON) -m venv $(VENV)-lock && $(VENV)-lock/bin/python -m pip install --quiet uv
 	$(VENV)-lock/bin/uv pip compile pyproject.toml --extra test --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-emit-find-links --no-header --no-annotate -o requirements.lock
 	rm -rf $(VENV)-lock
 
+# After a version was changed in a requirements.in or package.json of tests/conformance: no address of a registry is kept.
+conformance-lock: $(VENV)/.installed
+	$(BIN)/python -m tests.conformance.lock
+
 clean:
-	rm -rf $(VENV) $(VENV)-lock $(VENV)-fuzz build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lock $(VENV)-fuzz .conformance build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

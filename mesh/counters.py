@@ -74,6 +74,11 @@ class Window:
         if over:
             del self._buckets[:over]
 
+    @property
+    def last_expiry(self) -> float | None:
+        """When all will have been let go; None where nothing is held."""
+        return (self._buckets[-1][0] + 1) * self._bucket_s + WINDOW_S if self._buckets else None
+
     def expiries(self) -> Iterator[tuple[float, int, int]]:
         """(when, requests, tokens) that will be let go, the earliest first."""
         return (
@@ -233,6 +238,11 @@ class PeerCounters:
         """Of what all other nodes used; see Window."""
         of_key = self._keys.get(key)
         return of_key.window.expiries() if of_key else iter(())
+
+    def last_expiry(self, key: str) -> float | None:
+        """Of what all other nodes used; see Window."""
+        of_key = self._keys.get(key)
+        return of_key.window.last_expiry if of_key else None
 
     def totals(self, node_id: str, key: str) -> Totals:
         """Over all generations of that node. Never falls while the row is kept."""

@@ -56,6 +56,7 @@ class OwnCounters:
 
     def __init__(self, generation: int) -> None:
         self.generation = generation
+        self.sections_told = 0  # those that say something
         self._sequence = 0
         self._rows: dict[str, _OwnRow] = {}
         self._changed: OrderedDict[str, None] = OrderedDict()  # in the order of the first change not told
@@ -105,6 +106,11 @@ class OwnCounters:
         """Of what this node used; see Window."""
         row = self._rows.get(key)
         return row.window.expiries() if row else iter(())
+
+    def last_expiry(self, key: str) -> float | None:
+        """Of what this node used; see Window."""
+        row = self._rows.get(key)
+        return row.window.last_expiry if row else None
 
     def totals(self) -> Iterator[tuple[str, Totals]]:
         """Of this generation, by key."""
@@ -158,6 +164,7 @@ class OwnCounters:
             self._changed.pop(key, None)
             self._told[key] = None
             self._told.move_to_end(key)
+        self.sections_told += bool(told)
         return b"".join(parts) if told else b""
 
     def _next_keys(self, now: float) -> Iterator[str]:

@@ -23,7 +23,7 @@ from mesh.own_dispatches import Ledger, OwnDispatch
 from mesh.prefix_digests import OwnMark, PrefixDigests
 from mesh.retry_after import RETRY_AFTER_MAX_S, RETRY_AFTER_MIN_S, RetryQueue
 from mesh.stale_reports import DispatchRate, water_level
-from mesh.view import ClusterView, MemberView, ModelInfo, ModelLoad
+from mesh.view import GENERATION, ClusterView, MemberView, ModelInfo, ModelLoad
 
 __all__ = ["RETRY_AFTER_MAX_S", "RETRY_AFTER_MIN_S", "OwnDispatch", "RouteRequest", "Router"]
 
@@ -49,7 +49,8 @@ class RouteRequest:
     """What is to be placed. prompt_bytes: size of its text. exclude: node ids that failed it already. blocks: names of
     the beginnings of its conversation, shortest first. fingerprint: of the one model it may go to; empty for any.
     is_resumed: another node has begun the answer; engines take it beyond a full queue, which has its own bound there.
-    ticket: equal for the same request sent again by the same client; empty: its size and blocks tell."""
+    ticket: equal for the same request sent again by the same client; empty: its size and blocks tell. kind: of the
+    model."""
 
     model: str
     prompt_bytes: int
@@ -58,6 +59,7 @@ class RouteRequest:
     fingerprint: str = ""
     ticket: str = ""
     is_resumed: bool = False
+    kind: str = GENERATION
 
 
 @dataclass(slots=True)
@@ -104,7 +106,7 @@ class Router:
         retry_after_s is then a promise, and whoever comes back at that time goes before new requests.
         """
         self._now = now
-        owners = _owners(view, request.model)
+        owners = _owners(view, request)
         if not owners:
             raise ModelUnknown(f"no node has a model named {request.model[:MODEL_NAME_CHARS_SHOWN]!r}")
         placeable: list[_Placeable] = []
@@ -162,7 +164,7 @@ class Router:
     def refused(self, view: ClusterView, request: RouteRequest, now: float) -> NoCapacity:
         """What to raise when the nodes tried (request.exclude) had no place after all: with a promise as rank()'s."""
         self._now = now
-        owners = _owners(view, request.model)
+        owners = _owners(view, request)
         ready = [(member, info, *self._load_of(member, info, view.now)) for member, info in owners]
         return self._no_capacity(view, request, owners, [], ready)
 
@@ -302,11 +304,11 @@ class Router:
         return traffic
 
 
-def _owners(view: ClusterView, model: str) -> list[tuple[MemberView, ModelInfo]]:
+def _owners(view: ClusterView, request: RouteRequest) -> list[tuple[MemberView, ModelInfo]]:
     owners = []
     for member in view.members.values():
         for info in member.profile.models:
-            if info.name == model:
+            if info.name == request.model and info.kind == request.kind:
                 owners.append((member, info))
                 break
     return owners

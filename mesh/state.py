@@ -11,14 +11,17 @@ from typing import Any
 import msgpack
 
 from mesh.errors import MalformedDatagram
-from mesh.view import ModelInfo, ModelLoad, NodeLoad, NodeProfile, Readiness
-from mesh.wire import COUNT_MAX, SECTION_BYTES_MAX, VERSION_MAX, count, text
+from mesh.view import EMBEDDING, GENERATION, UNKNOWN_KIND, ModelInfo, ModelLoad, NodeLoad, NodeProfile, Readiness
+from mesh.wire import COUNT_MAX, HASH_MAX, SECTION_BYTES_MAX, VERSION_MAX, count, text
 
 NAME_BYTES_MAX = 256  # of a model, a fingerprint, a version, an HTTP address
 RATE_MAX = 1e12  # tokens per second or seconds; beyond it a number is a mistake, and infinity and NaN are as well
 # Numbers on the wire. A readiness this node does not know reads as LOADING: alive, not to be used.
 READINESS_CODES = {Readiness.LOADING: 0, Readiness.READY: 1, Readiness.DRAINING: 2, Readiness.FAILED: 3}
 _READINESS_OF_CODE = {code: readiness for readiness, code in READINESS_CODES.items()}
+# A kind of model this node does not know is one that it asks nothing of.
+KIND_CODES = {GENERATION: 0, EMBEDDING: 1}
+_KIND_OF_CODE = {code: kind for kind, code in KIND_CODES.items()}
 # A queue that grew or shrank by this many since the last publication is news for every router: about one full batch.
 QUEUE_JUMP = 8
 # Fields of a model's row behind those that every version has, in their order; a shorter row leaves them 0.0.
@@ -53,10 +56,10 @@ def encode_load(load: NodeLoad) -> bytes:
         _rate(load.loop_lag_s),
         models,
     ]
-    if load.usage or load.after_version:
-        fields.append(load.usage)
-    if load.after_version:
-        fields.append(load.after_version)
+    appended: list[object] = [load.usage, load.after_version, load.view_hash]
+    while appended and not appended[-1]:
+        del appended[-1]
+    fields += appended
     return _within_limit(msgpack.packb(fields, use_single_float=True), "load", len(models))
 
 
@@ -83,6 +86,7 @@ def decode_load(section: bytes) -> NodeLoad:
         models=MappingProxyType(models),
         usage=fields[5] if len(fields) > 5 and isinstance(fields[5], bytes) else b"",
         after_version=count(fields[6], VERSION_MAX) if len(fields) > 6 else 0,
+        view_hash=count(fields[7], HASH_MAX) if len(fields) > 7 else 0,
     )
 
 
@@ -95,6 +99,7 @@ def encode_profile(profile: NodeProfile) -> bytes:
             _whole(m.context_length),
             _whole(m.slots),
             _whole(m.queue_limit),
+            *([] if m.kind == GENERATION else [KIND_CODES[m.kind]]),  # no byte more for what every version knows
         ]
         for m in profile.models
     ]
@@ -117,6 +122,7 @@ def decode_profile(section: bytes) -> NodeProfile:
                 context_length=count(row[2]),
                 slots=count(row[3]),
                 queue_limit=count(row[4]),
+                kind=_KIND_OF_CODE.get(count(row[5]), UNKNOWN_KIND) if len(row) > 5 else GENERATION,
             )
             for row in _rows(fields[2], 5)
         ),

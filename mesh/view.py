@@ -5,6 +5,7 @@ Data only: it holds no socket, no clock and no reference into the gossip core.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
@@ -14,6 +15,8 @@ from types import MappingProxyType
 STALE_PUBLISH_INTERVALS = 3
 # Local health awareness (Lifeguard) from which a node counts itself as degraded.
 DEGRADED_AWARENESS = 3
+# A node whose event loop wakes up so late answers nobody in time.
+LOOP_LAG_DEGRADED_S = 0.25
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -87,6 +90,13 @@ class NodeLoad:
     models: Mapping[str, ModelLoad] = field(default_factory=lambda: MappingProxyType({}))
     usage: bytes = b""
     after_version: int = 0
+    view_hash: int = 0  # ClusterView.hash() at its owner; 0 where it does not tell
+
+
+# Kinds of models: what they are asked for. UNKNOWN_KIND: one of a later version.
+GENERATION = "generation"
+EMBEDDING = "embedding"
+UNKNOWN_KIND = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +110,7 @@ class ModelInfo:
     context_length: int
     slots: int
     queue_limit: int = 512  # requests that may wait for a slot; a node with more takes none
+    kind: str = GENERATION
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,18 +170,36 @@ class ClusterView:
         """Healthy, degraded or offline, as gossip.md defines them."""
         if member.status in (MemberStatus.DEAD, MemberStatus.LEFT):
             return NodeStatus.OFFLINE
-        is_stale = member.load_age_s > STALE_PUBLISH_INTERVALS * self.publish_interval_s and not member.is_self
-        is_unwell = member.is_self and self.awareness >= DEGRADED_AWARENESS
-        if (
-            member.status is MemberStatus.SUSPECT
-            or member.load.readiness is not Readiness.READY
-            or member.load.loop_lag_s > 0.25
-            or is_stale
-            or is_unwell
-            or member.node_id in self.witnessed
-        ):
-            return NodeStatus.DEGRADED
-        return NodeStatus.HEALTHY
+        return NodeStatus.DEGRADED if self.complaint(member) else NodeStatus.HEALTHY
+
+    def complaint(self, member: MemberView) -> str:
+        """Why a member is degraded or offline, in a few words; empty where it is healthy."""
+        if member.status is not MemberStatus.ALIVE:
+            return member.status.name.lower()
+        if member.load.readiness is not Readiness.READY:
+            return member.load.readiness.value
+        if member.load.loop_lag_s > LOOP_LAG_DEGRADED_S:
+            return "its event loop lags"
+        if member.load_age_s > STALE_PUBLISH_INTERVALS * self.publish_interval_s and not member.is_self:
+            return "its load is old"
+        if member.is_self and self.awareness >= DEGRADED_AWARENESS:
+            return "hears too little of the others"
+        return "streams there make no progress" if member.node_id in self.witnessed else ""
+
+    def hash(self) -> int:
+        """32 bits of the ids that this node holds to be there, alive or suspect: equal where two nodes agree."""
+        here = (member.node_id for member in self.members.values() if member.status <= MemberStatus.SUSPECT)
+        return zlib.crc32("\n".join(sorted(here)).encode())
+
+    def disagreeing(self) -> list[str]:
+        """Ids of live peers whose last report was of another view than this one; for a second or two after each change
+        that is as it should be."""
+        own = self.hash()
+        return sorted(
+            member.node_id
+            for member in self.members.values()
+            if not member.is_self and member.status <= MemberStatus.SUSPECT and member.load.view_hash not in (0, own)
+        )
 
     def counts(self) -> dict[NodeStatus, int]:
         """Members by status, every status present. A member that left on purpose is no longer counted."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import trio
 
@@ -23,6 +24,17 @@ FIRST_TOKENS = 512
 FIRST_TOKENS_MIN = 100
 # Models whose times are kept. Only names that a node serves come here.
 MODELS_MAX = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """An answer's way from one node to another. failover: it had begun; retry: it had not; hedge: its first token was
+    late, and was asked of a second node too. reason: what ended it at the first one."""
+
+    kind: Literal["failover", "retry", "hedge"]
+    origin: str
+    target: str
+    reason: str
 
 
 class AttemptFailed(Exception):
@@ -93,7 +105,8 @@ class AttemptCounts:
 class Attempts:
     """view: the cluster with what is in `witness`, this node's own row as of now. local: this node's engines. remote:
     makes the Generator of a peer. peer_failed is told the node id whenever a peer failed a request, so that gossip
-    probes it at once. hedges: a request whose first token is late may be opened on a second node."""
+    probes it at once. hedges: a request whose first token is late may be opened on a second node. on_move is told of
+    every move, when the second node has taken the request."""
 
     def __init__(
         self,
@@ -104,10 +117,12 @@ class Attempts:
         remote: Callable[[MemberView], Generator],
         peer_failed: Callable[[str], None],
         hedges: bool,
+        on_move: Callable[[Move], None],
     ) -> None:
         self.counts = AttemptCounts()
         self.witness = Witness()
         self.peer_failed = peer_failed
+        self.on_move = on_move
         self._budget = FailoverBudget()
         self.view = view
         self._router = router

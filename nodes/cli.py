@@ -109,6 +109,15 @@ def serve(
     http_connections_max: Annotated[
         int | None, typer.Option(metavar="N", help="connections at once [3/4 of ulimit -n, <= 10000]")
     ] = None,
+    tls_cert_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM certificate and chain: HTTPS, read again when it changes")
+    ] = None,
+    tls_key_file: Annotated[Path | None, typer.Option(metavar="FILE", help="PEM key of the certificate")] = None,
+    tls_min: Annotated[str | None, typer.Option(metavar="1.2|1.3", help="oldest version of TLS [1.2]")] = None,
+    cors_origins: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="whose web pages may call /v1; repeatable [none]"),
+    ] = None,
     config: ConfigFile = None,
 ) -> None:
     """Run one node until SIGTERM or Ctrl-C, which let running streams finish first."""
@@ -170,13 +179,25 @@ def up(
 @app.command()
 def status(
     url: Url = DEFAULT_URL,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="refresh each second until Ctrl-C")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="follow it until Ctrl-C, as top does")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="the node's answer as it is")] = False,
 ) -> None:
     """Show every node of the mesh as one of them sees it."""
-    from nodes.client import show_status
+    from nodes.watching import show_status
 
     raise typer.Exit(show_status(url, watch=watch, as_json=as_json))
+
+
+@app.command()
+def top(
+    url: Url = DEFAULT_URL,
+    once: Annotated[bool, typer.Option("--once", help="print it once, and end")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="a line of JSON for each status and event")] = False,
+) -> None:
+    """Follow the mesh: load, speed and queue of each node, and what happens, until Ctrl-C."""
+    from nodes.watching import follow
+
+    raise typer.Exit(follow(url, as_json=as_json, once=once))
 
 
 @app.command()

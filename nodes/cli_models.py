@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar, get_args
 import typer
 
 if TYPE_CHECKING:
+    from nodes.engine.devices import Provider as EngineProvider
     from nodes.model_tools.inspect_folder import FolderFacts
     from nodes.model_tools.llama_onnx import Precision
 
@@ -72,8 +73,10 @@ def _list_folders(directory: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from nodes.engine.embedding_folder import is_embedding_folder
     from nodes.engine.model_loader import ModelFolderInvalid
     from nodes.model_tools.errors import ModelToolError
+    from nodes.model_tools.inspect_embedding import read_embedding_facts
     from nodes.model_tools.inspect_folder import find_folders, read_facts
 
     if not directory.is_dir():
@@ -86,6 +89,11 @@ def _list_folders(directory: Path) -> None:
     table.add_column("variants", overflow="fold")
     for path in find_folders(directory):
         try:
+            if is_embedding_folder(path):
+                found = read_embedding_facts(path)
+                precision, size = str(found.folder.precision), _size(found.weight_bytes)
+                table.add_row(str(path), "embedding", precision, size, str(found.folder.context_length), "")
+                continue
             facts = read_facts(path)
         except ModelFolderInvalid as exc:
             table.add_row(str(path), "-", "-", "-", "-", f"cannot be served: {exc.reason}")
@@ -119,10 +127,14 @@ def models_check(
 ) -> None:
     """Read everything in a model folder as a node does, run it for some tokens, and print what it is."""
     from nodes.engine.devices import Provider as EngineProvider
+    from nodes.engine.embedding_folder import is_embedding_folder
     from nodes.model_tools.inspect_folder import load_facts, read_facts, run_model
 
     with _reported():
         place = _one_of("--provider", provider, get_args(EngineProvider))
+        if is_embedding_folder(folder):
+            _check_embedding(folder, variant, place, threads, is_loaded=load)
+            return
         facts = read_facts(folder, variant, place)
         model = load_facts(facts)
         _print_facts(facts, model.fingerprint)
@@ -134,6 +146,32 @@ def models_check(
         _row("loaded in", f"{run.load_time_s:.1f} s")
         _row("speed", f"{run.tokens_per_s:.1f} tokens/s alone, first token after {run.first_token_s:.2f} s")
         _row("it says", repr(run.text[:TEXT_CHARS_SHOWN]))
+
+
+def _check_embedding(
+    path: Path, variant: str | None, provider: EngineProvider, threads: int, *, is_loaded: bool
+) -> None:
+    from nodes.model_tools.inspect_embedding import load_embedding_facts, read_embedding_facts, run_embedding_model
+
+    facts = read_embedding_facts(path, variant, provider)
+    folder = facts.folder
+    model = load_embedding_facts(facts)
+    _row("name", folder.path.resolve().name)
+    _row("format", f"embedding, {folder.graph_name}")
+    _row("precision", str(folder.precision))
+    _row("size", _size(facts.weight_bytes))
+    _row("context", f"{folder.context_length} tokens")
+    _row("vocabulary", f"{model.vocabulary_size} tokens")
+    _row("pooling", facts.pooling)
+    _row("fingerprint", model.fingerprint)
+    if not is_loaded:
+        return
+    run = run_embedding_model(facts, model, provider=provider, threads=threads)
+    _row("dimensions", str(run.dimensions))
+    _row("batches", "yes" if run.is_batched else "no: each input is computed alone")
+    _row("loaded in", f"{run.load_time_s:.1f} s")
+    _row("speed", f"two short texts in {run.seconds * 1000:.1f} ms")
+    _row("it says", f"they are alike by {run.similarity:.3f}")
 
 
 def _print_facts(facts: FolderFacts, fingerprint: str) -> None:

@@ -1,49 +1,25 @@
-"""The commands that talk to a running node: status, chat, models; over HTTP with the standard library alone."""
+"""The commands that ask a running node: chat, models; over HTTP with the standard library alone."""
 
 from __future__ import annotations
 
 import http.client
 import json
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
 TIMEOUT_S = 10.0
 # A stream is silent for as long as its request waits in a queue; keep-alives come each 5 s.
 STREAM_TIMEOUT_S = 60.0
 PIPE_COLUMNS = 240
-_COLOURS = {"healthy": "green", "degraded": "yellow", "offline": "red"}
 
 
 class NodeAnswered(Exception):
     """The node refused, or could not be reached. The message is one line for the terminal."""
-
-
-def show_status(url: str, *, watch: bool, as_json: bool) -> int:
-    """Print the member table; 0 when all members are healthy, 1 when some are not or the node is out of reach."""
-    console = make_console()
-    try:
-        status = _get(url, "/cluster/status")
-        if as_json:
-            print(json.dumps(status, indent=2))
-        elif watch:
-            _watch(console, url, status)
-        else:
-            console.print(_table(status))
-    except NodeAnswered as exc:
-        print(f"ai-cluster: {exc}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 0
-    return 0 if status["nodes"]["degraded"] == status["nodes"]["offline"] == 0 else 1
 
 
 def make_console() -> Console:
@@ -51,61 +27,9 @@ def make_console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=PIPE_COLUMNS)
 
 
-def _watch(console: Console, url: str, status: dict[str, Any]) -> None:
-    with Live(_table(status), console=console, auto_refresh=False) as live:
-        while True:
-            time.sleep(1)
-            try:
-                live.update(_table(_get(url, "/cluster/status")), refresh=True)
-            except NodeAnswered as exc:  # the node may come back; the last picture stays with the reason below it
-                live.update(Group(_table(status), Text(str(exc), style="red")), refresh=True)
-
-
-def _table(status: dict[str, Any]) -> Table:
-    counts = ", ".join(f"{count} {name}" for name, count in status["nodes"].items() if count)
-    title = f"{status['cluster_name']} as {status['node_id']} (*) sees it: {counts}"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("node", "status", "seen", "http", "models"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("active", "queued", "free", "tok/s"):
-        table.add_column(heading, justify="right")
-    for member in status["members"]:
-        table.add_row(*_row(member))
-    if status["warnings"]:
-        table.caption = "\n".join(f"warning: {warning}" for warning in status["warnings"])
-    return table
-
-
-def _row(member: dict[str, Any]) -> list[str]:
-    colour = _COLOURS.get(member["status"], "white")
-    why = "" if member["status"] == "healthy" else f" ({_reason(member)})"
-    models = member["models"]
-    return [
-        member["node_id"] + ("*" if member["is_self"] else ""),
-        f"[{colour}]{member['status']}[/{colour}]{why}",
-        "now" if member["is_self"] else f"{member['age_s']:.1f} s",
-        member["http"],
-        ", ".join(model["name"] for model in models) or "-",
-        *(_load(member) if member["status"] != "offline" else "----"),  # its last load says nothing of now
-    ]
-
-
-def _load(member: dict[str, Any]) -> list[str]:
-    queued = sum(model.get("queued", 0) for model in member["models"])
-    free = sum(model.get("free_slots", 0) for model in member["models"])
-    return [str(member["active_requests"]), str(queued), str(free), f"{member['tokens_per_s']:.1f}"]
-
-
-def _reason(member: dict[str, Any]) -> str:
-    """Why a member is not healthy, in a word."""
-    if member["membership"] != "alive":
-        return str(member["membership"])
-    return str(member["readiness"]) if member["readiness"] != "ready" else "late"
-
-
 def list_models(url: str) -> int:
     try:
-        for model in _get(url, "/v1/models")["data"]:
+        for model in get_json(url, "/v1/models")["data"]:
             print(model["id"])
     except NodeAnswered as exc:
         print(f"ai-cluster: {exc}", file=sys.stderr)
@@ -120,10 +44,11 @@ def stream_chat(
     newline = ""  # once part of an answer is on the line
     try:
         if model is None:
-            served = _get(url, "/v1/models", api_key)["data"]
-            if not served:
-                raise NodeAnswered("no node of this mesh serves a model yet; see: ai-cluster status")
-            model = served[0]["id"]
+            served = get_json(url, "/v1/models", api_key)["data"]
+            names = [entry["id"] for entry in served if entry.get("kind", "generation") == "generation"]
+            if not names:
+                raise NodeAnswered("no node of this mesh serves a language model yet; see: ai-cluster status")
+            model = names[0]
         body = {
             "model": model,
             "messages": [{"role": "user", "content": question}],
@@ -164,7 +89,8 @@ def _stream(url: str, body: dict[str, Any], api_key: str | None) -> Iterator[str
     raise NodeAnswered(f"{url} ended the answer before it was complete")
 
 
-def _get(url: str, path: str, api_key: str | None = None) -> dict[str, Any]:
+def get_json(url: str, path: str, api_key: str | None = None) -> dict[str, Any]:
+    """The one object of the answer. Raises NodeAnswered."""
     with open_answer(request_for(url, path, api_key), TIMEOUT_S) as response:
         try:
             answer: dict[str, Any] = json.load(response)

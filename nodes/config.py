@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import re
 import socket
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mesh.seal import DEVELOPMENT_KEY, parse_key
 from mesh.view import Address
@@ -32,6 +33,7 @@ GOSSIP_PREFIX = "gossip_"  # AI_CLUSTER_GOSSIP_PROBE_INTERVAL_S is probe_interva
 VALUE_CHARS_SHOWN = 100  # of a bad value in its error line
 BUILTIN_MODEL = Path(__file__).parent / "models" / "demo"
 BUILTIN_MODEL_NAME = "demo"
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]{1,253}")
 
 
 class ConfigInvalid(Exception):
@@ -53,6 +55,14 @@ def parse_address(value: object) -> Address:
 def _split(value: object) -> object:
     """Lists come as lists from TOML and flags, and comma-separated from the environment."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _check_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+    """Raises ValueError."""
+    for origin in origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise ValueError(f"{origin!r} is no origin: scheme://host[:port] in lower case, without a path, or *")
+    return origins
 
 
 ConfiguredAddress = Annotated[Address, BeforeValidator(parse_address)]
@@ -154,6 +164,17 @@ class NodeConfig(BaseModel):
         ge=1,
         le=1_000_000,
         description="HTTP connections open at once; default: 3/4 of the file descriptors allowed, at most 10000",
+    )
+
+    tls_cert_file: Path | None = Field(
+        None, description="PEM file of the HTTP server's certificate and its chain: HTTPS; read again when it changes"
+    )
+    tls_key_file: Path | None = Field(None, description="PEM file of that certificate's key, without a password")
+    tls_min: Literal["1.2", "1.3"] = Field("1.2", description="oldest version of TLS that is spoken: 1.2 or 1.3")
+    cors_origins: Annotated[tuple[str, ...], BeforeValidator(_split), AfterValidator(_check_origins)] = Field(
+        (),
+        max_length=100,
+        description="origins such as https://app.example whose web pages may call /v1/*, or * for all; default: none",
     )
 
     gossip: GossipSettings = Field(

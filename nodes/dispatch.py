@@ -16,7 +16,7 @@ import trio
 from mesh.errors import MeshError
 from mesh.router import Router
 from mesh.view import ClusterView, MemberView
-from nodes.attempts import Attempts
+from nodes.attempts import AttemptCounts, Attempts, Move
 from nodes.dispatched_stream import DispatchedStream
 from nodes.generation import GenerateRequest, GenerationError, Generator, Sampling
 
@@ -48,7 +48,7 @@ class Dispatch:
 
     view: the cluster, this node's own row as of now. local: this node's engines. remote: makes the Generator of a peer.
     peer_failed is told the node id whenever a peer failed a request, so that gossip probes it at once. hedges: open a
-    request whose first token is late on a second node.
+    request whose first token is late on a second node. on_move is told of every answer that goes on elsewhere.
     """
 
     def __init__(
@@ -61,9 +61,16 @@ class Dispatch:
         peer_failed: Callable[[str], None],
         rng: random.Random,
         hedges: bool = False,
+        on_move: Callable[[Move], None] = lambda move: None,
     ) -> None:
         self._attempts = Attempts(
-            view=view, router=router, local=local, remote=remote, peer_failed=peer_failed, hedges=hedges
+            view=view,
+            router=router,
+            local=local,
+            remote=remote,
+            peer_failed=peer_failed,
+            hedges=hedges,
+            on_move=on_move,
         )
         self._rng = rng
         self._streams: set[DispatchedStream] = set()
@@ -101,6 +108,11 @@ class Dispatch:
         for stream in local:
             stream.interrupt("drain")
         return len(local)
+
+    @property
+    def counts(self) -> AttemptCounts:
+        """What statistics() tells; whoever else has nodes serve requests adds to it."""
+        return self._attempts.counts
 
     @property
     def witnessed(self) -> frozenset[str]:

@@ -22,7 +22,7 @@ from mesh.errors import MeshError, ModelUnknown, NoCapacity, PeerUnavailable
 from mesh.first_token import tokens_of
 from mesh.router import RouteRequest
 from mesh.view import ClusterView, MemberStatus, MemberView, Readiness
-from nodes.attempts import Attempt, AttemptFailed, Attempts
+from nodes.attempts import Attempt, AttemptFailed, Attempts, Move
 from nodes.generation import (
     DeadlineExceeded,
     GenerateEvent,
@@ -63,8 +63,8 @@ class _Exclusion:
 
 
 class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
-    """path: the nodes that generated it, in order. failovers: moves since its first event. first_token_s: from the
-    request to its first event; None before.
+    """path: the nodes that generated it, in order. moves: how it came from one to the next, hedges that won included.
+    failovers: moves since its first event. first_token_s: from the request to its first event; None before.
 
     Holds no nursery, so it may cross from a handler to a response body. Closing it cancels the generation."""
 
@@ -79,6 +79,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
     ) -> None:
         """blocks: names of the conversation's beginning. running: streams open here. on_end: called once."""
         self.path: list[str] = []
+        self.moves: list[Move] = []
         self.failovers = 0
         self.first_token_s: float | None = None
         self._attempts = attempts
@@ -99,6 +100,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         self._last_failure: tuple[str, Failure] | None = None
         self._lost_at: float | None = None  # since when a begun answer has given nothing because its node failed
         self._has_begun = False
+        self._loss = ""  # why it has to go on elsewhere, until it does
         self._is_closed = False
         self._refusal: NoCapacity | None = None
         self._interruption: Reason | None = None
@@ -211,6 +213,8 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         loser = self._attempt if result.winner is self._rival else self._rival
         counts.hedges["none" if result.winner is None else "first" if loser is self._rival else "second"] += 1
         if result.winner is not None:
+            if result.winner is self._rival:
+                self.moves.append(Move("hedge", self.node_id, result.winner.node_id, "late"))
             self._attempt = result.winner
             self.path[-1] = result.winner.node_id
         self._rival = None
@@ -237,6 +241,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         except (AttemptFailed, NoCapacity, ModelUnknown):
             return
         self._attempts.counts.hedge_tokens += tokens_of(self._route.prompt_bytes)
+        self._attempts.on_move(Move("hedge", first.node_id, self._rival.node_id, "late"))
 
     def _note(self, event: GenerateEvent) -> None:
         assert self._attempt is not None
@@ -307,6 +312,11 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
     def _take(self, attempt: Attempt) -> None:
         self._attempt, self._interruption = attempt, None
         self._attempts.counts.resumed_tokens += len(self._ids)
+        if self.path:
+            move = Move("failover" if self._has_begun else "retry", self.node_id, attempt.node_id, self._loss)
+            self.moves.append(move)
+            self._attempts.on_move(move)
+        self._loss = ""
         self.path.append(attempt.node_id)
 
     def _request_now(self) -> GenerateRequest:
@@ -352,6 +362,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         )
 
     def _note_loss(self, reason: str, kind: str = "") -> None:
+        self._loss = self._loss or reason
         if not self._has_begun:
             self._attempts.counts.retries[kind or reason] += 1
         elif self._lost_at is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from mesh.forwarder import ForwarderStatistics
 from mesh.gossip import GossipStatistics
@@ -10,10 +11,19 @@ from mesh.udp import SocketStatistics
 from nodes.dispatch import DispatchStatistics
 from nodes.http_connection import CLOSE_REASONS
 from nodes.http_server import HttpStatistics
-from observability.collectors import Figure
+from observability.families import Figure
 
 # Every value of the label, so that a scrape shows each from the start.
 FAILOVER_REASONS = ("link", "fault", "hang", "drain", "refused")
+
+
+@dataclass(frozen=True, slots=True)
+class UsageFigures:
+    """Sections of API key usage told and heard so far, and the counters of peers held now."""
+
+    told: int
+    heard: int
+    rows: int
 
 
 def mesh_figures(
@@ -22,7 +32,13 @@ def mesh_figures(
     links: ForwarderStatistics,
     dispatch: DispatchStatistics,
     http: HttpStatistics,
+    usage: UsageFigures,
+    certificate_expires_at: float | None,
 ) -> Mapping[str, Figure]:
+    """certificate_expires_at: seconds since 1970; None where there is no TLS, and the figure is left out."""
+    certificate = (
+        {} if certificate_expires_at is None else {"tls_certificate_expiry_timestamp_seconds": certificate_expires_at}
+    )
     sent = {("out", kind): float(count) for kind, count in gossip.packets_sent.items()}
     received = {("in", kind): float(count) for kind, count in gossip.packets_received.items()}
     return {
@@ -45,6 +61,8 @@ def mesh_figures(
         "streams_open": dispatch.open_streams,
         "http_connections_open": http.connections,
         "http_connections_closed": dict.fromkeys(CLOSE_REASONS, 0) | dict(http.closed),
+        "usage_sections": {"in": usage.heard, "out": usage.told},
+        "usage_rows": usage.rows,
         "links": links.links,
         "link_streams_open": links.streams,
         "link_streams": {"opened": links.streams_opened, "served": links.streams_served},
@@ -53,4 +71,5 @@ def mesh_figures(
         "link_rejected": links.rejected,
         "link_broken": links.broken_links,
         "link_cancels": links.cancels_sent,
+        **certificate,
     }

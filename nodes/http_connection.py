@@ -16,12 +16,14 @@ from collections.abc import Callable
 from typing import Any
 
 import trio
+from h2.exceptions import H2Error
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
+from hyperframe.exceptions import HyperframeError
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,8 @@ SLOW_HEAD = "slow_head"
 NOT_READING = "not_reading"
 LIMIT = "limit"
 FAULT = "fault"
-CLOSE_REASONS = (SLOW_HEAD, NOT_READING, LIMIT, FAULT)
+HANDSHAKE = "handshake"
+CLOSE_REASONS = (SLOW_HEAD, NOT_READING, LIMIT, FAULT, HANDSHAKE)
 
 # The key under which an ASGI scope's state holds its connection.
 SCOPE_STATE_KEY = "ai_cluster.connection"
@@ -151,7 +154,7 @@ class WatchedStream(trio.abc.HalfCloseableStream):
 
 class Connection(TCPServer):
     """hypercorn's server of one connection. is_draining: an HTTP/2 client is told to send its next requests elsewhere.
-    note_closed: told the reason when it is closed against its client's will."""
+    note_closed: told the reason when it is closed against its client's will. watch: makes its stream."""
 
     stream: WatchedStream  # type: ignore[assignment]
 
@@ -163,8 +166,9 @@ class Connection(TCPServer):
         stream: trio.SocketStream,
         is_draining: Callable[[], bool],
         note_closed: Callable[[str], None],
+        watch: Callable[[trio.SocketStream, Callable[[], None]], WatchedStream] = WatchedStream,
     ) -> None:
-        watched = WatchedStream(stream, self.give_up)
+        watched = watch(stream, self.give_up)
         super().__init__(application, config, context, {SCOPE_STATE_KEY: self}, watched)  # type: ignore[arg-type]
         self._is_draining = is_draining
         self._note_closed = note_closed
@@ -245,7 +249,11 @@ class Connection(TCPServer):
                 if head.cancelled_caught:
                     await self._refuse_slow_head()
                     continue
-                await self.protocol.handle(RawData(bytes(data)))
+                try:
+                    await self.protocol.handle(RawData(bytes(data)))
+                except (ValueError, H2Error, HyperframeError) as exc:  # of an upgrade to h2c, which it does not check
+                    self._refuse_bytes(exc)
+                    await trio.lowlevel.checkpoint()
                 if not data:
                     break
         except (trio.ClosedResourceError, trio.BrokenResourceError):
@@ -270,6 +278,11 @@ class Connection(TCPServer):
         """None before run()."""
         wrapper = getattr(self, "protocol", None)
         return None if wrapper is None else wrapper.protocol
+
+    def _refuse_bytes(self, fault: Exception) -> None:
+        logger.info("closed a connection whose client sent what is no HTTP", extra={"error.type": type(fault).__name__})
+        self._note_closed(FAULT)
+        self.abort()  # the protocol is in no state to go on, or to be told of an end
 
     async def _refuse_slow_head(self) -> None:
         logger.info("closed a connection whose client sends the head of a request too slowly")

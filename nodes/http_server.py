@@ -15,7 +15,7 @@ import math
 import resource
 import socket
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,11 @@ import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.trio.worker_context import WorkerContext
 
+from nodes.certificate import Certificate
 from nodes.config import ConfigInvalid
 from nodes.http_connection import (
     FAULT,
+    HEAD_TIMEOUT_S,
     LIMIT,
     LINGER_S,
     READ_BYTES,
@@ -34,7 +36,9 @@ from nodes.http_connection import (
     WRITE_BYTES,
     WRITE_TIMEOUT_S,
     Connection,
+    WatchedStream,
 )
+from nodes.http_tls import TlsStream
 from nodes.sockets import HTTP_BACKLOG
 
 logger = logging.getLogger(__name__)
@@ -42,6 +46,8 @@ logger = logging.getLogger(__name__)
 # Longer than the 60 s for which balancers in front keep idle connections.
 KEEP_ALIVE_TIMEOUT_S = 75.0
 KEEP_ALIVE_REQUESTS_MAX = 100_000
+# Of a request's line and headers; no client of the API sends a tenth of it.
+HEAD_BYTES_MAX = 16 * 1024
 # Without a configured number: this share of the file descriptors the process may have, and no more than the maximum.
 CONNECTIONS_SHARE = 3 / 4
 CONNECTIONS_MAX = 10_000
@@ -52,6 +58,8 @@ REFUSALS_MAX = 64
 # Out of descriptors, the next try to accept is after this.
 ACCEPT_PAUSE_S = 0.1
 CLOSE_POLL_S = 0.05
+# Paths of requests that a drain does not wait for.
+NOT_WAITED_FOR = ("/admin", "/cluster/events")
 # A request this recent means that its client, or a balancer, may come again and has to be told of a drain.
 RECENT_REQUEST_S = 10.0
 
@@ -64,7 +72,7 @@ _ERROR = {
 _REFUSAL_BODY = json.dumps({"error": _ERROR}).encode()
 _REFUSAL = (
     b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-type: application/json\r\nconnection: close\r\n"
-    b"content-length: %d\r\n\r\n%s" % (len(_REFUSAL_BODY), _REFUSAL_BODY)
+    b"x-content-type-options: nosniff\r\ncontent-length: %d\r\n\r\n%s" % (len(_REFUSAL_BODY), _REFUSAL_BODY)
 )
 _OUT_OF_DESCRIPTORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 
@@ -80,8 +88,12 @@ class HttpStatistics:
 class HttpServer:
     """Made inside trio. listener: listening and not blocking; its caller may close it too."""
 
-    def __init__(self, app: Any, listener: socket.socket, connections_max: int) -> None:
+    def __init__(
+        self, app: Any, listener: socket.socket, connections_max: int, certificate: Certificate | None = None
+    ) -> None:
+        """certificate: None serves plain HTTP."""
         self._app = app
+        self._certificate = certificate
         self._listener = listener
         self._accepting = trio.SocketListener(trio.socket.from_stdlib_socket(listener.dup()))
         self._connections_max = connections_max
@@ -102,6 +114,8 @@ class HttpServer:
         try:
             async with trio.open_nursery() as self._handlers:
                 self._handlers.start_soon(self._accept)
+                if self._certificate is not None:
+                    self._handlers.start_soon(self._certificate.watch)
                 task_status.started()
                 await self._is_over.wait()
                 self._handlers.cancel_scope.cancel()
@@ -118,7 +132,8 @@ class HttpServer:
 
     @property
     def requests(self) -> int:
-        """Requests that run now, those of operators (/admin) not counted: one of them may be waiting for the drain."""
+        """Requests that run now, those of operators not counted: one of them may be waiting for the drain, and who
+        watches events does so without end."""
         return self._requests
 
     @property
@@ -194,10 +209,21 @@ class HttpServer:
             self._handlers.start_soon(self._refuse, stream)
             return
         connection = Connection(
-            self._wrapped, self._config, self._context, stream, lambda: self._is_draining, self._note_closed
+            self._wrapped,
+            self._config,
+            self._context,
+            stream,
+            lambda: self._is_draining,
+            self._note_closed,
+            self._watch,
         )
         self._connections.add(connection)
         self._handlers.start_soon(self._serve, connection)
+
+    def _watch(self, stream: trio.SocketStream, on_not_reading: Callable[[], None]) -> WatchedStream:
+        if self._certificate is None:
+            return WatchedStream(stream, on_not_reading)
+        return TlsStream(stream, on_not_reading, self._certificate.context, self._note_closed)
 
     async def _serve(self, connection: Connection) -> None:
         try:
@@ -212,7 +238,8 @@ class HttpServer:
         """Say why, then wait for the client's end: closing earlier could take the answer from it."""
         try:
             with trio.move_on_after(LINGER_S):
-                await stream.send_all(_REFUSAL)
+                if self._certificate is None:  # a handshake is what it is to be spared
+                    await stream.send_all(_REFUSAL)
                 await stream.send_eof()
                 while await stream.receive_some(READ_BYTES):
                     pass
@@ -229,10 +256,10 @@ class HttpServer:
 
     async def _application(self, scope: Any, receive: Any, send: Any) -> None:
         """The application, its requests counted, its answers marked while draining, its HTTP/2 writes bounded."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
+        if scope["type"] == "websocket":  # there are none here; hypercorn answers 403
+            await send({"type": "websocket.close"})
             return
-        is_operators = scope["path"].startswith("/admin")
+        is_operators = scope["path"].startswith(NOT_WAITED_FOR)
         is_http2 = scope["http_version"] == "2"
         connection = scope["state"].pop(SCOPE_STATE_KEY)
         self._last_request_at = trio.current_time()
@@ -294,4 +321,7 @@ def _hypercorn_config() -> hypercorn.Config:
     config.keep_alive_timeout = KEEP_ALIVE_TIMEOUT_S
     config.keep_alive_max_requests = KEEP_ALIVE_REQUESTS_MAX
     config.include_server_header = False
+    config.ssl_handshake_timeout = HEAD_TIMEOUT_S
+    config.h11_max_incomplete_size = HEAD_BYTES_MAX
+    config.h2_max_header_list_size = HEAD_BYTES_MAX
     return config

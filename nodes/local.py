@@ -49,15 +49,31 @@ class Observer(Protocol):
     """Told of every generation that a local engine is asked for: started once, then finished exactly once.
 
     A request that is invalid, or for a model not served here, is not told of. seconds: since open() was called.
+    labels: what tells the request from others, for exemplars.
     """
 
     def started(self, model: str) -> None: ...
 
-    def first_token(self, model: str, seconds: float) -> None: ...
+    def first_token(self, model: str, seconds: float, queued_s: float | None, labels: Mapping[str, str]) -> None:
+        """queued_s: how much of it the request waited for a slot; None where it needed none."""
+        ...
 
-    def finished(self, model: str, status: Status, seconds: float, prompt_tokens: int, completion_tokens: int) -> None:
-        """success: it gave its last event. error: our fault, or it was too late. cancelled: closed before the end.
-        rejected: it found no capacity, so no prompt token was processed."""
+    def next_tokens(self, model: str, seconds: float, count: int) -> None:
+        """seconds: since the event before; count: the tokens that came with this one."""
+        ...
+
+    def finished(
+        self,
+        model: str,
+        status: Status,
+        seconds: float,
+        prompt_tokens: int,
+        completion_tokens: int,
+        labels: Mapping[str, str],
+        finish_reason: str | None,
+    ) -> None:
+        """success: it gave its last event, which has the finish_reason. error: our fault, or it was too late.
+        cancelled: closed before the end. rejected: it found no capacity, so no prompt token was processed."""
         ...
 
 
@@ -87,7 +103,7 @@ class LocalGenerator:
         matcher = None
         if params.grammar is not None:
             matcher = await trio.to_thread.run_sync(_compile, engine, params.grammar)
-        record = _Record(self._observer, request.model, started, len(request.generated_ids))
+        record = _Record(self._observer, request, started)
         try:
             stream = engine.submit(
                 prompt_ids,
@@ -201,13 +217,15 @@ def _prompt_param(request: GenerateRequest) -> str:
 class _Record:
     """Tells the observer of one request, whatever happens to it: once that it started, once how it ended."""
 
-    def __init__(self, observer: Observer | None, model: str, started: float, resumed_tokens: int) -> None:
-        """resumed_tokens: of the answer, generated and counted elsewhere; then the prompt is counted there too."""
+    def __init__(self, observer: Observer | None, request: GenerateRequest, started: float) -> None:
         self._observer = observer
-        self._model = model
+        self._model = request.model
+        self._labels = {"request_id": request.request_id}
         self._started = started
-        self._resumed_tokens = resumed_tokens
-        self._has_token = False
+        # Of an answer begun elsewhere these are counted there, and so is the prompt.
+        self._resumed_tokens = len(request.generated_ids)
+        self._last_event_at: float | None = None
+        self._finish_reason: str | None = None
         self._has_ended = False
         self.prompt_tokens = 0
         self.completion_tokens = 0
@@ -216,18 +234,32 @@ class _Record:
         if self._observer is not None:
             self._observer.started(self._model)
 
-    def note(self, event: EngineEvent) -> None:
+    def note(self, event: EngineEvent, queued_s: float | None) -> None:
         self.prompt_tokens = 0 if self._resumed_tokens else event.prompt_tokens
         self.completion_tokens = event.completion_tokens - self._resumed_tokens
-        if self._observer is not None and not self._has_token:
-            self._observer.first_token(self._model, trio.current_time() - self._started)
-        self._has_token = True
+        self._finish_reason = event.finish_reason
+        if self._observer is None:
+            return
+        now = trio.current_time()
+        if self._last_event_at is None:
+            self._observer.first_token(self._model, now - self._started, queued_s, self._labels)
+        elif event.token_ids:
+            self._observer.next_tokens(self._model, now - self._last_event_at, len(event.token_ids))
+        self._last_event_at = now
 
     def end(self, status: Status) -> None:
         """The first call counts."""
         if self._observer is not None and not self._has_ended:
             seconds = trio.current_time() - self._started
-            self._observer.finished(self._model, status, seconds, self.prompt_tokens, self.completion_tokens)
+            self._observer.finished(
+                self._model,
+                status,
+                seconds,
+                self.prompt_tokens,
+                self.completion_tokens,
+                self._labels,
+                self._finish_reason,
+            )
         self._has_ended = True
 
 
@@ -250,7 +282,7 @@ class LocalStream(trio.abc.ReceiveChannel[GenerateEvent]):
         except EngineError as exc:
             self._record.end(_status_of(exc))
             raise _generation_error(exc) from exc
-        self._record.note(event)
+        self._record.note(event, self._stream.queued_s)
         logprobs = tuple(map(self._logprob, event.logprobs)) if event.logprobs else ()
         if event.finish_reason is None:
             return GenerateEvent(event.text, event.token_ids, logprobs=logprobs)

@@ -29,37 +29,62 @@ from mesh.router import Router
 from mesh.seal import BOOT_ID_BYTES
 from mesh.state import decode_load, encode_load
 from mesh.udp import GossipSocket
-from mesh.view import Address, ClusterView, ModelInfo, ModelLoad, NodeLoad, NodeProfile, Readiness
-from nodes import peer_questions
+from mesh.view import (
+    EMBEDDING,
+    GENERATION,
+    Address,
+    ClusterView,
+    ModelInfo,
+    ModelLoad,
+    NodeLoad,
+    NodeProfile,
+    Readiness,
+)
+from nodes import embedding_codec, peer_questions
 from nodes.api.admin_access import AdminAccess
 from nodes.api.app import build_app
 from nodes.api.services import Services
+from nodes.certificate import Certificate
+from nodes.cluster_metrics import QUESTION_METRICS, ClusterMetrics
 from nodes.config import ConfigInvalid, NodeConfig, is_loopback
 from nodes.dispatch import Dispatch
 from nodes.drain import Drain
+from nodes.embedding_dispatch import EmbeddingDispatch
+from nodes.engine.embedding_engine import EmbeddingEngine, load_embedding_engine
+from nodes.engine.embedding_folder import EmbeddingFolder
 from nodes.engine.engine import Engine, load_engine
-from nodes.engine.engine_statistics import FAILED, STUCK
-from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid
+from nodes.engine.engine_statistics import FAILED, STUCK, EngineStatistics
+from nodes.engine.model_folder import ModelFolderInvalid
+from nodes.engine.model_kinds import AnyFolder
+from nodes.event_feed import EventFeed
+from nodes.events import Happening
 from nodes.figures import mesh_figures
 from nodes.http_server import HttpServer, connections_max
 from nodes.keyring_file import KeyringFile
 from nodes.local import LocalGenerator
+from nodes.local_embedder import LocalEmbedder
+from nodes.member_views import QUESTION_VIEW, MemberViews
 from nodes.mesh_operations import MeshOperations
 from nodes.messages import NODE_READY
 from nodes.node_access import NodeAccess
 from nodes.node_operations import NodeOperations
 from nodes.peer_operations import ask_peer
 from nodes.remote import PeerServer, RemoteGenerator
+from nodes.remote_embedder import EmbeddingServer, RemoteEmbedder
 from nodes.sockets import NodeSockets, advertised_address, bound_address
 from nodes.store import Store
-from observability.collectors import Snapshot
+from observability.collectors import KeyLimit, Snapshot
+from observability.families import LABEL_VALUES_MAX
 from observability.log_writer import WriterThread
-from observability.metrics import ExecutorMetrics, Metrics
+from observability.metrics import ExecutorMetrics, Exposition, Metrics
 
 logger = logging.getLogger(__name__)
 
 # How often this node's load is taken for gossip, which decides what of it is urgent.
 LOAD_INTERVAL_S = 0.1
+# Counted from 0 on, so that rate() sees the first answer, error and refusal of each.
+GENERATING_PATHS = ("/v1/chat/completions", "/v1/completions")
+GENERATING_STATUSES = (200, 429, 500, 503)
 # While no seed has answered a handshake, how often each is tried.
 SEED_CHECK_INTERVAL_S = 2.0
 # What is left of a late wake-up of the loop in the reported lag, each LOAD_INTERVAL_S.
@@ -84,7 +109,7 @@ class Node:
         self,
         config: NodeConfig,
         keyring: KeyringFile,
-        folders: list[tuple[str, ModelFolder]],
+        folders: list[tuple[str, AnyFolder]],
         sockets: NodeSockets,
         generation: int,
         keep_generation: Callable[[int], None],
@@ -92,8 +117,9 @@ class Node:
         admin_token: str,
         store: Store,
         records: list[Record],
+        certificate: Certificate | None = None,
     ) -> None:
-        """records: those of the store."""
+        """records: those of the store. certificate: None serves plain HTTP."""
         self._config = config
         self._generation = generation
         self._keep_generation = keep_generation
@@ -104,13 +130,18 @@ class Node:
         self._version = version("ai-cluster")
         self._readiness = Readiness.LOADING  # of the engines; a drain hides it
         self._loop_lag_s = 0.0
+        self._view_hash = 0  # as told in this node's load
         self._records_digest = ""
         self._fenced = trio.Event()
         self._seed_is_silent = trio.Event()
         self._fenced_by: Address | None = None
         self._engines: dict[str, Engine] = {}
+        self._embedding_engines: dict[str, EmbeddingEngine] = {}
         self._metrics = Metrics(self._node_id, self._version)
+        for path in GENERATING_PATHS:
+            self._metrics.know_route("POST", path, GENERATING_STATUSES)
         self._local = LocalGenerator(self._engines, observer=ExecutorMetrics(self._metrics))
+        self._local_embedder = LocalEmbedder(self._embedding_engines, observer=ExecutorMetrics(self._metrics))
         self._admin_access = AdminAccess(admin_token)
         self._leave_asked = trio.Event()
         boot_id = secrets.token_bytes(BOOT_ID_BYTES)
@@ -146,10 +177,11 @@ class Node:
             ask_link=partial(state_exchange.ask, self._forwarder),
             on_fenced=self._give_way,
             on_seed_unanswered=lambda seed: self._seed_is_silent.set(),
-            # A peer's models count under their names from its arrival on.
-            on_change=lambda change: self._metrics.know_view(self._view()),
+            on_change=lambda change: self._member_changed(),
             on_usage=lambda node_id, section: self._access.hear_usage(node_id, section),
         )
+        self._events = EventFeed(self._view)
+        self._member_views = MemberViews(self._view, partial(peer_questions.ask, self._forwarder, QUESTION_VIEW))
         self._access = NodeAccess(
             node_id=self._node_id,
             generation=generation,
@@ -164,6 +196,16 @@ class Node:
             has_seeds=bool(self._seeds),
             hold_s=config.limits_partition_hold_s,
         )
+        self._cluster_metrics = ClusterMetrics(
+            view=self._view,
+            ask=partial(peer_questions.ask, self._forwarder, QUESTION_METRICS),
+            render=self._render_metrics,
+        )
+        self._answerers = {
+            **self._access.answerers,
+            QUESTION_VIEW: self._member_views.answer,
+            QUESTION_METRICS: self._cluster_metrics.answer,
+        }
         self._own_operations = NodeOperations(
             keyring=keyring,
             view=self._view,
@@ -175,6 +217,7 @@ class Node:
             running=lambda: self._drain.running,
         )
         self._peer_server = PeerServer(self._local, self._own_operations.handlers)
+        self._embedding_server = EmbeddingServer(self._local_embedder)
         self._mesh_operations = MeshOperations(
             view=self._view,
             local=self._own_operations.handlers,
@@ -190,9 +233,21 @@ class Node:
             peer_failed=self._peer_failed,
             rng=random.Random(),
             hedges=config.hedge,
+            on_move=lambda move: self._events.add(Happening(move.kind, move.target, move.reason, move.origin)),
+        )
+        self._embeddings = EmbeddingDispatch(
+            view=self._view_with_own_load,
+            router=Router(random.Random()),
+            local=self._local_embedder,
+            remote=partial(RemoteEmbedder, self._forwarder),
+            peer_failed=self._peer_failed,
+            counts=self._dispatch.counts,
         )
         self._http_address = bound_address(config.http, sockets.http)
-        self._http = HttpServer(build_app(self._services()), sockets.http, connections_max(config.http_connections_max))
+        self._certificate = certificate
+        self._http = HttpServer(
+            build_app(self._services()), sockets.http, connections_max(config.http_connections_max), certificate
+        )
         self._drain = Drain(
             self._http,
             self._dispatch,
@@ -242,6 +297,7 @@ class Node:
             nursery.start_soon(self._load_models, engines)
             await stop.asked.wait()
             await self._drain.leave(stop.hurried)
+            self._events.close()
             await self._http.close(HTTP_CLOSE_S)
             nursery.cancel_scope.cancel()
 
@@ -253,15 +309,20 @@ class Node:
             cluster_name=config.cluster_name,
             gate=self._access.gate,
             dispatch=self._dispatch,
+            embeddings=self._embeddings,
             view=self._view,
             metrics=self._metrics,
             render_metrics=self._render_metrics,
+            render_cluster_metrics=self._cluster_metrics.render,
             deadline_s=config.deadline_s,
             body_bytes_max=config.body_bytes_max,
             nodes_expected=config.nodes_expected,
             admin_access=self._admin_access,
             operations=self._mesh_operations,
             key_admin=self._access.key_admin,
+            events=self._events,
+            member_views=self._member_views,
+            cors_origins=config.cors_origins,
         )
 
     # What lives while the node does.
@@ -271,13 +332,14 @@ class Node:
         for name, folder in self._folders:
             logger.info("loading a model", extra={"model": name})
             try:
-                engine = await trio.to_thread.run_sync(
-                    partial(load_engine, folder, **self._engine_options()), abandon_on_cancel=True
-                )
+                engine = await trio.to_thread.run_sync(self._load_engine, folder, abandon_on_cancel=True)
             except ModelFolderInvalid as exc:
                 raise ConfigInvalid(str(exc)) from exc
             await engines.start(engine.run)
-            self._engines[name] = engine
+            if isinstance(engine, EmbeddingEngine):
+                self._embedding_engines[name] = engine
+            else:
+                self._engines[name] = engine
             statistics = engine.statistics()
             self._metrics.model_loaded(name, statistics.load_time_s, statistics.model_memory_bytes)
             self._publish_profile()
@@ -286,18 +348,25 @@ class Node:
         self._gossip_socket.set_load(self._load())
         logger.info(NODE_READY, extra={"models": [name for name, _ in self._folders]})
 
-    def _engine_options(self) -> dict[str, Any]:
+    def _load_engine(self, folder: AnyFolder) -> Engine | EmbeddingEngine:
+        """Raises ModelFolderInvalid."""
         config = self._config
-        return {
-            "slots": config.slots,
+        options: dict[str, Any] = {
             "queue_limit": config.queue,
-            "capacity": config.capacity,
             "threads": config.threads,
             "spinning": config.spinning,
             "provider": config.provider,
             "memory_limit_bytes": None if config.memory_limit_mib is None else config.memory_limit_mib * MIB,
             "device_index": config.device,
         }
+        if isinstance(folder, EmbeddingFolder):
+            return load_embedding_engine(folder, **options)
+        return load_engine(folder, slots=config.slots, capacity=config.capacity, **options)
+
+    def _statistics(self) -> dict[str, EngineStatistics]:
+        """Of every engine that is loaded, by the name of its model."""
+        engines = self._engines | self._embedding_engines
+        return {name: engine.statistics() for name, engine in engines.items()}
 
     async def _publish_load(self) -> None:
         """Hand this node's load to gossip, and measure how late the loop runs."""
@@ -311,7 +380,9 @@ class Node:
             due += late_s
             self._check_engines()
             self._drain.step()
+            self._view_hash = self._view().hash()
             self._gossip_socket.set_load(self._load())
+            self._events.step()
             generation = self._view().me.generation
             if generation > self._generation:
                 # Peers remembered a later life of this node than its data directory does.
@@ -334,7 +405,7 @@ class Node:
 
     def _check_engines(self) -> None:
         """A node whose engine has failed, or is stuck in a step, takes no requests; in the second case for a while."""
-        states = {engine.statistics().state for engine in self._engines.values()}
+        states = {statistics.state for statistics in self._statistics().values()}
         if self._readiness is Readiness.READY and states & {FAILED, STUCK}:
             self._readiness = Readiness.FAILED
             if FAILED in states:
@@ -387,8 +458,10 @@ class Node:
     async def _serve_peer(self, stream: IncomingStream) -> None:
         if state_exchange.is_question(stream.request):
             await state_exchange.answer(stream, self._gossip)
+        elif embedding_codec.is_embedding(stream.request):
+            await self._embedding_server.serve(stream)
         elif peer_questions.is_question(stream.request):
-            await peer_questions.answer(stream, self._access.answerers)
+            await peer_questions.answer(stream, self._answerers)
         else:
             await self._peer_server.serve(stream)
 
@@ -407,6 +480,10 @@ class Node:
         self._fenced_by = address
         self._fenced.set()
 
+    def _member_changed(self) -> None:
+        self._metrics.know_view(self._view())  # a peer's models count under their names from its arrival on
+        self._events.view_changed()
+
     def _view(self) -> ClusterView:
         """With what this node has witnessed itself."""
         view = self._gossip.view(trio.current_time())
@@ -421,16 +498,16 @@ class Node:
         self._gossip_socket.link_failed(node_id)
 
     def _active_requests(self) -> int:
-        statistics = [engine.statistics() for engine in self._engines.values()]
-        return sum(engine.active + engine.queued for engine in statistics)
+        return sum(engine.active + engine.queued for engine in self._statistics().values())
 
     def _load(self) -> NodeLoad:
-        engines = {name: engine.statistics() for name, engine in self._engines.items()}
+        engines = self._statistics()
         return NodeLoad(
             readiness=Readiness.DRAINING if self._drain.is_active else self._readiness,
             active_requests=self._active_requests(),
             tokens_per_s=sum(engine.tokens_per_s for engine in engines.values()),
             loop_lag_s=self._loop_lag_s,
+            view_hash=self._view_hash,
             models={
                 name: ModelLoad(
                     active=engine.active,
@@ -453,7 +530,7 @@ class Node:
         """Tell what this node serves. What still loads is told of too: it is refused for now, not unknown."""
         models = []
         for name, folder in self._folders:
-            engine = self._engines.get(name)
+            engine = self._engines.get(name) or self._embedding_engines.get(name)
             models.append(
                 ModelInfo(
                     name=name,
@@ -461,28 +538,39 @@ class Node:
                     context_length=engine.context_length if engine else folder.context_length,
                     slots=engine.statistics().slots if engine else 0,
                     queue_limit=self._config.queue,
+                    kind=EMBEDDING if isinstance(folder, EmbeddingFolder) else GENERATION,
                 )
             )
         profile = NodeProfile(str(self._http_address), self._version, tuple(models), self._records_digest)
         self._gossip_socket.set_profile(profile)
 
-    async def _render_metrics(self, accept: str) -> tuple[str, bytes]:
-        load = self._load()
+    async def _render_metrics(self, accept: str, accept_encoding: str) -> Exposition:
+        uses = await self._access.gate.limit_uses(LABEL_VALUES_MAX)
         snapshot = Snapshot(
             view=self._view(),
-            active_requests=load.active_requests,
-            engines={name: engine.statistics() for name, engine in self._engines.items()},
+            active_requests=self._active_requests(),
+            loop_lag_s=self._loop_lag_s,
+            engines=self._statistics(),
+            kv={name: engine.kv_rows() for name, engine in self._engines.items()},
+            key_ids=self._access.gate.key_labels(),
+            limits=[
+                KeyLimit(key_id, kind, limit, used)
+                for key_id, kinds in uses.items()
+                for kind, (limit, used) in kinds.items()
+            ],
             mesh=mesh_figures(
                 self._gossip.statistics(),
                 self._gossip_socket.statistics(),
                 self._forwarder.statistics(),
                 self._dispatch.statistics(),
                 self._http.statistics(),
+                self._access.figures(),
+                None if self._certificate is None else self._certificate.expires_at,
             ),
             nodes_expected=self._config.nodes_expected,
             log_lines_dropped=self._log_writer.lines_dropped,
         )
-        return await self._metrics.render(snapshot, accept)
+        return await self._metrics.render(snapshot, accept, accept_encoding)
 
 
 def _refused(refusals: Mapping[Address, str], node_id: str, cluster_name: str) -> str:

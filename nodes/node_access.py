@@ -25,6 +25,7 @@ from nodes.access.limits import Limiter, LostNodes
 from nodes.access.record_sync import RecordSync
 from nodes.access.usage import UsageLog
 from nodes.durable_replica import DurableReplica
+from nodes.figures import UsageFigures
 from nodes.peer_questions import Answerer
 from nodes.store import Store
 
@@ -59,6 +60,7 @@ class NodeAccess:
         self._has_seeds = has_seeds
         self._own_counters = own_counters
         self._peer_counters = PeerCounters()
+        self._usage_heard = 0
         self._known = trio.Event()
         replica = Replica(node_id, generation, records)
         rng = random.Random()
@@ -108,8 +110,12 @@ class NodeAccess:
 
     def hear_usage(self, node_id: str, section: bytes) -> None:
         """What a peer published."""
+        self._usage_heard += 1
         with suppress(MalformedDatagram):  # of a later version: limits then do not see what it tells
             self._peer_counters.receive(node_id, section, trio.current_time())
+
+    def figures(self) -> UsageFigures:
+        return UsageFigures(self._own_counters.sections_told, self._usage_heard, self._peer_counters.row_count)
 
     def renew(self, generation: int) -> None:
         """This node's generation is another one than it thought."""

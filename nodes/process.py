@@ -13,9 +13,11 @@ from pathlib import Path
 
 import trio
 
+from nodes.certificate import Certificate
 from nodes.config import ConfigInvalid, NodeConfig, is_loopback
 from nodes.data_directory import DataDirectory
-from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid, read_model_folder
+from nodes.engine.model_folder import ModelFolderInvalid
+from nodes.engine.model_kinds import AnyFolder, read_folder
 from nodes.keyring_file import load_keyring
 from nodes.node import Node, StopRequest
 from nodes.sockets import NodeSockets, bind_http, bind_mesh, bound_address
@@ -42,6 +44,7 @@ def run_node(config: NodeConfig) -> None:
         keyring = load_keyring(config.data_dir, config)
         admin_token = config.admin_token or data.admin_token()
         generation = data.next_generation()
+        certificate = _certificate(config)
         _warn_of_exposure(config)
 
         async def main() -> None:
@@ -59,6 +62,7 @@ def run_node(config: NodeConfig) -> None:
                     admin_token,
                     store,
                     records,
+                    certificate,
                 )
                 await nursery.start(_watch_signals, stop)
                 if config.stop_with_stdin:
@@ -78,9 +82,27 @@ def _warn_of_exposure(config: NodeConfig) -> None:
     if key_file is not None and os.name == "posix" and key_file.stat().st_mode & 0o077:
         logger.warning("other users may read the cluster key; chmod 600 it", extra={"file": str(key_file)})
     if not is_loopback(config.http.host):
-        v1 = "open to everyone" if config.open else "refused, since there are no API keys (--open)"
+        v1 = "open to everyone, while no API key was ever created" if config.open else "refused without an API key"
         reason = f"/v1 is {v1}; health, metrics and status are open"
         logger.warning("the HTTP address is off loopback", extra={"address": str(config.http), "reason": reason})
+        if config.tls_cert_file is None:
+            logger.warning(
+                "API keys and the admin token travel in clear over plain HTTP; give --tls-cert-file and "
+                "--tls-key-file, or put a proxy with TLS before it",
+                extra={"address": str(config.http)},
+            )
+
+
+def _certificate(config: NodeConfig) -> Certificate | None:
+    """Raises ConfigInvalid."""
+    cert_file, key_file = config.tls_cert_file, config.tls_key_file
+    if (cert_file is None) != (key_file is None):
+        raise ConfigInvalid("tls_cert_file and tls_key_file belong together; give both for HTTPS, or neither")
+    if cert_file is None or key_file is None:
+        return None
+    if os.name == "posix" and key_file.exists() and key_file.stat().st_mode & 0o007:
+        logger.warning("all users may read the TLS key; chmod 640 it", extra={"file": str(key_file)})
+    return Certificate(cert_file, key_file, config.tls_min)
 
 
 def _enter_logging(stack: ExitStack, config: NodeConfig) -> WriterThread[logging.LogRecord]:
@@ -91,9 +113,9 @@ def _enter_logging(stack: ExitStack, config: NodeConfig) -> WriterThread[logging
         raise ConfigInvalid(f"log_dir {config.log_dir}: {exc.strerror}; give a writable folder with --log-dir") from exc
 
 
-def _read_folder(config: NodeConfig, path: Path) -> ModelFolder:
+def _read_folder(config: NodeConfig, path: Path) -> AnyFolder:
     try:
-        return read_model_folder(path, config.variant, config.provider)
+        return read_folder(path, config.variant, config.provider)
     except ModelFolderInvalid as exc:
         raise ConfigInvalid(str(exc)) from exc
 

@@ -6,24 +6,19 @@ another thread. Collectors are built per scrape, so that two scrapes never mix t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, Protocol
 
 from prometheus_client import Counter
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from mesh.view import ClusterView, MemberStatus, MemberView, NodeStatus
+from mesh.view import ClusterView
+from observability.families import Figure, counter, gauge
 
-PREFIX = "ai_cluster_"
-# Distinct values of one label; further ones are "other". Prometheus keeps every series for hours in memory.
-LABEL_VALUES_MAX = 1_000
-OTHER = "other"
-
-# One number, or numbers by label value; the key is a pair where the family has two labels.
-Figure = float | Mapping[str, float] | Mapping[tuple[str, str], float]
+ENGINE_STATES = ("loading", "ready", "stuck", "failed")
 
 
 class EngineFigures(Protocol):
@@ -41,6 +36,25 @@ class EngineFigures(Protocol):
         ...
 
     @property
+    def state(self) -> str:
+        """One of ENGINE_STATES."""
+        ...
+
+    @property
+    def queued_tokens(self) -> int: ...
+    @property
+    def step_count(self) -> int: ...
+    @property
+    def step_seconds_total(self) -> float: ...
+    @property
+    def session_seconds_total(self) -> float: ...
+    @property
+    def median_step_s(self) -> float: ...
+    @property
+    def step_faults_total(self) -> int: ...
+    @property
+    def kv_bytes(self) -> int: ...
+    @property
     def cache_queries_total(self) -> int: ...
     @property
     def cache_hits_total(self) -> int: ...
@@ -50,18 +64,46 @@ class EngineFigures(Protocol):
     def cache_hit_tokens_total(self) -> int: ...
 
 
+class KvFigures(Protocol):
+    """Rows of one model's KV cache, one for each token."""
+
+    @property
+    def capacity(self) -> int: ...
+    @property
+    def used(self) -> int: ...
+    @property
+    def cached(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class KeyLimit:
+    """One limit of one API key, and how much of it is used, over all nodes as this one has heard.
+
+    kind: requests or tokens (of the last minute), concurrency (now)."""
+
+    key_id: str
+    kind: str
+    limit: int
+    used: int
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """All that one scrape tells, taken at one instant on the trio thread. Nothing in it may change afterwards.
 
-    active_requests: generations this node executes now; fresher than its last gossip. engines: by model name.
+    active_requests: generations this node executes now; fresher than its last gossip. engines, kv: by model name.
     mesh: figures by the key of MESH_FAMILIES; a key left out is not exported.
-    nodes_expected: the configured number; None: members known and not left.
+    nodes_expected: the configured number; None: members known and not left. key_ids: of the keys that work; limits:
+    theirs. loop_lag_s: how late the trio loop woke up in the last second.
     """
 
     view: ClusterView
     active_requests: int = 0
+    loop_lag_s: float = 0.0
     engines: Mapping[str, EngineFigures] = field(default_factory=lambda: MappingProxyType({}))
+    kv: Mapping[str, KvFigures] = field(default_factory=lambda: MappingProxyType({}))
+    key_ids: Sequence[str] = ()
+    limits: Sequence[KeyLimit] = ()
     mesh: Mapping[str, Figure] = field(default_factory=lambda: MappingProxyType({}))
     nodes_expected: int | None = None
     log_lines_dropped: int = 0
@@ -104,6 +146,13 @@ MESH_FAMILIES = (
         "HTTP connections closed against their client's will, by why.",
         ("reason",),
     ),
+    Family("usage_sections", "counter", "Usage of API keys told to peers and heard of them.", ("direction",)),
+    Family("usage_rows", "gauge", "Counters of peers' API key usage held in memory, one a node and key."),
+    Family(
+        "tls_certificate_expiry_timestamp_seconds",
+        "gauge",
+        "When the HTTP certificate in use expires, seconds since 1970.",
+    ),
     Family("links", "gauge", "Peer links up, opened by either side."),
     Family("link_streams_open", "gauge", "Streams open on peer links, opened and served ones."),
     Family("link_streams", "counter", "Streams begun on peer links, by role (opened, served).", ("role",)),
@@ -134,63 +183,17 @@ class GuardedCollector(Collector):
             return []
 
 
-class ClusterCollector(Collector):
-    """`ai_cluster_cluster_*`: this node's view of the cluster. Labels name the subject; the observer is scraped."""
-
-    def __init__(self, snapshot: Snapshot) -> None:
-        self._snapshot = snapshot
-        self._view = snapshot.view
-
-    def collect(self) -> Iterable[Metric]:
-        view, snapshot = self._view, self._snapshot
-        members = [view.members[node_id] for node_id in sorted(view.members)]
-        known = [member for member in members if member.status is not MemberStatus.LEFT]
-        # The last load of a dead member says nothing of now.
-        loaded = [member for member in known if member.status is not MemberStatus.DEAD]
-        peers = [member for member in known if not member.is_self]
-
-        counts = {status.value: count for status, count in view.counts().items()}
-        yield _gauge("cluster_nodes_total", "Members by status, as this node sees them.", ("status",), counts)
-        expected = len(known) if snapshot.nodes_expected is None else snapshot.nodes_expected
-        yield _gauge("cluster_nodes_expected", "Nodes this cluster should have.", (), expected)
-        yield _by_node(
-            "cluster_active_requests", "Generations a node executes; the own row is live.", loaded, self._active, sum
-        )
-        yield _by_node(
-            "cluster_tokens_per_second", "Tokens a node generated per second, last 10 s.", loaded, self._tokens, sum
-        )
-        yield _by_node("cluster_peer_healthy", "1 where a peer is healthy, else 0.", peers, self._healthy, min)
-        yield _by_node(
-            "cluster_peer_last_seen_age_seconds",
-            "Seconds since a peer's state last advanced, on the observer's monotonic clock.",
-            peers,
-            lambda member: member.age_s,
-            max,
-        )
-        yield _gauge("gossip_awareness", "Lifeguard score of this node itself: 0 is well, 8 worst.", (), view.awareness)
-
-    def _active(self, member: MemberView) -> float:
-        return self._snapshot.active_requests if member.is_self else member.load.active_requests
-
-    def _tokens(self, member: MemberView) -> float:
-        if member.is_self:
-            return sum(engine.tokens_per_s for engine in self._snapshot.engines.values())
-        return member.load.tokens_per_s
-
-    def _healthy(self, member: MemberView) -> float:
-        return 1.0 if self._view.status(member) is NodeStatus.HEALTHY else 0.0
-
-
 class EngineCollector(Collector):
     """What this process's own engines do. One row per model served here."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._engines = snapshot.engines
+        self._kv_rows = snapshot.kv
         self._node_id = snapshot.view.self_id
 
     def collect(self) -> Iterable[Metric]:
         engines = self._engines
-        yield _gauge(
+        yield gauge(
             "tokens_per_second",
             "Tokens this process generated per second over the last 10 s; 0 when idle.",
             ("model", "node_id"),
@@ -198,17 +201,46 @@ class EngineCollector(Collector):
         )
         active = {(model, "active"): float(engine.active) for model, engine in engines.items()}
         free = {(model, "free"): float(engine.free_slots) for model, engine in engines.items()}
-        yield _gauge("engine_slots", "Slots by state (active, free).", ("model", "state"), active | free)
+        yield gauge("engine_slots", "Slots by state (active, free).", ("model", "state"), active | free)
         queued = {model: float(engine.queued) for model, engine in engines.items()}
-        yield _gauge("engine_queue_depth", "Requests that wait for a slot.", ("model",), queued)
+        yield gauge("engine_queue_depth", "Requests that wait for a slot.", ("model",), queued)
+        waiting = {model: float(engine.queued_tokens) for model, engine in engines.items()}
+        yield gauge("engine_queued_tokens", "Prompt tokens not prefilled yet.", ("model",), waiting)
+        states = {
+            (model, state): float(engine.state == state) for model, engine in engines.items() for state in ENGINE_STATES
+        }
+        yield gauge("engine_state", "1 for the state the engine is in, else 0.", ("model", "state"), states)
+        steps = {model: float(engine.step_count) for model, engine in engines.items()}
+        yield counter("engine_steps", "Steps of the engine.", ("model",), steps)
+        spent = {model: engine.step_seconds_total for model, engine in engines.items()}
+        yield counter("engine_step_seconds", "Time spent in steps.", ("model",), spent)
+        inside = {model: engine.session_seconds_total for model, engine in engines.items()}
+        yield counter("engine_session_seconds", "The part of it inside the model.", ("model",), inside)
+        medians = {model: engine.median_step_s for model, engine in engines.items()}
+        yield gauge("engine_step_median_seconds", "Median of the last steps; 0 before the first.", ("model",), medians)
+        faults = {model: float(engine.step_faults_total) for model, engine in engines.items()}
+        yield counter("engine_step_faults", "Steps that broke.", ("model",), faults)
+        kv_bytes = {model: float(engine.kv_bytes) for model, engine in engines.items()}
+        yield gauge("kv_cache_bytes", "Memory of the KV cache, used or not.", ("model",), kv_bytes)
+        yield from self._kv()
         queries = {model: float(engine.cache_queries_total) for model, engine in engines.items()}
-        yield _counter("prefix_cache_queries", "Prompts looked up in the prefix cache.", ("model",), queries)
+        yield counter("prefix_cache_queries", "Prompts looked up in the prefix cache.", ("model",), queries)
         hits = {model: float(engine.cache_hits_total) for model, engine in engines.items()}
-        yield _counter("prefix_cache_hits", "Those whose beginning was there.", ("model",), hits)
+        yield counter("prefix_cache_hits", "Those whose beginning was there.", ("model",), hits)
         asked = {model: float(engine.cache_query_tokens_total) for model, engine in engines.items()}
-        yield _counter("prefix_cache_query_tokens", "Tokens of the prompts looked up.", ("model",), asked)
+        yield counter("prefix_cache_query_tokens", "Tokens of the prompts looked up.", ("model",), asked)
         found = {model: float(engine.cache_hit_tokens_total) for model, engine in engines.items()}
-        yield _counter("prefix_cache_hit_tokens", "Those found there, not computed again.", ("model",), found)
+        yield counter("prefix_cache_hit_tokens", "Those found there, not computed again.", ("model",), found)
+
+    def _kv(self) -> Iterable[Metric]:
+        rows = {
+            (model, state): float(count)
+            for model, kv in self._kv_rows.items()
+            for state, count in (("used", kv.used), ("cached", kv.cached), ("capacity", kv.capacity))
+        }
+        yield gauge("kv_cache_rows", "Rows of the KV cache, one a token.", ("model", "state"), rows)
+        ratios = {model: kv.used / kv.capacity if kv.capacity else 0.0 for model, kv in self._kv_rows.items()}
+        yield gauge("kv_cache_usage_ratio", "Share of the KV cache that requests in slots use.", ("model",), ratios)
 
 
 class MeshCollector(Collector):
@@ -220,53 +252,11 @@ class MeshCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         for key, figure in self._snapshot.mesh.items():
             family = _MESH_FAMILIES[key]
-            make = _counter if family.kind == "counter" else _gauge
+            make = counter if family.kind == "counter" else gauge
             yield make(key, family.help, family.labels, figure)
-        yield _counter(
+        yield gauge(
+            "loop_lag_seconds", "How late the node's event loop woke up, last second.", (), self._snapshot.loop_lag_s
+        )
+        yield counter(
             "log_lines_dropped", "Log lines lost to a full queue or disk.", (), self._snapshot.log_lines_dropped
         )
-
-
-def _gauge(key: str, help_text: str, labels: tuple[str, ...], figure: Figure) -> Metric:
-    return _fill(GaugeMetricFamily(PREFIX + key, help_text, labels=labels), labels, figure)
-
-
-def _counter(key: str, help_text: str, labels: tuple[str, ...], figure: Figure) -> Metric:
-    return _fill(CounterMetricFamily(PREFIX + key, help_text, labels=labels), labels, figure)
-
-
-def _fill(
-    family: GaugeMetricFamily | CounterMetricFamily, labels: tuple[str, ...], figure: Figure
-) -> GaugeMetricFamily | CounterMetricFamily:
-    """Raises ValueError or TypeError where the figure does not have the shape of the labels."""
-    rows = figure.items() if isinstance(figure, Mapping) else [((), figure)]
-    for key, value in rows:
-        values: tuple[str, ...] = (key,) if isinstance(key, str) else key
-        if len(values) != len(labels):
-            raise ValueError(f"{family.name}: label values {values!r} for labels {labels!r}")
-        # float() here and not in the encoder: what is no number costs this collector, not the scrape.
-        family.add_metric(values, float(value))
-    return family
-
-
-def _by_node(
-    key: str,
-    help_text: str,
-    members: Iterable[MemberView],
-    value: Callable[[MemberView], float],
-    combine: Callable[[list[float]], float],
-) -> Metric:
-    rows = ((member.node_id, value(member)) for member in members)
-    return _gauge(key, help_text, ("node_id",), dict(_capped(rows, combine)))
-
-
-def _capped(rows: Iterator[tuple[str, float]], combine: Callable[[list[float]], float]) -> Iterator[tuple[str, float]]:
-    """The first LABEL_VALUES_MAX rows, and what is beyond them combined into one row named "other"."""
-    rest: list[float] = []
-    for index, row in enumerate(rows):
-        if index < LABEL_VALUES_MAX:
-            yield row
-        else:
-            rest.append(row[1])
-    if rest:
-        yield OTHER, combine(rest)

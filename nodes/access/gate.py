@@ -6,6 +6,7 @@ key on every node demands one that works; off loopback also before, unless the n
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ FAILURES_MAX = 20
 FAILURE_WINDOW_S = 60.0
 ADDRESSES_MAX = 4_096
 IPV6_PREFIX_BITS = 64  # what one customer has
+# How fast the estimate of a prompt's tokens follows what models count, and of how many models it is known.
+ESTIMATE_WEIGHT = 0.1
+MODELS_ESTIMATED_MAX = 256
 # Tokens that a running answer has used are told on after so many.
 SETTLE_TOKENS = 64
 
@@ -104,6 +108,7 @@ class Gate:
         self._wall_clock = wall_clock
         self._now = now
         self._failures = FailureLimiter()
+        self._estimates: dict[str, float] = {}  # by model: tokens that it counts for one that was estimated
 
     async def authenticate(self, authorization: str, address: str) -> Caller:
         """authorization: the header, "" for none; address: the client's IP. Raises Unauthorized, and LimitReached for
@@ -139,9 +144,13 @@ class Gate:
             raise Forbidden(f"this API key may not use the model {model[:100]!r}; GET /v1/models lists what it may use")
 
     async def admit(self, caller: Caller, model: str, prompt_tokens: int, answer_tokens: int) -> Admission:
-        """Let a request in that may use so many tokens, and count it. model: one that the mesh has. The caller closes
-        what is returned, whatever happens. Raises LimitReached."""
-        key, tokens = caller.key, prompt_tokens + answer_tokens
+        """Let a request in that may use so many tokens, and count it. prompt_tokens: a guess, which is corrected by
+        what the model's prompts were before. model: one that the mesh has. The caller closes what is returned, whatever
+        happens. Raises LimitReached."""
+        key, guessed_tokens = caller.key, prompt_tokens
+        # A prompt that turns out longer than was reserved is an overshoot while it runs, and many may run.
+        prompt_tokens = math.ceil(prompt_tokens * self._estimates.get(model, 1.0))
+        tokens = prompt_tokens + answer_tokens
         if key is None:
             return Admission(self, caller, model, prompt_tokens, 0)
         settings = key.settings
@@ -153,10 +162,29 @@ class Gate:
             await trio.sleep(SHARE_POLL_S)
         self._own.begin(key.family, tokens, self._now())
         self._usage_changed()
-        return Admission(self, caller, model, prompt_tokens, tokens, limits)
+        return Admission(self, caller, model, prompt_tokens, tokens, limits, guessed_tokens)
 
     def remaining(self, key: ApiKey, limits: Limits) -> dict[Kind, Remaining]:
         return self._limiter.remaining(key.family, limits, self._now())
+
+    def key_labels(self) -> list[str]:
+        """What metrics call the keys that work; rotated ones share their family's label."""
+        return list(dict.fromkeys(key.label for key in self._book.keys))
+
+    async def limit_uses(self, keys_max: int) -> dict[str, dict[Kind, tuple[int, int]]]:
+        """label → kind → (limit, how much of it is used over all nodes), of the oldest keys_max that have a limit. Of
+        each key as of its own instant: in a large mesh one takes a tenth of a millisecond, so others run in between."""
+        found: dict[str, dict[Kind, tuple[int, int]]] = {}
+        for key in self._book.keys:
+            settings = key.settings
+            limits = Limits(settings.requests_per_minute, settings.tokens_per_minute, settings.concurrency)
+            if limits == Limits():
+                continue
+            if key.label not in found and len(found) >= keys_max:
+                break
+            found[key.label] = self._limiter.uses(key.family, limits, self._now())  # of a family the newest key's
+            await trio.lowlevel.checkpoint()
+        return found
 
     def _limit_reached(self, key: ApiKey, limits: Limits, refusal: Refusal, tokens: int) -> LimitReached:
         what = {"requests": "requests per minute", "tokens": "tokens per minute", "concurrency": "requests at once"}
@@ -166,6 +194,13 @@ class Gate:
         return LimitReached(message, refusal.kind, refusal.retry_after_s, self.remaining(key, limits))
 
     # For Admission.
+
+    def learn(self, model: str, guessed_tokens: int, prompt_tokens: int) -> None:
+        """A prompt of that model had so many tokens."""
+        if guessed_tokens > 0 and (model in self._estimates or len(self._estimates) < MODELS_ESTIMATED_MAX):
+            factor = prompt_tokens / guessed_tokens
+            former = self._estimates.get(model, factor)
+            self._estimates[model] = former + ESTIMATE_WEIGHT * (factor - former)
 
     def count(self, caller: Caller, model: str, rise: Totals) -> None:
         if caller.key is not None:
@@ -191,14 +226,16 @@ class Admission(trio.abc.AsyncResource):
         prompt_tokens: int,
         reserved_tokens: int,
         limits: Limits | None = None,
+        guessed_tokens: int = 0,
     ) -> None:
-        """prompt_tokens: as estimated, which counts where nobody says better."""
+        """prompt_tokens: as estimated, which counts where nobody says better; guessed_tokens: before correction."""
         self._gate = gate
         self._caller = caller
         self._model = model
         self._prompt_tokens = prompt_tokens
         self._reserved_tokens = reserved_tokens
         self._limits = limits
+        self._guessed_tokens = guessed_tokens
         self._counted = Totals()
         self._used = Totals()
         self._is_open = True
@@ -219,6 +256,7 @@ class Admission(trio.abc.AsyncResource):
     def finished(self, prompt_tokens: int, completion_tokens: int) -> None:
         """What it used in all, as the model counted it."""
         self._used = self._counted.maximum(Totals(0, prompt_tokens, completion_tokens))
+        self._gate.learn(self._model, self._guessed_tokens, prompt_tokens)
         self._is_finished = True
 
     async def aclose(self) -> None:

@@ -6,9 +6,9 @@ last; so of what is left of a limit it takes at most its share for what it has n
 nodes to use up their shares at the same moment, they would have used the limit; only the single requests come on top:
 less than one a node.
 
-A node that was lost without leaving may be on the other side of a partition, where it is counted on. For hold_s, or
-until it is forgotten, it keeps its share: who is left has the limit times live nodes by all nodes. What the lost ones
-had told counts against their own share first.
+A node that was lost without leaving may be on the other side of a partition, where it is counted on. From its first
+suspicion on, for hold_s, or until it is forgotten, it keeps its share: who is left has the limit times live nodes by
+all nodes. What the lost ones had told counts against their own share first.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """live: nodes that answer, this one included. lost: ids of those whose share is held."""
+    """live: nodes that answer, this one included. lost: ids of those whose share is held, suspects among them."""
 
     live: int = 1
     lost: tuple[str, ...] = ()
@@ -84,7 +84,8 @@ class _Use:
 
 
 class LostNodes:
-    """Which nodes were lost without leaving, and since when. Bounded by the members that gossip remembers."""
+    """Which nodes do not answer though they never left, and since when those that are dead. Bounded by the members that
+    gossip remembers."""
 
     def __init__(self, hold_s: float = HOLD_S) -> None:
         self._hold_s = hold_s
@@ -96,16 +97,18 @@ class LostNodes:
     def shares(self, view: ClusterView, now: float) -> Shares:
         if view is self._seen and now < self._until:
             return self._shares
-        live, lost = 0, {}
+        live, lost, suspects = 0, {}, []
         for member in view.members.values():
             if member.status is MemberStatus.DEAD:
                 lost[member.node_id] = self._since.get(member.node_id, now)
+            elif member.status is MemberStatus.SUSPECT:
+                suspects.append(member.node_id)  # a cut lets each side use the whole limit until it is noticed
             elif member.status is not MemberStatus.LEFT:
                 live += 1
         self._since = lost
-        held = tuple(sorted(node_id for node_id, since in lost.items() if now - since < self._hold_s))
-        self._shares = Shares(max(1, live), held)
-        self._until = min((lost[node_id] + self._hold_s for node_id in held), default=math.inf)
+        dead = [node_id for node_id, since in lost.items() if now - since < self._hold_s]
+        self._shares = Shares(max(1, live), tuple(sorted(dead + suspects)))
+        self._until = min((lost[node_id] + self._hold_s for node_id in dead), default=math.inf)
         self._seen = view
         return self._shares
 
@@ -151,6 +154,16 @@ class Limiter:
                 return Refusal(kind, limit, RETRY_BRIEF_S, is_brief=True)
         return None
 
+    def uses(self, key: str, limits: Limits, now: float) -> dict[Kind, tuple[int, int]]:
+        """(limit, how much of it is used over all nodes), of the limits that the key has."""
+        _, used, _ = self._used(key, self._shares(now), now)
+        rows: tuple[tuple[Kind, int | None, int], ...] = (
+            ("requests", limits.requests_per_minute, used.requests),
+            ("tokens", limits.tokens_per_minute, used.tokens + used.reserved_tokens),
+            ("concurrency", limits.concurrency, used.running),
+        )
+        return {kind: (limit, amount) for kind, limit, amount in rows if limit is not None}
+
     def remaining(self, key: str, limits: Limits, now: float) -> dict[Kind, Remaining]:
         """Of the limits per minute that the key has, for the x-ratelimit headers."""
         shares = self._shares(now)
@@ -159,12 +172,12 @@ class Limiter:
             ("requests", limits.requests_per_minute, used.requests),
             ("tokens", limits.tokens_per_minute, used.tokens + used.reserved_tokens),
         )
-        found: dict[Kind, Remaining] = {}
-        for kind, limit, amount in rows:
-            if limit is not None:
-                last = max((when for when, *_ in self._expiries(key)), default=now)
-                found[kind] = Remaining(limit, max(0, shares.of(limit) - amount), max(0.0, last - now))
-        return found
+        last = max(now, self._own.last_expiry(key) or now, self._peers.last_expiry(key) or now)
+        return {
+            kind: Remaining(limit, max(0, shares.of(limit) - amount), last - now)
+            for kind, limit, amount in rows
+            if limit is not None
+        }
 
     def _used(self, key: str, shares: Shares, now: float) -> tuple[Used, Used, Used]:
         """(by this node, by all, by those that are lost)."""
@@ -174,9 +187,6 @@ class Limiter:
             lost = _sum(lost, self._peers.used_by(node_id, key, now))
         return own, _sum(own, others), lost
 
-    def _expiries(self, key: str) -> list[tuple[float, int, int]]:
-        return list(heapq.merge(self._own.expiries(key), self._peers.expiries(key)))
-
     def _retry_after_s(
         self, key: str, kind: Kind, limit: int, cost: int, use: _Use, shares: Shares, now: float
     ) -> float:
@@ -184,7 +194,7 @@ class Limiter:
         if kind == "concurrency":
             return RETRY_RUNNING_S
         excess = max(1, use.used + cost - shares.of(limit))
-        for when, requests, tokens in self._expiries(key):
+        for when, requests, tokens in heapq.merge(self._own.expiries(key), self._peers.expiries(key)):
             excess -= requests if kind == "requests" else tokens
             if excess <= 0:
                 return max(RETRY_AFTER_MIN_S, when - now)

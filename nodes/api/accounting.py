@@ -27,14 +27,26 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 # Closing a stream queues a frame and never waits for the network; this only bounds a fault of ours.
 _CLOSE_TIMEOUT_S = 1.0
 # Probed every few seconds by scrapers and balancers; at info they would be most of the log.
-_QUIET_ROUTES = {"/health", "/health/live", "/health/ready", "/metrics"}
+_QUIET_ROUTES = {
+    "/health",
+    "/health/live",
+    "/health/ready",
+    "/metrics",
+    "/metrics/cluster",
+    "/cluster/sd",
+    "/cluster/status",
+    "/cluster/views",
+}
+# W3C Trace Context: version, trace id, parent id, flags. A trace id of zeros is none.
+_TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 
 
 class Exchange:
     """What is known of one HTTP request while it lasts. Handlers fill it; the accounting reads it at the end."""
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, trace_id: str = "") -> None:
         self.request_id = request_id
+        self.trace_id = trace_id  # of the client's trace; empty where it has none
         self.route = "unmatched"
         self.status = 0
         self.log_fields: dict[str, Any] = {}
@@ -53,7 +65,7 @@ class Accounting:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = scope[SCOPE_KEY] = Exchange(_request_id(scope))
+        exchange = scope[SCOPE_KEY] = Exchange(_request_id(scope), _trace_id(scope))
         started = trio.current_time()
         is_complete = False
 
@@ -84,12 +96,14 @@ class Accounting:
         # 499: the client closed the connection before a response began (nginx's number, known to operators).
         status = exchange.status or 499
         method = scope["method"] if scope["method"] in _METHODS else "OTHER"
-        self._metrics.http_request(method, exchange.route, status, seconds)
+        exemplar = {"request_id": exchange.request_id, "trace_id": exchange.trace_id}
+        self._metrics.http_request(method, exchange.route, status, seconds, exemplar)
         logger.log(
             logging.DEBUG if exchange.route in _QUIET_ROUTES else logging.INFO,
             "request",
             extra={
                 "request_id": exchange.request_id,
+                **({"trace_id": exchange.trace_id} if exchange.trace_id else {}),
                 "http.request.method": method,
                 "http.route": exchange.route,
                 "http.response.status_code": status,
@@ -114,3 +128,10 @@ def _request_id(scope: Scope) -> str:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
             return str(value.decode())
     return f"req_{uuid.uuid4().hex}"
+
+
+def _trace_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"traceparent" and (found := _TRACEPARENT.fullmatch(value)) is not None:
+            return str(found[1].decode())
+    return ""

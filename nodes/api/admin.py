@@ -40,7 +40,7 @@ NodeId = Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, hide_input_in_errors=True)
 
 
 class InstallBody(_Body):
@@ -89,7 +89,7 @@ def register(app: Quart, services: Services) -> None:
     async def authorize() -> None:
         # Before a route is looked at, so that nobody without the token learns which there are.
         if request.path == "/admin" or request.path.startswith("/admin/"):
-            services.admin_access.authorize(request.headers.get("authorization", ""))
+            services.admin_access.authorize(request.headers.get("authorization", ""), request.remote_addr or "")
 
     def begin(operation: Operation) -> Response:
         lines = operations.start(operation)

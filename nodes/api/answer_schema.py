@@ -148,12 +148,31 @@ class Completion(_AnswerHead):
     usage: UsageObject | None = None
 
 
+class EmbeddingObject(Answer):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str = Field(description="As text with encoding_format base64")
+
+
+class EmbeddingUsage(Answer):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(Answer):
+    object: Literal["list"]
+    data: list[EmbeddingObject]
+    model: str
+    usage: EmbeddingUsage
+
+
 class ModelObject(Answer):
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
-    context_length: int = Field(description="Tokens of prompt and answer that every node with the model takes")
+    context_length: int = Field(description="Tokens of prompt and answer, or of an input, that every node takes")
+    kind: Literal["generation", "embedding", "unknown"] = Field(description="What it is asked for")
 
 
 class ModelList(Answer):
@@ -177,8 +196,20 @@ class ClusterStatus(Answer):
     version: str
     nodes: dict[str, int]
     nodes_expected: int
+    view_hash: int
+    views_disagreeing: list[str] = Field(description="Live nodes that told of other members than this one sees")
     warnings: list[str]
     members: list[dict[str, Any]]
+
+
+class ClusterViews(Answer):
+    """By observer, by member: alive, suspect, dead, left. silent: observers that gave no answer. disputed: members of
+    which not all observers believe the same."""
+
+    node_id: str
+    views: dict[str, dict[str, str]]
+    silent: list[str]
+    disputed: list[str]
 
 
 class LimitLeft(Answer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -12,17 +13,18 @@ from typing import Any, Protocol
 import trio
 from quart import Response
 
-from mesh.errors import MeshError, ModelUnknown
+from mesh.errors import MeshError
 from mesh.first_token import tokens_of
+from mesh.view import GENERATION
 from nodes.access.gate import Admission, Caller
 from nodes.api.accounting import Exchange
 from nodes.api.choices import Choices
 from nodes.api.errors import api_error
 from nodes.api.limit_headers import limit_headers
 from nodes.api.outcome import Outcome, total_usage, usage_object
-from nodes.api.schema import CHARS_SHOWN
+from nodes.api.served_models import context_length_of
 from nodes.api.services import Services
-from nodes.api.sse import DONE, HEADERS, KEEP_ALIVE, EventStreamBody, data_event
+from nodes.api.sse import DONE, HEADERS, KEEP_ALIVE, EventStreamBody, comment, data_event
 from nodes.generation import GenerateEvent, GenerateRequest, GenerationError, RequestInvalid
 
 # A failure within this time still gets its own status code; after it the headers are sent, so that a client sees life.
@@ -32,6 +34,7 @@ NODE_HEADER = "x-ai-cluster-node"
 # Reserved of a key's tokens per minute for an answer whose request does not bound it.
 ANSWER_TOKENS_EXPECTED = 256
 FINGERPRINT_CHARS = 10  # of OpenAI's own are as many
+_CONTENT_TYPE = re.compile(r"[a-z0-9.+-]{1,40}/[a-z0-9.+-]{1,60}")
 
 JsonObject = dict[str, Any]
 
@@ -73,8 +76,9 @@ def check_content_type(mimetype: str) -> None:
 
     Raises RequestInvalid."""
     if mimetype != "application/json":
+        shown = mimetype if _CONTENT_TYPE.fullmatch(mimetype) else "missing or none"
         raise RequestInvalid(
-            f"the content type is {mimetype[:100] or 'missing'}; send content-type: application/json",
+            f"the content type is {shown}; send content-type: application/json",
             code="unsupported_media_type",
             status=415,
         )
@@ -87,12 +91,7 @@ async def open_generation(services: Services, exchange: Exchange, caller: Caller
     streams = []
     for generation in asked.generations:
         request = replace(generation, fairness_id=caller.fairness_id, priority=caller.priority)
-        try:
-            stream = await services.dispatch.open(request)
-        except RequestInvalid as exc:
-            if exc.param != "response_format" or not asked.grammar_param:
-                raise
-            raise RequestInvalid(str(exc), param=asked.grammar_param, code=exc.code, status=exc.status) from exc
+        stream = await services.dispatch.open(request)
         exchange.closing.append(stream)
         streams.append(stream)
     return Choices(streams)
@@ -102,12 +101,8 @@ async def admit(services: Services, exchange: Exchange, caller: Caller, asked: A
     """Let the request in, as far as its key's limits allow; it is counted until the exchange is over.
 
     All requests that generate come through here, after they were checked and before anything is asked of a node. Raises
-    Forbidden, LimitReached and ModelUnknown."""
-    services.gate.check_model(caller, asked.model)
-    infos = [info for member in services.view().members.values() if (info := member.model(asked.model)) is not None]
-    if not infos:
-        raise ModelUnknown(f"no node of this mesh has a model named {asked.model[:CHARS_SHOWN]!r}")
-    context_length = max(info.context_length for info in infos)
+    Forbidden, LimitReached, ModelUnknown, and RequestInvalid for a model that does not generate."""
+    context_length = context_length_of(services, caller, asked.model, GENERATION)
     prompts = asked.generations[:: asked.choices_per_prompt]
     prompt_tokens = sum(min(context_length, tokens_of(prompt.text_bytes())) for prompt in prompts)
     answer_tokens = sum(
@@ -124,10 +119,13 @@ async def answer(
 ) -> Response:
     """The response, whole or as a stream of events. Raises what ends the request before a response began."""
     admission = await admit(services, exchange, caller, asked)
-    choices = await open_generation(services, exchange, caller, asked)
-    outcome.note_streams(choices.streams, services.node_id)
-    writer = _Writer(services, exchange, outcome, asked, form, choices, admission)
-    return await (writer.streamed() if asked.is_stream else writer.whole())
+    try:
+        choices = await open_generation(services, exchange, caller, asked)
+        outcome.note_streams(choices.streams, services.node_id)
+        writer = _Writer(services, exchange, outcome, asked, form, choices, admission)
+        return await (writer.streamed() if asked.is_stream else writer.whole())
+    except RequestInvalid as exc:
+        raise _with_clients_field(exc, asked) from exc
 
 
 class _Writer:
@@ -147,6 +145,7 @@ class _Writer:
         self._form = form
         self._choices = choices
         self._admission = admission
+        self._moves_told = [0] * len(choices.streams)
         self._head = {
             "id": f"{form.id_prefix}{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -181,6 +180,8 @@ class _Writer:
                 item = None
                 with trio.move_on_after(KEEP_ALIVE_S):
                     item = await self._choices.receive()
+                for comment in self._new_moves():
+                    yield comment
                 if item is None:
                     yield KEEP_ALIVE
                     continue
@@ -190,14 +191,24 @@ class _Writer:
                     yield self._chunk(choice)
                 last[index] = event
         except (GenerationError, MeshError) as exc:
-            self._outcome.failed(exc)
-            self._exchange.log_fields["error.message"] = str(exc)
-            yield data_event(api_error(exc).body())
+            failure = _with_clients_field(exc, self._asked) if isinstance(exc, RequestInvalid) else exc
+            self._outcome.failed(failure)
+            self._exchange.log_fields["error.message"] = str(failure)
+            yield data_event(api_error(failure).body())
             return
         usage = self._finish([last[index] for index in sorted(last)])
         if self._asked.has_usage_chunk:
             yield data_event(self._object(self._form.chunk_name, []) | {"usage": usage})
         yield DONE
+
+    def _new_moves(self) -> list[bytes]:
+        """Comments that say where answers went on since the last time: for people who watch; clients ignore them."""
+        found = []
+        for index, stream in enumerate(self._choices.streams):
+            moves = stream.moves[self._moves_told[index] :]
+            found += [comment(f"{move.kind} {move.origin} {move.target} {move.reason}") for move in moves]
+            self._moves_told[index] = len(stream.moves)
+        return found
 
     def _chunk(self, choice: JsonObject) -> bytes:
         chunk = self._object(self._form.chunk_name, [choice])
@@ -213,7 +224,16 @@ class _Writer:
         return usage_object(usage)
 
     def _headers(self) -> dict[str, str]:
+        self._moves_told = [len(stream.moves) for stream in self._choices.streams]  # the header has them
         return {NODE_HEADER: ", ".join(self._choices.node_ids)} | limit_headers(self._admission.remaining())
+
+
+def _with_clients_field(error: RequestInvalid, asked: Asked) -> RequestInvalid:
+    """Engines know a grammar by one name, whichever field it came in. A peer's word comes with its first event, this
+    node's at once."""
+    if error.param != "response_format" or not asked.grammar_param:
+        return error
+    return RequestInvalid(str(error), param=asked.grammar_param, code=error.code, status=error.status)
 
 
 def system_fingerprint(services: Services, node_id: str, model: str) -> str | None:

@@ -8,9 +8,22 @@ from quart import Quart, Response, jsonify, request
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 
-from nodes.api import admin, chat, completions, keys, models, openapi, operations
+from nodes.api import (
+    admin,
+    chat,
+    cluster,
+    cluster_events,
+    completions,
+    embeddings,
+    keys,
+    models,
+    openapi,
+    operations,
+    web,
+)
 from nodes.api.accounting import Accounting, exchange_of
 from nodes.api.errors import api_error
+from nodes.api.response_headers import ResponseHeaders
 from nodes.api.services import Services
 
 logger = logging.getLogger(__name__)
@@ -44,9 +57,14 @@ def build_app(services: Services) -> Accounting:
 
     chat.register(app, services)
     completions.register(app, services)
+    embeddings.register(app, services)
     models.register(app, services)
     operations.register(app, services)
+    status = cluster.status_source(services)
+    cluster.register(app, services)
+    cluster_events.register(app, services, status)
     admin.register(app, services)
     keys.register(app, services.key_admin)
     openapi.register(app, services)
-    return Accounting(app, services.metrics)  # type: ignore[arg-type]
+    web.register(app)
+    return Accounting(ResponseHeaders(app, services.cors_origins), services.metrics)

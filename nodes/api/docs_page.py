@@ -48,7 +48,7 @@ def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
             rows.append(("body", _type(content["schema"]), escape(content_type)))
     for status, response in operation["responses"].items():
         kinds = ", ".join(
-            f"{_type(content['schema'].get('contentSchema', content['schema']))} as {escape(content_type)}"
+            f"{_type(_payload(content['schema']))} as {escape(content_type)}"
             for content_type, content in response["content"].items()
         )
         rows.append((escape(status), kinds, escape(response["description"])))
@@ -71,6 +71,15 @@ def _schema(name: str, schema: dict[str, Any]) -> str:
 def _table(rows: list[tuple[str, str, str]]) -> str:
     """Of HTML."""
     return "<table>" + "".join(f"<tr><td>{a}</td><td>{b}</td><td>{c}</td></tr>" for a, b, c in rows) + "</table>"
+
+
+def _payload(schema: dict[str, Any]) -> dict[str, Any]:
+    """Of an event, what its data holds; of anything else, itself."""
+    for form in schema.get("properties", {}).get("data", {}).get("anyOf", ()):
+        if "contentSchema" in form:
+            found: dict[str, Any] = form["contentSchema"]
+            return found
+    return schema
 
 
 def _type(schema: dict[str, Any]) -> str:

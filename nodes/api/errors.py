@@ -15,6 +15,10 @@ from nodes.access.limits import Kind, Remaining
 from nodes.api.limit_headers import limit_headers
 from nodes.generation import DeadlineExceeded, GenerationFailed, RequestInvalid
 
+# Clients that are told a minute or more (the Vercel AI SDK; openai-python at two) do not believe it, come back within
+# seconds, and give up. One that waits for this long is told the little that is left.
+RETRY_AFTER_MAX_S = 59.0
+
 
 @dataclass(frozen=True, slots=True)
 class ApiError:
@@ -34,8 +38,9 @@ class ApiError:
     def headers(self) -> dict[str, str]:
         headers = limit_headers(self.remaining)
         if self.retry_after_s is not None:
-            headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
-            headers["retry-after-ms"] = str(max(1, math.ceil(self.retry_after_s * 1000)))
+            seconds = min(self.retry_after_s, RETRY_AFTER_MAX_S)
+            headers["retry-after"] = str(max(1, math.ceil(seconds)))
+            headers["retry-after-ms"] = str(max(1, math.ceil(seconds * 1000)))
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         return headers

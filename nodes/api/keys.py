@@ -34,13 +34,13 @@ def _models(value: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(value))
 
 
-Limit = Annotated[int | None, Field(strict=True, ge=1)]
-Time = Annotated[int | None, BeforeValidator(_time)]
+Limit = Annotated[int | None, Field(ge=1)]
+Time = Annotated[int | None, BeforeValidator(_time, json_schema_input_type=int | str | None)]
 Models = Annotated[tuple[str, ...], AfterValidator(_models)]
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class CreateBody(_Body):

@@ -7,7 +7,7 @@ from typing import Any
 from quart import Quart, Response, jsonify
 
 from mesh.errors import ModelUnknown
-from mesh.view import ClusterView, NodeStatus
+from mesh.view import ClusterView, ModelInfo, NodeStatus
 from nodes.api.auth import authenticate
 from nodes.api.schema import CHARS_SHOWN
 from nodes.api.services import Services
@@ -21,37 +21,40 @@ def register(app: Quart, services: Services) -> None:
     @app.get("/v1/models")
     async def models() -> Response:
         caller = await authenticate(services)
-        lengths = context_lengths(services.view())
-        lengths = {name: length for name, length in lengths.items() if caller.may_use(name)}
-        return jsonify({"object": "list", "data": [_model_object(name, lengths[name]) for name in sorted(lengths)]})
+        served = served_models(services.view())
+        data = [served[name] for name in sorted(served) if caller.may_use(name)]
+        return jsonify({"object": "list", "data": data})
 
     # A name may have slashes, as on the hub.
     @app.get("/v1/models/<path:name>")
     async def model(name: str) -> Response:
         caller = await authenticate(services)
-        lengths = context_lengths(services.view())
-        if name not in lengths or not caller.may_use(name):
+        served = served_models(services.view())
+        if name not in served or not caller.may_use(name):
             raise ModelUnknown(
                 f"no node of this mesh serves a model named {name[:CHARS_SHOWN]!r}; GET /v1/models lists them"
             )
-        return jsonify(_model_object(name, lengths[name]))
+        return jsonify(served[name])
 
 
-def context_lengths(view: ClusterView) -> dict[str, int]:
-    """By the names of the models that members not offline have: the shortest context, which every node takes."""
-    lengths: dict[str, int] = {}
+def served_models(view: ClusterView) -> dict[str, dict[str, Any]]:
+    """OpenAI's objects of the models that members not offline have, by name, with the shortest context, which every
+    node takes."""
+    served: dict[str, dict[str, Any]] = {}
     for member in view.members.values():
         if view.status(member) is not NodeStatus.OFFLINE:
-            for model in member.profile.models:
-                lengths[model.name] = min(model.context_length, lengths.get(model.name, model.context_length))
-    return lengths
+            for info in member.profile.models:
+                known = served.setdefault(info.name, _model_object(info))
+                known["context_length"] = min(info.context_length, known["context_length"])
+    return served
 
 
-def _model_object(name: str, context_length: int) -> dict[str, Any]:
+def _model_object(info: ModelInfo) -> dict[str, Any]:
     return {
-        "id": name,
+        "id": info.name,
         "object": "model",
         "created": MODEL_CREATED,
         "owned_by": OWNER,
-        "context_length": context_length,
+        "context_length": info.context_length,
+        "kind": info.kind,
     }

@@ -16,8 +16,10 @@ from nodes.api.answer_schema import (
     ChatCompletion,
     ChatCompletionChunk,
     ClusterStatus,
+    ClusterViews,
     Completion,
     EditedKey,
+    EmbeddingList,
     ErrorAnswer,
     Health,
     KeyList,
@@ -29,6 +31,7 @@ from nodes.api.answer_schema import (
 from nodes.api.chat_schema import ChatCompletionRequest
 from nodes.api.completion_schema import CompletionRequest
 from nodes.api.docs_page import docs_page
+from nodes.api.embedding_schema import EmbeddingRequest
 from nodes.api.services import Services
 
 OPENAPI_VERSION = "3.1.0"
@@ -39,7 +42,6 @@ LINES = "application/x-ndjson"
 # The page is made here and has no script; nothing else may be loaded by it.
 PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
 }
 
 ERRORS = {
@@ -101,12 +103,22 @@ ROUTES = (
         security="api_key",
     ),
     Route(
+        "post",
+        "/v1/embeddings",
+        "OpenAI",
+        "Vectors of texts",
+        EmbeddingRequest,
+        {JSON: EmbeddingList},
+        GENERATING,
+        security="api_key",
+    ),
+    Route(
         "get",
         "/v1/models",
         "OpenAI",
         "The models of the mesh",
         answer={JSON: ModelList},
-        errors=(401, 500),
+        errors=(401, 429, 500, 503),
         security="api_key",
     ),
     Route(
@@ -115,7 +127,7 @@ ROUTES = (
         "OpenAI",
         "One model; its name may have slashes",
         answer={JSON: ModelObject},
-        errors=(401, 404, 500),
+        errors=(401, 404, 429, 500, 503),
         security="api_key",
     ),
     *(
@@ -127,8 +139,22 @@ ROUTES = (
         )
     ),
     Route("get", "/cluster/status", "Cluster", "Every node as this one sees it", answer={JSON: ClusterStatus}),
+    Route(
+        "get",
+        "/cluster/events",
+        "Cluster",
+        "What happens in the mesh, the recent first, then live; with status=1 its status each second",
+        answer={EVENTS: None},
+        errors=(500, 503),
+        query=("status",),
+    ),
+    Route("get", "/cluster/views", "Cluster", "What each node believes of each other", answer={JSON: ClusterViews}),
+    Route("get", "/cluster/sd", "Cluster", "Every node, for Prometheus's http_sd_configs", answer={JSON: None}),
     Route("get", "/metrics", "Cluster", "Figures for Prometheus", answer={"text/plain": None}),
+    Route("get", "/metrics/cluster", "Cluster", "The figures of every node", answer={"text/plain": None}),
     Route("get", "/openapi.json", "Description", "This description", answer={JSON: None}),
+    Route("get", "/", "People", "The status page, with a chat", answer={"text/html": None}),
+    Route("get", "/web/{name}", "People", "A file of the status page", answer={"text/css": None}, errors=(404, 500)),
     Route("get", "/docs", "Description", "This description as a page", answer={"text/html": None}),
     *(
         Route(method, path, "Admin", summary, body, {LINES: None}, errors, security="admin_token", query=query)
@@ -224,7 +250,8 @@ def _operation(route: Route) -> dict[str, Any]:
         responses[str(status)] = {"description": ERRORS[status], "content": {JSON: {"schema": _ref(ErrorAnswer)}}}
         if status == 503:
             responses[str(status)]["headers"] = {"retry-after": {"schema": {"type": "integer"}}}
-    name = route.path.strip("/").replace("{", "").replace("}", "").replace("/", "_").replace(".", "_")
+    path = route.path.strip("/") or "page"
+    name = path.replace("{", "").replace("}", "").replace("/", "_").replace(".", "_")
     operation: dict[str, Any] = {
         "operationId": f"{route.method}_{name}",
         "tags": [route.tag],
@@ -232,7 +259,9 @@ def _operation(route: Route) -> dict[str, Any]:
         "responses": responses,
     }
     if route.body is not None:
-        operation["requestBody"] = {"required": True, "content": {JSON: {"schema": _ref(route.body)}}}
+        # A body of nothing but defaults may be left out.
+        is_required = any(field.is_required() for field in route.body.model_fields.values())
+        operation["requestBody"] = {"required": is_required, "content": {JSON: {"schema": _ref(route.body)}}}
     parameters: list[dict[str, Any]] = [
         {"name": field, "in": "query", "schema": {"type": "string"}} for field in route.query
     ]
@@ -248,11 +277,21 @@ def _operation(route: Route) -> dict[str, Any]:
 
 def _answer(content_type: str, kind: type[BaseModel] | None) -> dict[str, Any]:
     if content_type == EVENTS and kind is not None:
-        description = f"With stream=true: events whose data is a {kind.__name__}, an error, or [DONE] at the end"
-        return {"schema": {"type": "string", "description": description, "contentSchema": _ref(kind)}}
+        return {"schema": _event(kind)}
     if kind is None:
         return {"schema": {"type": "object"} if content_type == JSON else {"type": "string"}}
     return {"schema": _ref(kind)}
+
+
+def _event(kind: type[BaseModel]) -> dict[str, Any]:
+    """OpenAPI 3.1 has no word for streams; as tools read it, the schema is that of each event."""
+    payload = {"contentMediaType": JSON, "contentSchema": {"anyOf": [_ref(kind), _ref(ErrorAnswer)]}}
+    return {
+        "type": "object",
+        "description": f"With stream=true: events, each with a {kind.__name__}, an error, or [DONE] at the end",
+        "properties": {"data": {"type": "string", "anyOf": [{"const": "[DONE]"}, payload]}},
+        "required": ["data"],
+    }
 
 
 def _ref(kind: type[BaseModel]) -> dict[str, str]:

@@ -23,6 +23,17 @@ def data_event(payload: object) -> bytes:
     return b"data: " + json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
+def comment(text: str) -> bytes:
+    """A line that clients ignore."""
+    return b": " + " ".join(text.split()).encode() + b"\n\n"
+
+
+def named_event(name: str, data: bytes, event_id: str = "") -> bytes:
+    """data: one line."""
+    head = f"event: {name}\n" + (f"id: {event_id}\n" if event_id else "")
+    return head.encode() + b"data: " + data + b"\n\n"
+
+
 class EventStreamBody(ResponseBody):
     """A response body over an async generator of encoded events, closed with the response.
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 import trio
 
-from nodes.engine.engine_statistics import FAILED, LOADING, READY, STUCK, EngineStatistics, State
+from nodes.engine.engine_statistics import FAILED, LOADING, READY, STUCK, EngineStatistics, KvRows, State
 from nodes.engine.engine_thread import EngineThread, Tick
 from nodes.engine.errors import EngineError, EngineFault, EngineStopped, PromptTooLong, QueueFull, TokenUnknown
 from nodes.engine.estimate import FirstTokenEstimate, estimate_first_token
@@ -202,7 +202,7 @@ class Engine:
         )
         if (error := sequence.sampling.error) is not None:
             raise EngineFault(error)
-        stream = EngineStream(lambda: self._close(sequence))
+        stream = EngineStream(lambda: self._close(sequence), submitted_at=self.now())
         if generated_ids and (end := sequence.ended_before()) is not None:
             stream.offer(end)
             stream.end(None)
@@ -233,6 +233,12 @@ class Engine:
         cached, the first block first. Those in use come first, then the most recently used; at most one a slot."""
         with self._wake:
             return self._scheduler.kv.conversations()
+
+    def kv_rows(self) -> KvRows:
+        """For scrapes: it walks over the slots, which statistics(), asked for each request, does not."""
+        with self._wake:
+            used, cached = self._scheduler.kv.rows()
+        return KvRows(self._session.slots * self._session.capacity, used, cached)
 
     def statistics(self) -> EngineStatistics:
         now = self.now()
@@ -314,6 +320,8 @@ class Engine:
                 del self._streams[sequence]
                 stream.end(outcome.error)
                 continue
+            if stream.queued_s is None:
+                stream.queued_s = max(0.0, sequence.placed_at - stream.submitted_at)
             if estimate is not None:
                 submitted, estimated_s = estimate
                 self._meter.first_token(estimated_s, self.now() - submitted)

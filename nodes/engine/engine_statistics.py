@@ -15,6 +15,15 @@ FAILED: State = "failed"  # steps broke one after the other; for good
 
 
 @dataclass(frozen=True, slots=True)
+class KvRows:
+    """Rows of the KV cache, one for each token. used: by requests in slots; cached: kept for prompts to come."""
+
+    capacity: int
+    used: int
+    cached: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStatistics:
     """One engine at one instant. Rates in tokens per second over the time spent on them, 0.0 while unmeasured.
 

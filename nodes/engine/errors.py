@@ -11,9 +11,23 @@ class PromptTooLong(EngineError):
     """The client's fault: the prompt leaves no room for one token of an answer. Nothing was queued."""
 
     def __init__(self, tokens: int, limit: int, *, is_exact: bool = True) -> None:
+        """tokens: at least that many where it is not exact. limit: of a prompt; an answer takes one more at least."""
+        count = f"{tokens} tokens" if is_exact else f"more than {tokens} tokens"
+        # Begins with OpenAI's own words: LiteLLM and others know this error by them, whatever its code is.
+        super().__init__(
+            f"This model's maximum context length is {limit + 1} tokens, answer included. The prompt has {count}."
+        )
+        self.tokens = tokens
+        self.limit = limit
+
+
+class InputTooLong(EngineError):
+    """The client's fault: an embedding model does not take that many tokens. Nothing was queued."""
+
+    def __init__(self, tokens: int, limit: int, *, is_exact: bool = True) -> None:
         """tokens: at least that many where it is not exact."""
         count = f"{tokens} tokens" if is_exact else f"more than {tokens} tokens"
-        super().__init__(f"the prompt has {count} and leaves no room for an answer: this model takes {limit}")
+        super().__init__(f"it has {count}, and this model takes {limit}")
         self.tokens = tokens
         self.limit = limit
 

@@ -15,7 +15,14 @@ from typing import Literal
 import numpy as np
 
 from nodes.engine import onnx_file
-from nodes.engine.model_folder import BUILD_FIX, ModelFolder, ModelFolderInvalid, Precision, TensorNames
+from nodes.engine.model_folder import (
+    BUILD_FIX,
+    GraphPlace,
+    ModelFolder,
+    ModelFolderInvalid,
+    Precision,
+    TensorNames,
+)
 from nodes.engine.onnx_file import OnnxFile, OnnxFileInvalid, OnnxValue, read_onnx_file
 
 FloatType = type[np.float32] | type[np.float16]
@@ -89,7 +96,7 @@ def kv_names(names: TensorNames, layers: int) -> Iterator[tuple[str, str]]:
         yield names.past_value % layer, names.present_value % layer
 
 
-def read_graph_file(folder: ModelFolder) -> OnnxFile:
+def read_graph_file(folder: GraphPlace) -> OnnxFile:
     """Raises ModelFolderInvalid."""
     try:
         return read_onnx_file(folder.graph_file)
@@ -100,7 +107,7 @@ def read_graph_file(folder: ModelFolder) -> OnnxFile:
         raise ModelFolderInvalid(folder.path, reason, "make it readable") from exc
 
 
-def check_external_files(folder: ModelFolder, graph: OnnxFile) -> tuple[Path, ...]:
+def check_external_files(folder: GraphPlace, graph: OnnxFile) -> tuple[Path, ...]:
     """The files in which the graph has its weights, by name. Raises ModelFolderInvalid for one that is missing or that
     leads out of the folder: a graph is foreign, and what it names is read into memory."""
     files = []

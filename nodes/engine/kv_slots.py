@@ -115,6 +115,11 @@ class KvSlots:
         """What idle slots hold."""
         return [rows for rows in self._retained if rows is not None]
 
+    def rows(self) -> tuple[int, int]:
+        """(rows of sequences in slots, rows that idle slots keep for prompts to come)."""
+        used = sum(int(self.lengths[slot]) for slot, sequence in enumerate(self._sequences) if sequence is not None)
+        return used, sum(len(rows.ids) for rows in self.retained())
+
     def conversations(self) -> list[tuple[int, ...]]:
         """By slot that holds rows of a named conversation: the names of the text blocks they cover. Those of busy slots
         first, then the most recently used; at most one for each slot."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from nodes.engine.devices import Processor
 
@@ -18,6 +19,17 @@ class ModelFolderInvalid(Exception):
         self.path = path
         self.reason = reason
         self.fix = fix
+
+
+class GraphPlace(Protocol):
+    """Where a graph is: of a language model's folder, or of an embedding model's."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def graph_file(self) -> Path: ...
+    @property
+    def graph_name(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +94,13 @@ class ModelFolder:
     @property
     def graph_name(self) -> str:
         """The graph's file as messages name it: relative to the folder."""
-        inside = self.graph_file.is_relative_to(self.path)
-        return self.graph_file.relative_to(self.path).as_posix() if inside else self.graph_file.name
+        return name_in(self.path, self.graph_file)
 
     def weight_files(self) -> list[Path]:
         """The graph, then the files of external data, by name."""
         return [self.graph_file, *self.external_files]
+
+
+def name_in(path: Path, file: Path) -> str:
+    """The file as messages name it: relative to the folder."""
+    return file.relative_to(path).as_posix() if file.is_relative_to(path) else file.name

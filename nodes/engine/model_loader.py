@@ -10,6 +10,7 @@ of folder.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -123,15 +124,21 @@ def fingerprint_of(folder: ModelFolder) -> str:
     """Hash, as hex, of what decides which text a prompt gets: weights, tokenizer, template, end-of-sequence ids.
 
     Raises OSError."""
+    template = folder.chat_template.encode("utf-8", "surrogatepass")
+    files = (*folder.weight_files(), folder.path / TOKENIZER_FILE)
+    return fingerprint_of_parts(files, (template, repr(sorted(folder.eos_ids)).encode()))
+
+
+def fingerprint_of_parts(files: Iterable[Path], parts: Iterable[bytes]) -> str:
+    """Hash, as hex, of the contents of files and of other things. Raises OSError."""
     total = hashlib.sha256()
-    for file in (*folder.weight_files(), folder.path / TOKENIZER_FILE):
+    for file in files:
         content = hashlib.sha256()
         with file.open("rb") as stream:
             while block := stream.read(HASH_BLOCK_BYTES):
                 content.update(block)
         total.update(content.digest())
-    template = folder.chat_template.encode("utf-8", "surrogatepass")
-    for part in (template, repr(sorted(folder.eos_ids)).encode()):
+    for part in parts:
         total.update(hashlib.sha256(part).digest())
     return total.hexdigest()[:FINGERPRINT_HEX_CHARS]
 

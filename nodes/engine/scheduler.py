@@ -141,7 +141,7 @@ class Scheduler:
             self._end(sequence)
             expired.append(Failed(sequence, DeadlinePassed("the deadline passed before a slot became free")))
         if self.kv.prefilling is None and self._waiting and self.kv.free:
-            moves += self._place(self._waiting.pop())
+            moves += self._place(self._waiting.pop(), now)
         decoding = self.kv.decoding()
         self._steady = None
         if decoding and self.kv.prefilling is None:
@@ -218,8 +218,8 @@ class Scheduler:
         prefilling = self.kv.prefilling
         return self.kv.decoding() + ([prefilling[1]] if prefilling is not None else [])
 
-    def _place(self, sequence: Sequence) -> list[Move]:
-        sequence.phase = Phase.PREFILLING
+    def _place(self, sequence: Sequence, now: float) -> list[Move]:
+        sequence.phase, sequence.placed_at = Phase.PREFILLING, now
         moves = self.kv.begin(sequence)
         total, found = len(sequence.prefill_ids), sequence.cached_tokens
         self._queued_tokens -= found

@@ -127,6 +127,7 @@ class Sequence:
         "is_cancelled",
         "is_resumed",
         "phase",
+        "placed_at",
         "prefill_ids",
         "prefilled",
         "prompt_ids",
@@ -167,6 +168,7 @@ class Sequence:
         self.weight = weight
         self.text_blocks = text_blocks
         self.phase = Phase.WAITING
+        self.placed_at = 0.0  # on the engine's clock, once it has a slot
         self.is_cancelled = False
         self.is_resumed = bool(generated_ids)
         self.has_valid_rows = True  # False once its logits were no numbers: its rows may be none either

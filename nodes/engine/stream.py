@@ -22,8 +22,10 @@ class EngineStream(trio.abc.ReceiveChannel[EngineEvent]):
     and frees the slot within one step; it may be closed by any task of the trio thread, and again after the end.
     """
 
-    def __init__(self, cancel: Callable[[], None]) -> None:
-        """cancel: ends the generation; called at every aclose()."""
+    def __init__(self, cancel: Callable[[], None], *, submitted_at: float = 0.0) -> None:
+        """cancel: ends the generation; called at every aclose(). submitted_at: on the engine's clock."""
+        self.submitted_at = submitted_at
+        self.queued_s: float | None = None  # how long it waited for a slot; known with the first event
         self._cancel = cancel
         self._error: EngineError | None = None
         self._send, self._receive = trio.open_memory_channel[EngineEvent](STREAM_EVENTS_MAX)

@@ -39,6 +39,11 @@ class Tokenizer:
         except Exception as exc:  # the library raises bare Exception, whatever is wrong
             raise TokenizerInvalid(str(exc).splitlines()[0][:200] if str(exc) else type(exc).__name__) from exc
 
+    def keep_lengths(self) -> None:
+        """From now on a text has all of its ids and no others, whatever tokenizer.json says of cutting and padding."""
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
     @property
     def vocabulary_size(self) -> int:
         """One more than the largest id, added tokens included."""

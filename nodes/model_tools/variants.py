@@ -23,6 +23,11 @@ COMPANION_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    # Of embedding models: without them vectors would be made in another way than their author means.
+    "modules.json",
+    "1_Pooling/config.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
 )
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,27 @@ POLL_S = 0.05
 
 
 class NodeProcess:
-    """One `ai-cluster serve` on 127.0.0.1. Its http and mesh addresses are known once start() returned."""
+    """One `ai-cluster serve`. Its http and mesh addresses are known once start() returned.
 
-    def __init__(self, folder: Path, name: str, *options: str, environment: dict[str, str] | None = None) -> None:
+    prefix: what runs a command elsewhere, such as in a network namespace; the process id must stay its own."""
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        *options: str,
+        environment: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
+        host: str = "127.0.0.1",
+    ) -> None:
         self.name = name
         self.folder = folder / name
         self.options = options
         self.http = ""
         self.mesh = ""
         self._environment = environment or {}
+        self._prefix = prefix
+        self._host = host
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, *join: str, wait_until_ready: bool = True) -> NodeProcess:
@@ -36,8 +48,8 @@ class NodeProcess:
         self.folder.mkdir(parents=True, exist_ok=True)
         address_file = self.folder / "data" / "node.json"
         address_file.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "nodes", "serve", "--name", self.name]
-        command += ["--http", self.http or "127.0.0.1:0", "--mesh", self.mesh or "127.0.0.1:0"]
+        command = [*self._prefix, sys.executable, "-m", "nodes", "serve", "--name", self.name]
+        command += ["--http", self.http or f"{self._host}:0", "--mesh", self.mesh or f"{self._host}:0"]
         command += ["--data-dir", str(self.folder / "data"), "--log-dir", str(self.folder / "logs")]
         command += ["--threads", "1", "--no-spinning", "--drain-s", "5", *self.options]
         for address in join:

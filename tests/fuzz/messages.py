@@ -6,10 +6,12 @@ import msgpack
 
 from mesh import wire
 from mesh.state import encode_load, encode_profile
-from mesh.view import Address, MemberStatus, ModelInfo, ModelLoad, NodeLoad, NodeProfile, Readiness
+from mesh.view import EMBEDDING, Address, MemberStatus, ModelInfo, ModelLoad, NodeLoad, NodeProfile, Readiness
 
 LOAD = NodeLoad(Readiness.READY, 3, 41.5, 0.002, {"demo": ModelLoad(2, 9, 6, 900.0, 41.5, 1234, 700)})
-PROFILE = NodeProfile("10.0.0.2:8080", "0.1.0", (ModelInfo("demo", "ab12" * 8, 2048, 8),))
+PROFILE = NodeProfile(
+    "10.0.0.2:8080", "0.1.0", (ModelInfo("demo", "ab12" * 8, 2048, 8), ModelInfo("e", "", 512, 64, kind=EMBEDDING))
+)
 SENDERS = ("b", "c", "d", "stranger")
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import httpx
+import numpy as np
 import trio
 
+from mesh.errors import PeerUnavailable
 from mesh.view import (
+    GENERATION,
     Address,
     ClusterView,
     MemberStatus,
@@ -23,10 +27,16 @@ from mesh.view import (
 from nodes.api.admin_access import AdminAccess
 from nodes.api.app import build_app
 from nodes.api.services import Services
+from nodes.attempts import Move
+from nodes.embedding import EmbedRequest
+from nodes.embedding_dispatch import Embedded
+from nodes.event_feed import EventFeed
 from nodes.generation import GenerateEvent, GenerateRequest, Usage
+from nodes.member_views import MemberViews
+from observability.metrics import Exposition
 from tests.unit.fake_access import FakeAccess
 
-Step = GenerateEvent | Exception | float
+Step = GenerateEvent | Exception | Move | float
 
 ANSWER = (GenerateEvent("Hel", (1,)), GenerateEvent("lo", (2,)), GenerateEvent("!", (3,), "stop", Usage(5, 3, 0)))
 BODY = {"model": "demo", "messages": [{"role": "user", "content": "hi"}]}
@@ -37,6 +47,7 @@ class ScriptedStream(trio.abc.ReceiveChannel[GenerateEvent]):
 
     def __init__(self, script: Sequence[Step]) -> None:
         self.node_id = "b"
+        self.moves: list[Move] = []
         self.path: list[str] = ["b"]
         self.failovers = 0
         self.first_token_s: float | None = None
@@ -52,6 +63,10 @@ class ScriptedStream(trio.abc.ReceiveChannel[GenerateEvent]):
                 self._resume_at = trio.current_time() + self._script.pop(0)
             await trio.sleep_until(self._resume_at)
             step = self._script.pop(0)
+            if isinstance(step, Move):
+                self.node_id = step.target
+                self.moves.append(step)
+                continue
             if isinstance(step, Exception):
                 raise step
             if isinstance(step, GenerateEvent):
@@ -88,18 +103,40 @@ class ScriptedDispatch:
         return self.streams[-1]
 
 
+class ScriptedEmbeddings:
+    """Gives vectors that tell the input's place: row i is (i + 1, 0.5, -0.25, 0...); or raises."""
+
+    def __init__(self, dimensions: int = 4, refusal: Exception | None = None) -> None:
+        self.requests: list[EmbedRequest] = []
+        self._dimensions = dimensions
+        self._refusal = refusal
+
+    async def embed(self, request: EmbedRequest) -> Embedded:
+        self.requests.append(request)
+        await trio.lowlevel.checkpoint()
+        if self._refusal is not None:
+            raise self._refusal
+        vectors = np.zeros((len(request.inputs), request.dimensions or self._dimensions), np.float32)
+        vectors[:, :3] = [(index + 1, 0.5, -0.25) for index in range(len(request.inputs))]
+        return Embedded(vectors, 3 * len(request.inputs), ("b",))
+
+
 class CountingMetrics:
     def __init__(self) -> None:
         self.http: list[tuple[str, str, int]] = []
         self.keys: list[tuple[str, str]] = []
         self.streams: list[tuple[str, str]] = []
         self.limited: list[str] = []
+        self.exemplars: list[dict[str, str]] = []
 
     def rate_limited(self, key_id: str) -> None:
         self.limited.append(key_id)
 
-    def http_request(self, method: str, path: str, status: int, seconds: float) -> None:
+    def http_request(
+        self, method: str, path: str, status: int, seconds: float, exemplar: Mapping[str, str] | None = None
+    ) -> None:
         self.http.append((method, path, status))
+        self.exemplars.append(dict(exemplar or {}))
 
     def api_key_request(self, key_id: str, status: str) -> None:
         self.keys.append((key_id, status))
@@ -109,7 +146,11 @@ class CountingMetrics:
 
 
 def view(
-    readiness: Readiness = Readiness.READY, *, models: tuple[str, ...] = ("demo",), **fingerprints: str
+    readiness: Readiness = Readiness.READY,
+    *,
+    models: tuple[str, ...] = ("demo",),
+    kind: str = GENERATION,
+    **fingerprints: str,
 ) -> ClusterView:
     members = {}
     for node_id, fingerprint in (fingerprints or {"a": "f1"}).items():
@@ -121,7 +162,7 @@ def view(
             version=1,
             load=NodeLoad(readiness=readiness),
             profile=NodeProfile(
-                "127.0.0.1:8080", "0.1", tuple(ModelInfo(model, fingerprint, 1024, 8) for model in models)
+                "127.0.0.1:8080", "0.1", tuple(ModelInfo(model, fingerprint, 1024, 8, kind=kind) for model in models)
             ),
             age_s=0.0,
             is_self=node_id == "a",
@@ -132,14 +173,31 @@ def view(
 class Api:
     """An application and a client of it. Use as `async with`."""
 
-    def __init__(self, dispatch: ScriptedDispatch, cluster: ClusterView | None = None, is_open: bool = True) -> None:
+    def __init__(
+        self,
+        dispatch: ScriptedDispatch,
+        cluster: ClusterView | None = None,
+        is_open: bool = True,
+        embeddings: ScriptedEmbeddings | None = None,
+        cors_origins: tuple[str, ...] = (),
+    ) -> None:
         self.dispatch = dispatch
+        self.embeddings = embeddings or ScriptedEmbeddings()
         self.metrics = CountingMetrics()
         self.access = FakeAccess(is_open=is_open)
         cluster = cluster or view()
+        self.events = EventFeed(lambda: cluster, wall_clock=lambda: 1_000.0)
 
-        async def render_metrics(accept: str) -> tuple[str, bytes]:
-            return "text/plain", b"metrics\n"
+        async def no_peer(member: MemberView, question: bytes) -> bytes:
+            raise PeerUnavailable("no peer is there")
+
+        async def render_metrics(accept: str, accept_encoding: str) -> Exposition:
+            if "gzip" in accept_encoding:
+                return Exposition("text/plain", gzip.compress(b"metrics\n"), "gzip")
+            return Exposition("text/plain", b"metrics\n")
+
+        async def render_cluster_metrics(accept_encoding: str) -> Exposition:
+            return Exposition("text/plain", b"cluster metrics\n")
 
         app = build_app(
             Services(
@@ -148,15 +206,20 @@ class Api:
                 cluster_name="test",
                 gate=self.access.gate,
                 dispatch=dispatch,  # type: ignore[arg-type]
+                embeddings=self.embeddings,  # type: ignore[arg-type]
                 view=lambda: cluster,
                 metrics=self.metrics,
                 render_metrics=render_metrics,
+                render_cluster_metrics=render_cluster_metrics,
                 deadline_s=600.0,
                 body_bytes_max=10_000,
                 nodes_expected=None,
                 admin_access=AdminAccess("the admin token"),
                 operations=None,  # type: ignore[arg-type]
                 key_admin=self.access.admin,
+                events=self.events,
+                member_views=MemberViews(lambda: cluster, no_peer),
+                cors_origins=cors_origins,
             )
         )
         self.app = app
@@ -168,6 +231,9 @@ class Api:
 
     async def complete(self, **fields: Any) -> httpx.Response:
         return await self.client.post("/v1/completions", json={"model": "demo", "prompt": "once"} | fields)
+
+    async def embed(self, **fields: Any) -> httpx.Response:
+        return await self.client.post("/v1/embeddings", json={"model": "demo", "input": "once"} | fields)
 
 
 def events(response: httpx.Response) -> list[Any]:

@@ -14,9 +14,11 @@ import trio
 
 from mesh.seal import key_id
 from mesh.view import MemberStatus
+from nodes.access.gate import FAILURES_MAX, LimitReached, Unauthorized
 from nodes.api.admin_access import AdminAccess
 from nodes.api.app import build_app
 from nodes.api.services import Services
+from observability.metrics import Exposition
 from tests.unit.fake_access import FakeAccess
 from tests.unit.scripted_api import CountingMetrics, ScriptedDispatch
 from tests.unit.test_mesh_operations import NEW, NEW_ID, OLD_ID, FakeMesh, member
@@ -31,8 +33,8 @@ class Admin:
         self.metrics = CountingMetrics()
         self.access = FakeAccess()
 
-        async def render_metrics(accept: str) -> tuple[str, bytes]:
-            return "text/plain", b""
+        async def render_metrics(*headers: str) -> Exposition:
+            return Exposition("text/plain", b"")
 
         app = build_app(
             Services(
@@ -41,15 +43,19 @@ class Admin:
                 cluster_name="test",
                 gate=self.access.gate,
                 dispatch=ScriptedDispatch(),  # type: ignore[arg-type]
+                embeddings=None,  # type: ignore[arg-type]
                 view=mesh.view,
                 metrics=self.metrics,
                 render_metrics=render_metrics,
+                render_cluster_metrics=render_metrics,
                 deadline_s=600.0,
                 body_bytes_max=10_000,
                 nodes_expected=None,
                 admin_access=AdminAccess(TOKEN),
                 operations=mesh.operations,
                 key_admin=self.access.admin,
+                events=None,  # type: ignore[arg-type]
+                member_views=None,  # type: ignore[arg-type]
             )
         )
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)  # type: ignore[arg-type]
@@ -139,6 +145,7 @@ async def test_without_the_token_nothing_is_done_and_no_route_is_told(header: st
         ("keyring/install", {}, 400, "key"),
         ("keyring/use", {"key_id": "xyz"}, 400, "key_id"),
         ("keyring/remove", {"key_id": "0" * 8, "forced": True}, 400, "forced"),
+        ("keyring/remove", {"key_id": "0" * 8, "here": 0}, 400, "here"),
         ("join", {"address": "nowhere"}, 400, "HOST:PORT"),
         ("forget", {"node_id": "x"}, 409, "no member is named 'x'"),
         ("forget", {"node_id": "b"}, 409, "b is alive"),
@@ -174,3 +181,15 @@ async def test_what_a_later_versions_node_answers_is_shown_whatever_it_is() -> N
 def test_ids_of_keys_are_what_people_see_everywhere() -> None:
     assert key_id(NEW).hex() == NEW_ID.hex()
     assert len(NEW_ID.hex()) == 8
+
+
+async def test_guessing_the_token_is_slowed_by_address(autojump_clock: trio.testing.MockClock) -> None:
+    access = AdminAccess(TOKEN)
+    for _ in range(FAILURES_MAX - 1):
+        with pytest.raises(Unauthorized):
+            access.authorize("Bearer wrong", "192.0.2.7")
+    with pytest.raises(LimitReached):
+        access.authorize("Bearer wrong", "192.0.2.7")
+    access.authorize(f"Bearer {TOKEN}", "192.0.2.7")  # the right one always works
+    with pytest.raises(Unauthorized):
+        access.authorize("Bearer wrong", "192.0.2.8")

@@ -8,6 +8,7 @@ import pytest
 import trio
 
 from mesh.errors import NoCapacity
+from nodes.attempts import Move
 from nodes.generation import GenerateEvent, GenerationFailed, RequestInvalid, TokenLogprob, Usage
 from tests.unit.scripted_api import ANSWER, Api, ScriptedDispatch, Step, events, view
 
@@ -209,6 +210,43 @@ async def test_a_grammar_that_the_node_refuses_is_the_field_that_asked_for_it(
     fields: dict[str, Any], param: str
 ) -> None:
     refusal = RequestInvalid("json_schema: too large", param="response_format")
-    response = await Api(ScriptedDispatch(refusal=refusal)).chat(**fields)
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == param
+    # This node's engine refuses at once, a peer's word comes with its first event.
+    for dispatch in (ScriptedDispatch(refusal=refusal), ScriptedDispatch(refusal)):
+        for is_stream in (False, True):
+            response = await Api(dispatch).chat(stream=is_stream, **fields)
+            assert response.status_code == 400
+            assert response.json()["error"]["param"] == param
+
+
+async def test_a_late_refusal_of_a_grammar_names_the_field_in_the_error_frame(autojump_clock: trio.abc.Clock) -> None:
+    refusal = RequestInvalid("regex: bad", param="response_format")
+    response = await Api(ScriptedDispatch(3.0, refusal)).chat(stream=True, guided_regex="(")
+    assert response.status_code == 200
+    assert events(response)[-1]["error"]["param"] == "guided_regex"
+
+
+async def test_a_stream_says_where_its_answer_goes_on_and_clients_need_not_know() -> None:
+    move = Move("failover", "b", "c", "link")
+    steps: list[Step] = [*told("a", "b", "c")]
+    api = Api(ScriptedDispatch(steps[0], move, *steps[1:]))
+    response = await api.chat(stream=True)
+    assert response.headers["x-ai-cluster-node"] == "b"
+    found = events(response)
+    assert found.count(": failover b c link") == 1
+    place = found.index(": failover b c link")
+    text = [chunk["choices"][0]["delta"].get("content") for chunk in found[1:-1] if isinstance(chunk, dict)]
+    assert text[:3] == ["a", "b", "c"]
+    assert found[place + 1]["choices"][0]["delta"] == {"content": "b"}
+
+
+async def test_an_answer_that_moved_before_its_headers_says_so_in_them_alone() -> None:
+    api = Api(ScriptedDispatch(Move("retry", "a", "c", "link"), *told("a", "b")))
+    response = await api.chat(stream=True)
+    assert response.headers["x-ai-cluster-node"] == "c"
+    assert "retry" not in response.text
+
+
+async def test_without_a_move_a_stream_has_no_comment() -> None:
+    assert not [
+        block for block in events(await Api(ScriptedDispatch(*ANSWER)).chat(stream=True)) if str(block)[:1] == ":"
+    ]

@@ -22,7 +22,7 @@ def test_every_configuration_key_is_a_flag_of_serve_and_every_flag_a_key() -> No
 @pytest.mark.parametrize(
     "command",
     [
-        *([], ["serve"], ["up"], ["status"], ["chat"], ["models"], ["keyring", "new"], ["config", "check"]),
+        *([], ["serve"], ["up"], ["status"], ["top"], ["chat"], ["models"], ["keyring", "new"], ["config", "check"]),
         *(["keyring", "list"], ["keyring", "install"], ["keyring", "use"], ["keyring", "remove"], ["keyring"]),
         *(["members"], ["join"], ["leave"], ["forget"]),
         *(["models", "list"], ["models", "check"], ["models", "pull"], ["models", "build"], ["models", "random"]),
@@ -61,7 +61,7 @@ def test_config_check_names_a_fault(tmp_path: Path) -> None:
     assert "slots = -3" in result.stderr
 
 
-@pytest.mark.parametrize("command", [["status"], ["models", "list"], ["chat", "hello"]])
+@pytest.mark.parametrize("command", [["status"], ["top"], ["models", "list"], ["chat", "hello"]])
 def test_a_node_that_is_not_there_is_one_line_with_the_fix(command: list[str]) -> None:
     result = runner.invoke(cli.app, [*command, "--url", "http://127.0.0.1:1"])
     assert result.exit_code == 1

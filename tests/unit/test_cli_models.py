@@ -19,6 +19,7 @@ from nodes.engine.model_loader import load_model, read_model_folder
 from nodes.model_tools import inspect_folder
 from nodes.model_tools.build import build
 from nodes.model_tools.builder_environment import CommandFailed
+from nodes.model_tools.random_encoder import write_random_encoder
 from nodes.model_tools.random_llama import write_random_llama
 from tests.unit.fake_hub import FakeRepository, running_hub
 
@@ -60,6 +61,22 @@ def test_check_prints_what_the_folder_is_and_what_a_short_run_gave(tiny: Path) -
     assert rows["KV per slot"] == f"{2 * 2 * 2 * 16 * 4 * 512 / 1000:.3g} kB at 512 tokens"
     assert float(rows["speed"].split()[0]) > 0
     assert len(rows["it says"]) > 2
+
+
+def test_check_of_an_embedding_model_says_how_its_vectors_are_made(tmp_path: Path) -> None:
+    folder = write_random_encoder(tmp_path / "encoder", pooling="cls_token")
+    result = models("check", str(folder), "--provider", "cpu", "--threads", "1")
+    assert result.exit_code == 0, result.stderr
+    rows = {line[:12].strip(): line[13:] for line in result.stdout.splitlines()}
+    assert rows["format"] == "embedding, model.onnx"
+    assert (rows["context"], rows["pooling"], rows["dimensions"]) == ("64 tokens", "cls, length 1", "32")
+    assert rows["batches"] == "yes"
+    assert rows["it says"].startswith("they are alike by")
+    listed = models("list", "--dir", str(tmp_path))
+    assert listed.exit_code == 0
+    assert "embedding" in listed.stdout
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    assert "1_Pooling/config.json asks for none" in one_line(models("check", str(folder)), 2)
 
 
 def test_check_without_loading_still_reads_everything(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,17 +9,18 @@ from prometheus_client import Counter, ProcessCollector
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from mesh.view import Address, ClusterView, MemberStatus, MemberView, NodeLoad, NodeProfile, Readiness
+from mesh.view import Address, ClusterView, MemberStatus, MemberView, ModelLoad, NodeLoad, NodeProfile, Readiness
+from observability.cluster_collector import ClusterCollector
 from observability.collectors import (
-    LABEL_VALUES_MAX,
+    ENGINE_STATES,
     MESH_FAMILIES,
-    ClusterCollector,
     EngineCollector,
-    Figure,
     GuardedCollector,
+    KeyLimit,
     MeshCollector,
     Snapshot,
 )
+from observability.families import LABEL_VALUES_MAX, Figure
 from observability.process import PortableProcessCollector, process_collector
 
 Samples = dict[tuple[str, ...], float]
@@ -31,10 +32,25 @@ class FakeEngineFigures:
     queued: int = 0
     free_slots: int = 0
     tokens_per_s: float = 0.0
+    state: str = "ready"
+    queued_tokens: int = 0
+    step_count: int = 0
+    step_seconds_total: float = 0.0
+    session_seconds_total: float = 0.0
+    median_step_s: float = 0.0
+    step_faults_total: int = 0
+    kv_bytes: int = 0
     cache_queries_total: int = 0
     cache_hits_total: int = 0
     cache_query_tokens_total: int = 0
     cache_hit_tokens_total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FakeKvFigures:
+    capacity: int = 0
+    used: int = 0
+    cached: int = 0
 
 
 def make_member(node_id: str, status: MemberStatus = MemberStatus.ALIVE, **changes: object) -> MemberView:
@@ -146,6 +162,73 @@ def test_engines_are_exported_by_model() -> None:
     assert rows(metrics, "ai_cluster_engine_queue_depth") == {("demo",): 2}
     for key, count in {"queries": 9, "hits": 4, "query_tokens": 900, "hit_tokens": 300}.items():
         assert rows(metrics, f"ai_cluster_prefix_cache_{key}_total") == {("demo",): count}
+
+
+def test_an_engines_state_steps_and_cache_are_exported() -> None:
+    figures = FakeEngineFigures(state="stuck", queued_tokens=70, step_count=40, step_seconds_total=2.0, kv_bytes=4096)
+    snapshot = Snapshot(make_view(), engines={"demo": figures}, kv={"demo": FakeKvFigures(1000, 250, 100)})
+    metrics = list(EngineCollector(snapshot).collect())
+    states = rows(metrics, "ai_cluster_engine_state")
+    assert states == {("demo", state): float(state == "stuck") for state in ENGINE_STATES}
+    assert rows(metrics, "ai_cluster_engine_queued_tokens") == {("demo",): 70}
+    assert rows(metrics, "ai_cluster_engine_steps_total") == {("demo",): 40}
+    assert rows(metrics, "ai_cluster_engine_step_seconds_total") == {("demo",): 2.0}
+    assert rows(metrics, "ai_cluster_kv_cache_bytes") == {("demo",): 4096}
+    assert rows(metrics, "ai_cluster_kv_cache_usage_ratio") == {("demo",): 0.25}
+    assert rows(metrics, "ai_cluster_kv_cache_rows") == {
+        ("demo", "used"): 250,
+        ("demo", "cached"): 100,
+        ("demo", "capacity"): 1000,
+    }
+
+
+def test_a_nodes_queue_slots_and_lag_are_its_own_live_and_peers_as_told() -> None:
+    told = NodeLoad(loop_lag_s=0.5, models={"a": ModelLoad(queued=3, free_slots=1), "b": ModelLoad(queued=4)})
+    engines = {"a": FakeEngineFigures(queued=2, free_slots=6)}
+    snapshot = Snapshot(make_view(make_member("peer", load=told)), engines=engines, loop_lag_s=0.25)
+    assert cluster("cluster_queue_depth", snapshot) == {("me",): 2, ("peer",): 7}
+    assert cluster("cluster_free_slots", snapshot) == {("me",): 6, ("peer",): 1}
+    assert cluster("cluster_loop_lag_seconds", snapshot) == {("me",): 0.25, ("peer",): 0.5}
+
+
+def test_the_view_hash_is_of_those_who_are_there_whoever_looks() -> None:
+    members = [make_member("a"), make_member("b", MemberStatus.SUSPECT)]
+    one = make_view(*members, make_member("gone", MemberStatus.DEAD), make_member("left", MemberStatus.LEFT))
+    other = ClusterView("a", 0.0, {member.node_id: member for member in (make_member("me"), *members)})
+    assert cluster("cluster_view_hash", Snapshot(one)) == {(): one.hash()}
+    assert one.hash() == other.hash()
+    assert one.hash() != make_view(members[0]).hash()
+
+
+def test_live_peers_that_told_of_another_view_disagree() -> None:
+    own = make_view(make_member("same"), make_member("other"), make_member("old")).hash()
+    view = make_view(
+        make_member("same", load=NodeLoad(view_hash=own)),
+        make_member("other", load=NodeLoad(view_hash=own + 1)),
+        make_member("old", load=NodeLoad()),
+        make_member("dead", MemberStatus.DEAD, load=NodeLoad(view_hash=own + 1)),
+    )
+    assert view.disagreeing() == ["other"]
+    assert cluster("cluster_views_disagreeing", Snapshot(view)) == {(): 1}
+
+
+def test_limits_of_keys_are_exported_with_their_use_and_how_many_keys_are_near_one() -> None:
+    limits = [
+        KeyLimit("sk-a", "requests", 10, 8),
+        KeyLimit("sk-a", "tokens", 1000, 1000),
+        KeyLimit("sk-b", "concurrency", 4, 3),
+    ]
+    snapshot = Snapshot(make_view(), limits=limits)
+    assert cluster("cluster_api_key_limit", snapshot)[("sk-a", "requests")] == 10
+    assert cluster("cluster_api_key_limit_used", snapshot)[("sk-b", "concurrency")] == 3
+    assert cluster("cluster_api_keys_near_limit", snapshot) == {(): 1}
+
+
+def test_keys_beyond_the_limit_of_labels_still_count_as_near_theirs() -> None:
+    limits = [KeyLimit(f"sk-{i}", "requests", 10, 10) for i in range(LABEL_VALUES_MAX + 5)]
+    snapshot = Snapshot(make_view(), limits=limits)
+    assert len(cluster("cluster_api_key_limit", snapshot)) == LABEL_VALUES_MAX
+    assert cluster("cluster_api_keys_near_limit", snapshot) == {(): LABEL_VALUES_MAX + 5}
 
 
 @pytest.mark.parametrize(

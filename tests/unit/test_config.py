@@ -7,7 +7,7 @@ import pytest
 from mesh.gossip_types import GossipConfig
 from mesh.seal import DEVELOPMENT_KEY
 from mesh.state import encode_load, encode_profile
-from mesh.view import Address, ModelInfo, ModelLoad, NodeLoad, NodeProfile, Readiness
+from mesh.view import EMBEDDING, Address, ModelInfo, ModelLoad, NodeLoad, NodeProfile, Readiness
 from nodes.config import (
     MODEL_NAME_BYTES_MAX,
     MODELS_MAX,
@@ -133,7 +133,7 @@ def test_more_models_than_gossip_can_tell_of_are_refused() -> None:
 
 
 def test_what_gossip_tells_of_the_most_models_fits_a_section() -> None:
-    model = ModelInfo("x" * MODEL_NAME_BYTES_MAX, "f" * FINGERPRINT_HEX_CHARS, 10**7, 256, 100_000)
+    model = ModelInfo("x" * MODEL_NAME_BYTES_MAX, "f" * FINGERPRINT_HEX_CHARS, 10**7, 256, 100_000, EMBEDDING)
     encode_profile(NodeProfile("[" + "f" * 39 + "]:65535", "0.1.0.dev12345", (model,) * MODELS_MAX))
     load = ModelLoad(256, 100_000, 256, 123456.789, 123456.789, 2**40, 10**8, 1.0, 1.0, 1.0, 256.0)
     names = [f"{i}".ljust(MODEL_NAME_BYTES_MAX, "x") for i in range(MODELS_MAX)]

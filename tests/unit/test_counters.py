@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mesh.counters import (
     BUCKET_S,
+    FINE_BUCKET_S,
     GAUGE_AGE_MAX_S,
     GENERATIONS_MAX,
     KEYS_PER_NODE_MAX,
@@ -497,3 +498,13 @@ def test_a_window_says_when_it_lets_go() -> None:
     assert list(window.expiries()) == [(WINDOW_S + 0.25, 3, 30), (WINDOW_S + 7.25, 1, 5)]
     window.expire(WINDOW_S + 0.25)
     assert (window.requests, window.tokens) == (1, 5)
+
+
+def test_a_window_says_when_all_of_it_will_have_been_let_go() -> None:
+    window = Window(FINE_BUCKET_S)
+    assert window.last_expiry is None
+    for at in (1.0, 2.1, 2.2):
+        window.add(1, 10, at)
+    assert window.last_expiry == max(when for when, *_ in window.expiries())
+    window.expire(window.last_expiry)
+    assert (window.requests, window.last_expiry) == (0, None)

@@ -38,7 +38,7 @@ CHOICES: dict[str, type[Enum]] = {
     ".graphTooltip": grafana.DashboardCursorSync,
     ".hide": grafana.VariableHide,
     ".refresh": grafana.VariableRefresh,
-    ".sort": grafana.VariableSort,
+    ".list.sort": grafana.VariableSort,
     ".templating.list.type": grafana.VariableType,
     ".links.type": grafana.DashboardLinkType,
     ".targets.editorMode": prometheus.QueryEditorMode,

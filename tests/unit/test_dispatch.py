@@ -23,6 +23,7 @@ from mesh.view import (
     NodeProfile,
     Readiness,
 )
+from nodes.attempts import Move
 from nodes.dispatch import Dispatch
 from nodes.dispatched_stream import PATIENCE_S, TRIES_MAX
 from nodes.generation import (
@@ -81,6 +82,7 @@ class Nodes:
         self.opened: list[tuple[str, GenerateRequest]] = []
         self.streams: list[ScriptedStream] = []
         self.failed: list[str] = []
+        self.moves: list[Move] = []
         self._deaths: list[tuple[float, str]] = []
         self.router = Router(random.Random(1))
         members = {}
@@ -101,6 +103,7 @@ class Nodes:
             peer_failed=self.failed.append,
             rng=random.Random(2),
             hedges=hedges,
+            on_move=self.moves.append,
         )
 
     def set_load(self, node_id: str, load: ModelLoad) -> None:
@@ -161,6 +164,10 @@ async def test_a_fault_before_the_first_event_moves_silently_to_the_next_node(fa
     assert node_id == "c"
     assert nodes.failed == (["b"] if isinstance(fault, PeerUnavailable) else [])
     assert nodes.dispatch.statistics().retries == {type(fault).__name__: 1}
+    # What no node had taken yet has not moved.
+    assert [(move.kind, move.origin, move.target) for move in nodes.moves] == (
+        [] if when == "at-open" else [("retry", "b", "c")]
+    )
 
 
 @pytest.mark.parametrize(
@@ -189,6 +196,7 @@ async def test_a_fault_in_mid_stream_goes_on_at_the_next_node_with_the_ids_so_fa
     statistics = nodes.dispatch.statistics()
     assert (statistics.failovers, statistics.resumed_tokens, statistics.lost) == ({reason: 1}, 3, 0)
     assert stream.failovers == 1
+    assert stream.moves == nodes.moves == [Move("failover", "b", "c", reason)]
 
 
 async def test_the_wait_for_the_first_token_counts_from_the_request_over_all_nodes_tried(
@@ -322,6 +330,7 @@ async def test_a_late_request_is_opened_on_a_second_node_and_the_first_to_answer
     assert trio.current_time() - started == pytest.approx(0.6, abs=0.05)
     assert nodes.streams[-2].is_closed
     assert nodes.dispatch.statistics().hedges == {"second": 1}
+    assert nodes.moves == [Move("hedge", "b", "c", "late")]
 
 
 async def test_nothing_is_hedged_unless_asked_for(autojump_clock: trio.testing.MockClock) -> None:

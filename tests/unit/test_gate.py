@@ -184,3 +184,31 @@ async def test_a_refusal_says_which_limit_and_what_is_left() -> None:
         await access.gate.admit(caller, "m", 50, 100)
     assert (refusal.value.kind, refusal.value.retry_after_s) == ("tokens", None)
     assert refusal.value.remaining["requests"].remaining == 9
+
+
+async def test_uses_are_of_keys_with_limits_and_a_bounded_number_of_them() -> None:
+    access = FakeAccess()
+    limited = [access.create(f"limited-{i}", requests_per_minute=10 + i) for i in range(3)]
+    access.create("free")
+    labels = ["-".join(token.split("-")[:2]) for token in limited]
+    uses = await access.gate.limit_uses(keys_max=10)
+    assert sorted(uses) == sorted(labels)
+    assert sorted(row["requests"] for row in uses.values()) == [(10, 0), (11, 0), (12, 0)]
+    assert len(await access.gate.limit_uses(keys_max=2)) == 2
+    assert set(labels) < set(access.gate.key_labels())
+
+
+async def test_what_is_reserved_for_a_prompt_follows_what_the_model_counts() -> None:
+    access = FakeAccess()
+    caller = await access.gate.authenticate(bearer(access.create(tokens_per_minute=10_000)), HERE)
+    assert caller.key is not None
+    reserved = []
+    for _ in range(2):
+        admission = await access.gate.admit(caller, "m", 10, 1)
+        reserved.append(access.own.used(caller.key.family, trio.current_time()).reserved_tokens)
+        admission.finished(30, 1)
+        await admission.aclose()
+    other = await access.gate.admit(caller, "n", 10, 1)
+    reserved.append(access.own.used(caller.key.family, trio.current_time()).reserved_tokens)
+    await other.aclose()
+    assert reserved == [11, 31, 11]

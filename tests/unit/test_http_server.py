@@ -15,6 +15,7 @@ import trio
 import trio.testing
 
 from mesh.view import Address
+from nodes.certificate import Certificate
 from nodes.config import ConfigInvalid
 from nodes.http_connection import HEAD_TIMEOUT_S, WRITE_TIMEOUT_S
 from nodes.http_server import (
@@ -89,11 +90,11 @@ class Application:
 
 
 class Served:
-    def __init__(self, maximum: int) -> None:
+    def __init__(self, maximum: int, certificate: Certificate | None = None) -> None:
         self.application = Application()
         listener = bind_http(Address("127.0.0.1", 0))
         self.address: tuple[str, int] = listener.getsockname()
-        self.server = HttpServer(self.application, listener, maximum)
+        self.server = HttpServer(self.application, listener, maximum, certificate)
         self.listener = listener
         self.clients: list[trio.socket.SocketType] = []
 
@@ -113,8 +114,8 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(maximum: int = 100) -> AsyncIterator[Served]:
-    served = Served(maximum)
+async def serving(maximum: int = 100, certificate: Certificate | None = None) -> AsyncIterator[Served]:
+    served = Served(maximum, certificate)
     try:
         with served.listener:
             async with trio.open_nursery() as nursery:
@@ -316,7 +317,7 @@ async def test_what_hypercorn_does_not_expect_ends_one_connection_and_not_the_no
         await client.send_all(peer.data_to_send())
         await wait_until(lambda: not served.connections)
         assert served.closed == {"fault": 1}
-        assert "a connection failed" in caplog.text
+        assert "a connection failed" not in caplog.text
         await ask(await served.connect())
 
 
@@ -514,3 +515,31 @@ async def test_a_server_is_in_use_while_clients_are_connected_or_were_lately(clo
         assert not served.server.has_idle
         await trio.sleep(RECENT_REQUEST_S)
         assert not served.server.is_in_use
+
+
+async def test_a_websocket_is_refused_and_its_connection_goes_on_to_be_bounded(clock: trio.testing.MockClock) -> None:
+    async with serving() as served:
+        client = await served.connect()
+        upgrade = b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n"
+        await client.send_all(
+            b"GET /short HTTP/1.1\r\nhost: a\r\n%ssec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n" % upgrade
+        )
+        assert (await client.receive_some()).startswith(b"HTTP/1.1 403")
+        await wait_until(lambda: served.connections == 0)
+        assert served.application.ended == []
+        assert served.closed == {}
+
+
+@pytest.mark.parametrize("settings", [b"AAMAAABkAAQAAP__ folded", b"A", b"AAMAAABk", b"////////"])
+async def test_an_upgrade_to_http2_with_bad_settings_ends_its_connection_alone(
+    clock: trio.testing.MockClock, settings: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving() as served:
+        client = await served.connect()
+        upgrade = b"connection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: "
+        await client.send_all(b"GET /short HTTP/1.1\r\nhost: a\r\n%s%s\r\n\r\n" % (upgrade, settings))
+        with trio.move_on_after(KEEP_ALIVE_TIMEOUT_S / 2):
+            await read_to_end(client)
+        await wait_until(lambda: served.connections == 0)
+        assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+        await ask(await served.connect())

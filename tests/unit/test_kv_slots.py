@@ -246,3 +246,14 @@ def test_rows_are_what_the_table_says_whatever_happens(
         assert len({id(one) for one in busy}) == len(busy) == SLOTS - kv.free
         assert kv.prefilling is None or kv.prefilling[0] >= kv.active
         assert len(kv.retained()) <= kv.free
+
+
+def test_rows_in_use_and_rows_kept_are_counted_apart() -> None:
+    kv, _ = decoding(3)
+    assert kv.rows() == (1 + 2 + 3, 0)
+    kept = sequence(list(range(1, 2 * BLOCK_TOKENS)))
+    kv.begin(kept)
+    kv.lengths[3] = len(kept.prompt_ids)
+    assert kv.rows() == (1 + 2 + 3 + 2 * BLOCK_TOKENS - 1, 0)
+    kv.release_prefilling()
+    assert kv.rows() == (1 + 2 + 3, 2 * BLOCK_TOKENS - 1)

@@ -108,6 +108,15 @@ def test_requests_at_once_are_counted_over_all_nodes() -> None:
     assert node.check(limits, now=1.0) is None
 
 
+def test_sections_that_say_something_are_counted() -> None:
+    node = Node()
+    assert node.own.section(0.0) == b""
+    assert node.own.sections_told == 0
+    node.begin(1)
+    node.tell(1.0)
+    assert node.own.sections_told == 1
+
+
 def test_remaining_is_what_headers_say() -> None:
     node = Node(live=2)
     node.hear("b", 2, tokens=30)
@@ -128,10 +137,11 @@ def view(**statuses: MemberStatus) -> ClusterView:
     return ClusterView("a", 0.0, {name: member(name, status) for name, status in statuses.items()})
 
 
-def test_a_lost_node_keeps_its_share_for_a_time_and_one_that_left_does_not() -> None:
+def test_a_lost_node_keeps_its_share_from_its_suspicion_for_a_time_and_one_that_left_does_not() -> None:
     lost = LostNodes(600.0)
     alive, dead, left = MemberStatus.ALIVE, MemberStatus.DEAD, MemberStatus.LEFT
-    assert lost.shares(view(a=alive, b=MemberStatus.SUSPECT), 0.0) == Shares(2, ())
+    assert lost.shares(view(a=alive, b=MemberStatus.SUSPECT), 0.0) == Shares(1, ("b",))
+    assert lost.shares(view(a=alive, b=alive), 1.0) == Shares(2, ())  # it refuted the suspicion
     now = view(a=alive, b=dead, c=left)
     assert lost.shares(now, 10.0) == Shares(1, ("b",))
     assert lost.shares(now, 609.9) == Shares(1, ("b",))
@@ -197,4 +207,32 @@ def test_in_a_partition_each_side_keeps_to_its_part_and_together_to_little_more(
     assert all(limit / 2 * 0.95 <= side <= limit / 2 + 2 for side in sides)
 
 
+@pytest.mark.parametrize("factor", [10, 20, 28])
+def test_a_cut_in_the_moment_in_which_nothing_was_used_adds_nothing_up_to_30_times_the_limit(factor: int) -> None:
+    limit = 600
+    world = World(4, Limits(limit), seed=factor)
+    world.cut([0, 1], [2, 3])
+    world.hammer(factor * limit / 60, until=130.0)
+    world.run(130.0)
+    assert world.most_in_a_window()[0] <= limit * 1.02
+
+
+def test_beyond_it_each_side_admits_what_is_asked_before_the_cut_is_noticed_and_never_more_than_the_limit() -> None:
+    limit = 600
+    world = World(4, Limits(limit), seed=1)
+    world.cut([0, 1], [2, 3])
+    world.hammer(45 * limit / 60, until=60.0)
+    world.run(60.0)
+    assert limit * 1.1 < world.most_in_a_window()[0] <= 2 * limit
+
+
 SIDES = (("node-0", "node-1"), ("node-2", "node-3"))
+
+
+def test_uses_are_of_the_limits_that_a_key_has_over_all_nodes() -> None:
+    node = Node(live=2)
+    node.begin(2, tokens=30)
+    node.hear("other", requests=3, tokens=40, running=1)
+    assert node.limiter.uses(KEY, Limits(10, 500), 0.0) == {"requests": (10, 5), "tokens": (500, 100)}
+    assert node.limiter.uses(KEY, Limits(concurrency=4), 0.0) == {"concurrency": (4, 3)}
+    assert node.limiter.uses(KEY, Limits(), 0.0) == {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -38,16 +38,33 @@ class Witness:
 
     def __init__(self) -> None:
         self.told: list[tuple[object, ...]] = []
+        self.later_tokens = 0
 
     def started(self, model: str) -> None:
         self.told.append(("started", model))
 
-    def first_token(self, model: str, seconds: float) -> None:
+    def first_token(self, model: str, seconds: float, queued_s: float | None, labels: Mapping[str, str]) -> None:
         assert seconds >= 0
+        assert queued_s is None or queued_s >= 0
+        assert labels == {"request_id": "r"}
         self.told.append(("first_token", model))
 
-    def finished(self, model: str, status: Status, seconds: float, prompt_tokens: int, completion_tokens: int) -> None:
+    def next_tokens(self, model: str, seconds: float, count: int) -> None:
         assert seconds >= 0
+        self.later_tokens += count
+
+    def finished(
+        self,
+        model: str,
+        status: Status,
+        seconds: float,
+        prompt_tokens: int,
+        completion_tokens: int,
+        labels: Mapping[str, str],
+        finish_reason: str | None,
+    ) -> None:
+        assert seconds >= 0
+        assert (finish_reason is not None) == (status == "success")
         self.told.append(("finished", model, status, prompt_tokens, completion_tokens))
 
 
@@ -182,7 +199,7 @@ async def test_max_tokens_is_cut_to_what_is_left_of_the_context() -> None:
 @pytest.mark.parametrize("size", [CAPACITY * 8, ENCODE_INLINE_BYTES_MAX * 4], ids=["inline", "in a worker thread"])
 async def test_a_prompt_beyond_the_context_is_the_clients_fault(size: int) -> None:
     async with serving(Setup()) as setup:
-        with pytest.raises(RequestInvalid, match=f"takes {CAPACITY - 1}") as raised:
+        with pytest.raises(RequestInvalid, match=f"maximum context length is {CAPACITY} tokens") as raised:
             await setup.open("0" * size)
         assert (raised.value.param, raised.value.code) == ("messages", "context_length_exceeded")
         assert setup.witness.told == []
@@ -325,3 +342,15 @@ async def test_a_generator_without_an_observer_generates() -> None:
     setup.local = LocalGenerator({"demo": setup.engine})
     async with serving(setup):
         assert (await read(await setup.open()))[2].finish_reason == "length"
+
+
+async def test_tokens_after_the_first_event_are_told_of_to_the_observer() -> None:
+    setup = Setup()
+    setup.session.hold()
+    async with serving(setup), await setup.open() as stream:
+        setup.session.allow(1)  # the prefill, which gives the first token
+        first = await stream.receive()
+        setup.session.release()
+        later = [event async for event in stream]
+    assert len(first.token_ids) == 1
+    assert setup.witness.later_tokens == sum(len(event.token_ids) for event in later) > 0

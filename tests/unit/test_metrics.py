@@ -1,7 +1,6 @@
-import re
+import gzip
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import trio
@@ -12,11 +11,14 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from mesh.view import ModelInfo, NodeProfile
 from nodes.api.services import ApiMetrics
-from observability.collectors import LABEL_VALUES_MAX, MESH_FAMILIES, Snapshot
+from observability.collectors import MESH_FAMILIES, KeyLimit, Snapshot
+from observability.families import LABEL_VALUES_MAX
+from observability.merge import merge
 from observability.metrics import DURATION_BUCKETS_S, STATUSES, ExecutorMetrics, Metrics
-from tests.unit.test_collectors import FakeEngineFigures, make_member, make_view
+from tests.metrics_page import page_rows
+from tests.unit.fake_nvml import gpu_families
+from tests.unit.test_collectors import FakeEngineFigures, FakeKvFigures, make_member, make_view
 
-PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
 # What the monitoring guide promises: sample name, labels.
@@ -69,13 +71,19 @@ def whole_snapshot() -> Snapshot:
     """With every metric of the mesh and one model."""
     shapes = {0: 1, 1: {"some": 1}, 2: {("in", "some"): 1}}
     mesh = {family.key: shapes[len(family.labels)] for family in MESH_FAMILIES}
-    engines = {"demo": FakeEngineFigures(active=1, queued=2, free_slots=3, tokens_per_s=4.0)}
-    return Snapshot(make_view(make_member("peer")), active_requests=1, engines=engines, mesh=mesh)  # type: ignore[arg-type]
+    return Snapshot(
+        make_view(make_member("peer")),
+        active_requests=1,
+        engines={"demo": FakeEngineFigures(active=1, queued=2, free_slots=3, tokens_per_s=4.0)},
+        kv={"demo": FakeKvFigures(1000, 250, 100)},
+        key_ids=["sk-a"],
+        limits=[KeyLimit("sk-a", "requests", 10, 3)],
+        mesh=mesh,  # type: ignore[arg-type]
+    )
 
 
 async def scrape(metrics: Metrics, snapshot: Snapshot | None = None) -> Scraped:
-    _, body = await metrics.render(snapshot or Snapshot(make_view()))
-    return Scraped(body.decode())
+    return Scraped((await metrics.render(snapshot or Snapshot(make_view()))).body.decode())
 
 
 async def scrape_everything(metrics: Metrics) -> Scraped:
@@ -90,15 +98,26 @@ async def test_every_metric_of_the_monitoring_guide_is_exported_with_its_labels(
 
 
 async def test_the_page_lists_exactly_what_is_exported_with_type_and_labels(metrics: Metrics) -> None:
-    documented = {}
-    for row in re.findall(r"^\| `(\w+)` \| (\w+) \| (.*?) \|", PAGE.read_text(), re.MULTILINE):
-        documented[row[0]] = row[1], frozenset(re.findall(r"`(\w+)`", row[2]))
+    await scrape_everything(metrics)
+    text = (await metrics.render(whole_snapshot())).body.decode()
+    merged = Scraped(merge("me", {"me": text}, {"me": True})).families  # with what /metrics/cluster adds
     exported = {}
-    for family in (await scrape_everything(metrics)).families:
+    for family in [*Scraped(text).families, *(f for f in merged if f.name.endswith("scrape_up")), *gpu_families()]:
         name = family.name + ("_total" if family.type == "counter" else "")
         labels = frozenset(label for sample in family.samples for label in sample.labels) - {"le"}
         exported[name] = family.type, labels
-    assert documented == exported
+    assert {name: (row.kind, row.labels) for name, row in page_rows().items()} == exported
+
+
+@pytest.mark.parametrize(
+    ("suffix", "unit"), [("_seconds", "seconds"), ("_bytes", "bytes"), ("_ratio", "ratio"), ("_celsius", "°C")]
+)
+def test_the_page_gives_the_unit_that_a_name_ends_with(suffix: str, unit: str) -> None:
+    rows = {name: row.unit for name, row in page_rows().items()}
+    assert all(rows.values())
+    named = {name for name in rows if name.removesuffix("_total").endswith(suffix)}
+    assert named
+    assert named == {name for name in rows if rows[name] == unit}
 
 
 async def test_the_class_is_what_the_api_asks_for(metrics: Metrics) -> None:
@@ -120,8 +139,9 @@ async def test_the_executor_counts_generations_and_their_tokens(metrics: Metrics
     metrics.model_loaded("demo", 2.5, 4096)
     observer = ExecutorMetrics(metrics)
     observer.started("demo")
-    observer.first_token("demo", 0.07)
-    observer.finished("demo", "success", 1.2, 10, 32)
+    observer.first_token("demo", 0.07, 0.02, {"request_id": "r"})
+    observer.next_tokens("demo", 0.09, 3)
+    observer.finished("demo", "success", 1.2, 10, 32, {"request_id": "r"}, "length")
     found = await scrape(metrics)
     assert found.value("ai_cluster_model_load_time_seconds", model="demo", node_id="me") == 2.5
     assert found.value("ai_cluster_model_memory_bytes", model="demo", node_id="me") == 4096
@@ -132,6 +152,11 @@ async def test_the_executor_counts_generations_and_their_tokens(metrics: Metrics
     assert found.value("ai_cluster_tokens_generated_total", model="demo", type="completion") == 32
     assert found.value("ai_cluster_time_to_first_token_seconds_bucket", model="demo", le="0.06") == 0
     assert found.value("ai_cluster_time_to_first_token_seconds_bucket", model="demo", le="0.08") == 1
+    assert found.value("ai_cluster_queue_time_seconds_sum", model="demo", node_id="me") == 0.02
+    assert found.value("ai_cluster_inter_token_latency_seconds_count", model="demo", node_id="me") == 3
+    assert found.value("ai_cluster_inter_token_latency_seconds_sum", model="demo") == pytest.approx(0.09)
+    assert found.value("ai_cluster_inference_finish_reasons_total", model="demo", reason="length") == 1
+    assert found.value("ai_cluster_inference_finish_reasons_total", model="demo", reason="stop") == 0
 
 
 async def test_the_series_of_a_known_model_begin_at_zero(metrics: Metrics) -> None:
@@ -144,6 +169,15 @@ async def test_the_series_of_a_known_model_begin_at_zero(metrics: Metrics) -> No
     assert found.value("ai_cluster_inference_duration_seconds_count", model="demo") == 0
     assert found.value("ai_cluster_tokens_generated_total", model="demo", type="prompt") == 0
     assert found.value("ai_cluster_api_key_rate_limit_hits_total", key_id="anonymous") == 0
+
+
+async def test_the_series_of_a_known_route_begin_at_zero(metrics: Metrics) -> None:
+    metrics.know_route("POST", "/v1/completions", (200, 503))
+    found = await scrape(metrics)
+    labels = {"method": "POST", "path": "/v1/completions"}
+    for status in ("200", "503"):
+        assert found.value("ai_cluster_http_requests_total", status=status, **labels) == 0
+        assert found.value("ai_cluster_http_request_duration_seconds_count", status=status, **labels) == 0
 
 
 async def test_a_key_made_known_begins_at_zero_and_counts_its_limit_hits(metrics: Metrics) -> None:
@@ -242,24 +276,25 @@ async def test_node_id_and_version_are_exported_and_no_creation_times(metrics: M
     ],
 )
 async def test_the_accept_header_chooses_the_format(metrics: Metrics, accept: str, content_type: str) -> None:
-    found, body = await metrics.render(whole_snapshot(), accept)
-    assert found == content_type
-    assert body.endswith(b"# EOF\n") == ("openmetrics" in content_type)
+    found = await metrics.render(whole_snapshot(), accept)
+    assert found.content_type == content_type
+    assert found.body.endswith(b"# EOF\n") == ("openmetrics" in content_type)
 
 
 async def test_a_strict_parser_reads_all_of_the_openmetrics_format(metrics: Metrics) -> None:
     metrics.model_loaded("demo", 1.5, 1000)
-    _, body = await metrics.render(whole_snapshot(), OPENMETRICS)
-    names = [family.name for family in parse_openmetrics(body.decode())]
+    text = (await metrics.render(whole_snapshot(), OPENMETRICS)).body.decode()
+    names = [family.name for family in parse_openmetrics(text)]
     assert "ai_cluster_cluster_nodes_total" in names
     assert len(names) == len(set(names))
 
 
 @given(st.text(max_size=60))
 def test_no_accept_header_breaks_a_scrape(accept: str) -> None:
-    content_type, body = trio.run(Metrics("me", "1").render, Snapshot(make_view()), accept)
-    assert content_type
-    assert b"ai_cluster_cluster_nodes_total" in body
+    found = trio.run(Metrics("me", "1").render, Snapshot(make_view()), accept, accept)
+    assert found.content_type
+    text = gzip.decompress(found.body) if found.content_encoding else found.body
+    assert b"ai_cluster_cluster_nodes_total" in text
 
 
 async def test_a_collector_that_fails_costs_its_own_metrics_only(metrics: Metrics) -> None:
@@ -270,10 +305,72 @@ async def test_a_collector_that_fails_costs_its_own_metrics_only(metrics: Metric
     assert found.value("ai_cluster_log_lines_dropped_total") is None
 
 
+async def test_exemplars_name_request_and_trace_where_openmetrics_is_asked_for(metrics: Metrics) -> None:
+    found_by = {"request_id": "req_1", "trace_id": "0af7651916cd43dd8448eb211c80319c"}
+    metrics.http_request("POST", "/v1/chat/completions", 200, 0.3, found_by)
+    metrics.model_loaded("demo", 1.0, 1)
+    metrics.time_to_first_token("demo", 0.05, None, {"request_id": "req_1"})
+    text = (await metrics.render(whole_snapshot(), OPENMETRICS)).body.decode()
+    samples = [sample for family in parse_openmetrics(text) for sample in family.samples if sample.exemplar]
+    shown = {(sample.name, *sample.exemplar.labels.items()) for sample in samples if sample.exemplar}
+    assert ("ai_cluster_http_requests_total", *found_by.items()) in shown
+    assert ("ai_cluster_http_request_duration_seconds_bucket", *found_by.items()) in shown
+    assert ("ai_cluster_time_to_first_token_seconds_bucket", ("request_id", "req_1")) in shown
+    assert b"req_1" not in (await metrics.render(whole_snapshot())).body
+
+
+@pytest.mark.parametrize(
+    ("labels", "shown"),
+    [
+        pytest.param(None, None, id="none"),
+        pytest.param({"request_id": "", "trace_id": ""}, None, id="empty"),
+        pytest.param({"request_id": "x" * 118}, {"request_id": "x" * 118}, id="just fits"),
+        pytest.param({"request_id": "x" * 119}, None, id="too long"),
+        pytest.param(
+            {"request_id": "x" * 100, "trace_id": "t" * 32}, {"trace_id": "t" * 32}, id="the trace comes first"
+        ),
+    ],
+)
+async def test_an_exemplar_is_as_long_as_the_format_allows(
+    metrics: Metrics, labels: dict[str, str] | None, shown: dict[str, str] | None
+) -> None:
+    metrics.http_request("GET", "/", 200, 0.3, labels)
+    text = (await metrics.render(whole_snapshot(), OPENMETRICS)).body.decode()
+    (counted,) = [
+        sample
+        for family in parse_openmetrics(text)
+        for sample in family.samples
+        if sample.name == "ai_cluster_http_requests_total"
+    ]
+    assert counted.value == 1
+    assert (dict(counted.exemplar.labels) if counted.exemplar else None) == shown
+
+
+@pytest.mark.parametrize(
+    ("accepted", "is_gzipped"),
+    [("", False), ("gzip", True), ("br, GZIP;q=0.5", True), ("gzip;q=0", False), ("*", True), ("identity", False)],
+)
+async def test_gzip_is_used_where_it_is_taken(metrics: Metrics, accepted: str, is_gzipped: bool) -> None:
+    plain = (await metrics.render(whole_snapshot())).body
+    found = await metrics.render(whole_snapshot(), "", accepted)
+    assert (found.content_encoding == "gzip") == is_gzipped
+    names = {line.split(b" ")[2] for line in plain.splitlines() if line.startswith(b"# TYPE")}
+    text = gzip.decompress(found.body) if is_gzipped else found.body
+    assert names == {line.split(b" ")[2] for line in text.splitlines() if line.startswith(b"# TYPE")}
+
+
+async def test_keys_that_work_are_known_from_the_next_scrape_on(metrics: Metrics) -> None:
+    found = await scrape(metrics, whole_snapshot())
+    assert found.value("ai_cluster_api_key_requests_total", key_id="sk-a", status="success") == 0
+    assert found.value("ai_cluster_api_key_rate_limit_hits_total", key_id="sk-a") == 0
+
+
 class WatchedFigures:
     """Notes from which thread it is read."""
 
-    active, free_slots, tokens_per_s = 0, 0, 0.0
+    active, free_slots, tokens_per_s, state, queued_tokens = 0, 0, 0.0, "ready", 0
+    step_count = step_faults_total = kv_bytes = 0
+    step_seconds_total = session_seconds_total = median_step_s = 0.0
     cache_queries_total = cache_hits_total = cache_query_tokens_total = cache_hit_tokens_total = 0
 
     def __init__(self) -> None:

@@ -14,7 +14,14 @@ async def test_each_model_of_the_mesh_is_listed_once() -> None:
     assert (await client.get("/v1/models")).json() == {
         "object": "list",
         "data": [
-            {"id": name, "object": "model", "created": 0, "owned_by": "ai-cluster", "context_length": 1024}
+            {
+                "id": name,
+                "object": "model",
+                "created": 0,
+                "owned_by": "ai-cluster",
+                "context_length": 1024,
+                "kind": "generation",
+            }
             for name in ("demo", "org/big")
         ],
     }

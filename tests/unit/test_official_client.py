@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import openai
 import pytest
 
 from mesh.errors import ModelUnknown
+from mesh.view import EMBEDDING
 from nodes.generation import GenerateEvent, TokenLogprob, Usage
 from tests.unit.scripted_api import ANSWER, Api, ScriptedDispatch, view
 
@@ -90,3 +92,16 @@ async def test_errors_are_of_its_own_types() -> None:
     assert invalid.value.param == "reasoning_effort"
     with pytest.raises(openai.NotFoundError):
         await client(api).models.retrieve("org/absent")
+
+
+@pytest.mark.parametrize("encoding", ["float", "base64", None])
+async def test_embeddings_are_the_same_in_either_encoding_and_in_the_one_it_chooses(encoding: str | None) -> None:
+    api = Api(ScriptedDispatch(), view(kind=EMBEDDING))
+    options: dict[str, Any] = {} if encoding is None else {"encoding_format": encoding}
+    answer = await client(api).embeddings.create(model="demo", input=["a", "b"], dimensions=3, **options)
+    rows = [item.embedding for item in answer.data]
+    if encoding == "base64":  # asked for by name, it comes as it is
+        assert rows == ["AACAPwAAAD8AAIC+", "AAAAQAAAAD8AAIC+"]
+    else:
+        assert rows == [[1.0, 0.5, -0.25], [2.0, 0.5, -0.25]]
+    assert (answer.usage.prompt_tokens, answer.usage.total_tokens, answer.model) == (6, 6, "demo")

@@ -14,6 +14,7 @@ from nodes.api.answer_schema import (
     ChatCompletion,
     ChatCompletionChunk,
     ClusterStatus,
+    ClusterViews,
     Completion,
     ErrorAnswer,
     Health,
@@ -24,6 +25,7 @@ from nodes.api.chat_schema import NOT_SERVED as CHAT_NOT_SERVED
 from nodes.api.chat_schema import ChatCompletionRequest
 from nodes.api.completion_schema import NOT_SERVED as COMPLETION_NOT_SERVED
 from nodes.api.completion_schema import CompletionRequest
+from nodes.api.embedding_schema import EmbeddingRequest
 from nodes.api.openapi import ERRORS, ROUTES, openapi_document
 from nodes.generation import GenerateEvent, TokenLogprob, Usage
 from tests.unit.scripted_api import ANSWER, Api, ScriptedDispatch, events
@@ -45,7 +47,7 @@ def test_every_route_is_described_and_no_other() -> None:
     app: Any = Api(ScriptedDispatch()).app
     served = {
         (method.lower(), re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule))
-        for rule in app._app.url_map.iter_rules()
+        for rule in app._app._app.url_map.iter_rules()
         for method in rule.methods - {"HEAD", "OPTIONS"}
     }
     described = {(method, path) for path, methods in DOCUMENT["paths"].items() for method in methods}
@@ -67,6 +69,28 @@ def test_operation_ids_are_unique_and_every_error_is_openais_object() -> None:
         for status, response in operation["responses"].items():
             if int(status) in ERRORS and not (status == "503" and "Health" in operation["tags"]):
                 assert response["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorAnswer")
+
+
+def test_a_body_of_defaults_alone_may_be_left_out_and_no_other() -> None:
+    required = {
+        path: operation["requestBody"]["required"]
+        for path, methods in DOCUMENT["paths"].items()
+        for operation in methods.values()
+        if "requestBody" in operation
+    }
+    assert not required["/admin/leave"]
+    assert required["/admin/forget"]
+    assert required["/v1/chat/completions"]
+
+
+def test_every_route_that_asks_for_a_key_says_that_the_gate_may_tell_to_wait() -> None:
+    for route in ROUTES:
+        assert route.security != "api_key" or {401, 429, 503} <= set(route.errors)
+
+
+def test_a_time_may_be_written_as_a_date() -> None:
+    kinds = DOCUMENT["components"]["schemas"]["CreateBody"]["properties"]["expires_at"]["anyOf"]
+    assert {kind["type"] for kind in kinds} == {"integer", "string", "null"}
 
 
 def test_what_is_refused_is_not_in_the_request_types_and_what_is_honoured_is() -> None:
@@ -121,6 +145,7 @@ async def test_completions_are_of_their_type(fields: dict[str, Any]) -> None:
         ("/health", Health),
         ("/health/live", Health),
         ("/cluster/status", ClusterStatus),
+        ("/cluster/views", ClusterViews),
     ],
 )
 async def test_other_answers_are_of_their_types(path: str, kind: type[BaseModel]) -> None:
@@ -156,10 +181,11 @@ async def test_the_page_shows_every_path_and_loads_nothing() -> None:
     assert page.links - {"openapi.json"} == {link for link in page.links if link[1:] in page.ids}
     for path in DOCUMENT["paths"]:
         assert path in response.text
+    assert "ChatCompletionChunk</a>" in response.text.split("text/event-stream")[0]
 
 
 def test_every_field_is_on_its_page() -> None:
     page = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(\w+)`", page))
-    fields = {*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields}
+    fields = {*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields, *EmbeddingRequest.model_fields}
     assert not (fields | CHAT_NOT_SERVED.keys() | COMPLETION_NOT_SERVED.keys()) - named

@@ -364,3 +364,12 @@ def test_a_folder_holds_one_repository(repository: FakeRepository, tmp_path: Pat
     pulled(tmp_path)
     with pytest.raises(ModelToolError, match="holds owner/tiny-model; give other/model another folder"):
         pulled(tmp_path, repo="other/model")
+
+
+def test_what_says_how_an_embedding_model_pools_comes_with_its_graph(optimum: FakeRepository, tmp_path: Path) -> None:
+    files = {"modules.json": b"[]", "1_Pooling/config.json": b"{}", "2_Dense/model.safetensors": b"weights"}
+    optimum.commits[FIRST] |= files
+    pulled(tmp_path)
+    assert (tmp_path / "1_Pooling" / "config.json").read_bytes() == b"{}"
+    assert (tmp_path / "modules.json").read_bytes() == b"[]"
+    assert not (tmp_path / "2_Dense").exists()

@@ -20,6 +20,7 @@ from mesh.router import (
     RouteRequest,
 )
 from mesh.view import (
+    EMBEDDING,
     Address,
     ClusterView,
     MemberStatus,
@@ -323,3 +324,13 @@ def test_the_own_node_is_known_exactly_and_goes_before_peers_that_others_fill_me
         for name in "bc":
             router.opened(router.dispatched(name, "demo", REQUEST.prompt_bytes, 1))
         assert router.rank(view, REQUEST, 0.0)[0] == "me"
+
+
+def test_a_model_of_another_kind_is_none_that_the_request_may_go_to() -> None:
+    embedding = member("b")
+    info = replace(embedding.profile.models[0], kind=EMBEDDING)
+    embedding = replace(embedding, profile=NodeProfile(models=(info,)))
+    assert rank(member("a"), embedding) == ["a"]
+    assert rank(member("a"), embedding, request=replace(REQUEST, kind=EMBEDDING)) == ["b"]
+    with pytest.raises(ModelUnknown):
+        rank(embedding)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mesh.errors import MalformedDatagram
 from mesh.state import decode_load, decode_profile, encode_load, encode_profile, is_urgent
-from mesh.view import ModelInfo, ModelLoad, NodeLoad, NodeProfile, Readiness
+from mesh.view import EMBEDDING, GENERATION, UNKNOWN_KIND, ModelInfo, ModelLoad, NodeLoad, NodeProfile, Readiness
 from mesh.wire import VERSION_MAX
 
 counts = st.integers(0, 2**40)
@@ -29,9 +29,11 @@ loads = st.builds(
     st.dictionaries(names, model_loads, max_size=5).map(MappingProxyType),
     st.binary(max_size=60),
     st.integers(0, VERSION_MAX),
+    st.integers(0, 2**32 - 1),
 )
 fingerprints = st.binary(min_size=1, max_size=32).map(bytes.hex) | st.text(max_size=12)
-models = st.builds(ModelInfo, names, fingerprints, counts, counts, counts)
+kinds = st.sampled_from([GENERATION, EMBEDDING])
+models = st.builds(ModelInfo, names, fingerprints, counts, counts, counts, kinds)
 profiles = st.builds(
     NodeProfile, st.text(max_size=30), st.text(max_size=8), st.lists(models, max_size=5).map(tuple), fingerprints
 )
@@ -107,6 +109,16 @@ def test_a_profile_of_too_many_models_says_how_many_bytes_there_are() -> None:
 def test_what_is_no_load_is_refused(fields: object) -> None:
     with pytest.raises(MalformedDatagram):
         decode_load(msgpack.packb(fields))
+
+
+def test_a_kind_of_model_of_a_later_version_is_read_as_one_that_nothing_is_asked_of() -> None:
+    profile = decode_profile(msgpack.packb(["", "", [["m", "f", 2048, 8, 512, 77], ["n", "f", 2048, 8, 512]]]))
+    assert [model.kind for model in profile.models] == [UNKNOWN_KIND, GENERATION]
+
+
+def test_a_model_that_generates_is_told_of_as_every_version_reads_it() -> None:
+    section = encode_profile(NodeProfile(models=(ModelInfo("m", "f", 2048, 8),)))
+    assert len(msgpack.unpackb(section)[2][0]) == 5
 
 
 def test_a_fingerprint_that_no_node_could_have_sent_is_refused() -> None:

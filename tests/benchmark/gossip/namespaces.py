@@ -1,6 +1,6 @@
 """Network namespaces on one bridge: a host for each node, with packet counters, loss and cuts that can be set.
 
-Nothing of the machine's own network is touched. Needs root, `ip` (iproute2) and `nft` (nftables).
+Nothing of the machine's own network is touched. Needs root, `ip` (iproute2) and, for counters and loss, `nft`.
 Names start with the process id of who made them, so runs do not meet, and what a killed run left is found and removed.
 """
 
@@ -26,6 +26,7 @@ PER_MILLE = 1000
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 TABLE = "bench"
 COMMAND_TIMEOUT_S = 30.0
+NOBODY = "02:00:00:00:00:01"  # no interface has this hardware address
 
 
 class NamespacesUnavailable(Exception):
@@ -42,17 +43,18 @@ class Traffic:
     bytes_out: int
 
 
-def check_machine() -> None:
+def check_machine(*tools: str) -> None:
     """Raises NamespacesUnavailable."""
     if os.geteuid() != 0:
         raise NamespacesUnavailable("network namespaces need root")
-    missing = [tool for tool in ("ip", "nft") if shutil.which(tool) is None]
+    missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
         raise NamespacesUnavailable(f"{' and '.join(missing)} not found: install iproute2 and nftables")
 
 
 class Network:
-    """count hosts on one bridge. ports: by label, counted separately; loss and cuts hold for all of them."""
+    """count hosts on one bridge. ports: by label, counted separately; loss and deafness hold for all of them. Without
+    any there are no counters, and only divide() makes faults."""
 
     def __init__(self, count: int, ports: dict[str, int]) -> None:
         if not 1 <= count <= NODES_MAX:
@@ -87,7 +89,8 @@ class Network:
             _ip([f"link add node{index} type veth peer name eth0 netns {name}"], self._hub)
             _ip([f"link set node{index} master bridge up"], self._hub)
             _ip(["link set lo up", f"addr add {self.host(index)}/16 dev eth0", "link set eth0 up"], name)
-            _run(["ip", "netns", "exec", name, "nft", "-f", "-"], self._table())
+            if self._ports:
+                _run(["ip", "netns", "exec", name, "nft", "-f", "-"], self._table())
         self._enter()
 
     def remove(self) -> None:
@@ -115,6 +118,16 @@ class Network:
     async def set_faults_everywhere(self, *, loss: float = 0.0) -> None:
         for index in range(self.count):
             await self.set_faults(index, loss=loss)
+
+    def divide(self, *sides: Sequence[int]) -> None:
+        """Hosts of different sides no longer reach each other: what they send is lost without a word. The calling
+        thread reaches all. One side, or none, ends it."""
+        side_of = {index: number for number, side in enumerate(sides) for index in side}
+        for index in range(self.count):
+            beyond = [other for other in range(self.count) if side_of.get(other) != side_of.get(index)]
+            commands = ["neigh flush dev eth0 nud permanent"]
+            commands += [f"neigh replace {self.host(o)} lladdr {NOBODY} dev eth0 nud permanent" for o in beyond]
+            _ip(commands, self._name(index))
 
     async def traffic(self, index: int, label: str) -> Traffic:
         command = self.inside(index, ["nft", "-j", "list", "counters", "table", "inet", TABLE])
@@ -149,7 +162,7 @@ class Network:
 @contextmanager
 def network(count: int, ports: dict[str, int]) -> Iterator[Network]:
     """A Network that is gone afterwards, also after an exception. Raises NamespacesUnavailable, OSError."""
-    check_machine()
+    check_machine("ip", *(("nft",) if ports else ()))
     made = Network(count, ports)
     try:
         with _signals_wait():

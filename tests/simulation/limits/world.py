@@ -15,7 +15,7 @@ from mesh.pace import USAGE_INTERVAL_A_MEMBER_S
 from nodes.access.limits import Limiter, Limits, Shares
 
 KEY = "k"
-DETECTION_S = 4.0  # until a node that is out of reach is found dead
+DETECTION_S = 2.0  # until a node that is out of reach is suspect: a probe's interval and its verdict
 PUBLISH_INTERVAL_S = 1.0
 
 

@@ -1,0 +1,28 @@
+"""Whether the mesh has the model that a request names, of the kind its endpoint needs, and the caller may use it."""
+
+from __future__ import annotations
+
+from mesh.errors import ModelUnknown
+from mesh.view import EMBEDDING, GENERATION
+from nodes.access.gate import Caller
+from nodes.api.schema import CHARS_SHOWN
+from nodes.api.services import Services
+from nodes.generation import RequestInvalid
+
+ENDPOINTS = {GENERATION: "POST /v1/chat/completions or /v1/completions", EMBEDDING: "POST /v1/embeddings"}
+
+
+def context_length_of(services: Services, caller: Caller, model: str, kind: str) -> int:
+    """Of the nodes that have it the longest context. Raises Forbidden, ModelUnknown, and RequestInvalid for a model of
+    another kind."""
+    services.gate.check_model(caller, model)
+    infos = [info for member in services.view().members.values() if (info := member.model(model)) is not None]
+    if not infos:
+        raise ModelUnknown(f"no node of this mesh has a model named {model[:CHARS_SHOWN]!r}")
+    lengths = [info.context_length for info in infos if info.kind == kind]
+    if not lengths:
+        other = infos[0].kind
+        endpoint = ENDPOINTS.get(other, "another version of AI Cluster")
+        message = f"{model[:CHARS_SHOWN]!r} is a model for {other}, which this endpoint does not do; ask {endpoint}"
+        raise RequestInvalid(message, param="model")
+    return max(lengths)
