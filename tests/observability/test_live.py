@@ -18,6 +18,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from observability.grafana.dashboards import promql
 from tests.cluster.mesh import Mesh, NodeProcess, wait_for
 from tests.cluster.test_keys import create
 from tests.metrics_page import page_rows
@@ -32,6 +33,7 @@ LIMIT_PER_MINUTE = 5
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 # Exported where there is what they tell of.
 MAY_BE_ABSENT = {"ai_cluster_gpu_", "process_max_fds"}
+PANELS_OF_GPUS = {"AI Cluster Engine: GPU use", "AI Cluster Engine: GPU memory", "AI Cluster Engine: GPU temperature"}
 GUIDE_QUERIES = """
 rate(ai_cluster_http_requests_total[5m])
 sum(rate(ai_cluster_http_requests_total[5m])) by (path)
@@ -260,7 +262,9 @@ def fail_over(entry: NodeProcess, victim: NodeProcess, token: str) -> list[load.
 
 
 def check_queries(prometheus: Prometheus) -> None:
-    """Every query of the guide, of our page, and every recording rule has data."""
+    """Every query of the guide, of our page, every recording rule and every panel has data."""
+    panels = {name for name, asked in promql().items() if not any(prometheus.query(query) for query in asked)}
+    assert panels - PANELS_OF_GPUS == set()
     guide = [line for line in GUIDE_QUERIES.splitlines() if line]
     page = queries_of(DOCS / "monitoring.md") + queries_of(DOCS / "metrics.md")
     assert page
