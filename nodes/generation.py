@@ -97,11 +97,13 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one generation."""
+    """Token counts of one generation. queued_s: how long it waited for a slot at the node that ended it; None where
+    that node does not tell. It says nothing of the tokens, so usages that differ in it alone are equal."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    queued_s: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

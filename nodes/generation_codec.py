@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -156,7 +157,7 @@ def encode_event(event: GenerateEvent) -> list[Any]:
     if event.finish_reason is not None or event.logprobs:
         usage = event.usage
         encoded.append(event.finish_reason)
-        encoded.append(usage and [usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens])
+        encoded.append(usage and _encode_usage(usage))
     if event.logprobs:
         encoded.append([[row.token, row.logprob, [list(pair) for pair in row.top]] for row in event.logprobs])
     return encoded
@@ -173,11 +174,23 @@ def decode_event(encoded: Any) -> GenerateEvent:
             str(text),
             tuple(map(int, token_ids)),
             None if reason is None else str(reason),
-            None if counts is None else Usage(int(counts[0]), int(counts[1]), int(counts[2])),
+            None if counts is None else _decode_usage(counts),
             tuple(map(_decode_logprob, rest[2])) if len(rest) > 2 else (),
         )
-    except (TypeError, IndexError) as exc:
+    except (TypeError, LookupError) as exc:
         raise ValueError(f"undecodable generation event: {exc!r}") from exc
+
+
+def _encode_usage(usage: Usage) -> list[Any]:
+    return [usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, usage.queued_s]
+
+
+def _decode_usage(counts: Any) -> Usage:
+    """Of a node that does not tell how long a request was queued, the last field is missing."""
+    queued_s = None if len(counts) < 4 or counts[3] is None else float(counts[3])
+    if queued_s is not None and not math.isfinite(queued_s):
+        raise ValueError(f"undecodable generation event: queued for {queued_s} s")
+    return Usage(int(counts[0]), int(counts[1]), int(counts[2]), queued_s)
 
 
 def _decode_logprob(row: Any) -> TokenLogprob:

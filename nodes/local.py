@@ -287,7 +287,7 @@ class LocalStream(trio.abc.ReceiveChannel[GenerateEvent]):
         if event.finish_reason is None:
             return GenerateEvent(event.text, event.token_ids, logprobs=logprobs)
         self._record.end("success")
-        usage = Usage(event.prompt_tokens, event.completion_tokens, event.cached_tokens)
+        usage = Usage(event.prompt_tokens, event.completion_tokens, event.cached_tokens, self._stream.queued_s)
         return GenerateEvent(event.text, event.token_ids, event.finish_reason, usage, logprobs)
 
     def _logprob(self, row: TokenLogprobs) -> TokenLogprob:

@@ -53,7 +53,7 @@ class Outcome:
             "finish_reason": ",".join(dict.fromkeys(str(reason) for reason in finish_reasons)),
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
-        }
+        } | ({} if usage.queued_s is None else {"queue_ms": round(usage.queued_s * 1000, 3)})
 
     def _count(self, is_complete: bool) -> None:
         status = "cancelled" if self.status == "success" and not is_complete else self.status
@@ -71,6 +71,7 @@ def total_usage(last_events: Sequence[GenerateEvent], choices_per_prompt: int) -
         sum(usage.prompt_tokens for usage in prompts),
         sum(usage.completion_tokens for usage in usages),
         sum(usage.cached_tokens for usage in prompts),
+        max((usage.queued_s for usage in usages if usage.queued_s is not None), default=None),
     )
 
 

@@ -244,6 +244,9 @@ def test_logs_are_json_lines_and_hold_no_prompt(calm_mesh: Mesh) -> None:
         request = next(record for record in lines if "http.response.status_code" in record)
         assert request["http.response.status_code"] == 200
         assert re.fullmatch(r"node-\d", str(request["executed_by"]))
+        assert (request["outcome"], request["path"], request["failovers"]) == ("success", request["executed_by"], 0)
+        assert request["hops"] == (request["executed_by"] != node.name)
+        assert 0 <= float(str(request["queue_ms"])) <= float(str(request["time_to_first_token_ms"]))
         assert secret not in text
         assert (logs / "error.log").read_text() == ""
 

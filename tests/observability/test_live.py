@@ -32,7 +32,7 @@ TOLERANCE = 0.01
 LIMIT_PER_MINUTE = 5
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 # Exported where there is what they tell of.
-MAY_BE_ABSENT = {"ai_cluster_gpu_", "process_max_fds"}
+MAY_BE_ABSENT = {"ai_cluster_gpu_", "ai_cluster_tls_", "process_max_fds"}
 PANELS_OF_GPUS = {"AI Cluster Engine: GPU use", "AI Cluster Engine: GPU memory", "AI Cluster Engine: GPU temperature"}
 GUIDE_QUERIES = """
 rate(ai_cluster_http_requests_total[5m])

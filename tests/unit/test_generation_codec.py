@@ -1,4 +1,4 @@
-"""Requests between nodes: what one encodes the other decodes, and what an older one must not take."""
+"""Requests and events between nodes: what one encodes the other decodes, and what an older one must not take."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import msgpack
 import pytest
 
 from nodes.engine.prefix_digest import cached_bytes
-from nodes.generation import GenerateRequest, GenerationFailed, Grammar, RequestInvalid, Sampling
-from nodes.generation_codec import REQUEST_VERSION, decode_request, encode_request
+from nodes.generation import GenerateEvent, GenerateRequest, GenerationFailed, Grammar, RequestInvalid, Sampling, Usage
+from nodes.generation_codec import REQUEST_VERSION, decode_event, decode_request, encode_event, encode_request
 
 PLAIN = GenerateRequest("id", "demo", ({"role": "user", "content": "hi"},), Sampling(logprobs=0, choice=3))
 TOOLS = json.dumps([{"type": "function", "function": {"name": "f"}}])
@@ -62,3 +62,24 @@ def test_tools_and_prompts_have_a_size_and_names_for_routing() -> None:
         assert cached_bytes(other, set(one)) >= 768
     with_tools = replace(PLAIN, tools="x" * 1000)
     assert set(with_tools.text_blocks()).isdisjoint(replace(PLAIN, tools="y" * 1000).text_blocks())
+
+
+@pytest.mark.parametrize("queued_s", [None, 0.0, 1.25])
+def test_the_wait_for_a_slot_arrives_with_the_last_event(queued_s: float | None) -> None:
+    event = GenerateEvent("a", (1,), "stop", Usage(5, 3, 2, queued_s))
+    decoded = decode_event(msgpack.unpackb(msgpack.packb(encode_event(event))))
+    assert decoded == event
+    assert decoded.usage is not None
+    assert decoded.usage.queued_s == queued_s
+
+
+def test_the_last_event_of_a_node_that_tells_no_wait_is_read() -> None:
+    decoded = decode_event(["a", [1], "stop", [5, 3, 2]])
+    assert decoded.usage == Usage(5, 3, 2)
+    assert decoded.usage.queued_s is None
+
+
+@pytest.mark.parametrize("counts", [[5, 3], {"a": 1}, 7, [5, 3, 2, "soon"], [5, 3, 2, float("nan")]])
+def test_usage_of_another_form_is_no_event(counts: object) -> None:
+    with pytest.raises(ValueError, match=r"undecodable|could not convert"):
+        decode_event(["a", [1], "stop", counts])

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from nodes.api.outcome import PATH_NODES_MAX
-from nodes.generation import GenerateEvent, GenerationFailed
+from nodes.generation import GenerateEvent, GenerationFailed, Usage
 from tests.unit.scripted_api import ANSWER, Api, ScriptedDispatch, ScriptedStream
 
 
@@ -90,3 +90,14 @@ async def test_a_way_over_very_many_nodes_is_cut(access_log: pytest.LogCaptureFi
     told = line(access_log)
     assert told["path"] == ",".join(path[:PATH_NODES_MAX]) + ",+3"
     assert told["failovers"] == PATH_NODES_MAX + 2
+
+
+async def test_the_longest_wait_for_a_slot_is_told(access_log: pytest.LogCaptureFixture) -> None:
+    ends = [[GenerateEvent("a", (1,), "stop", Usage(5, 1, 0, queued_s))] for queued_s in (0.25, 1.5, None)]
+    await Api(ScriptedDispatch(scripts=ends)).chat(n=3)
+    assert line(access_log)["queue_ms"] == 1500.0
+
+
+async def test_a_wait_that_no_node_tells_is_not_told(access_log: pytest.LogCaptureFixture) -> None:
+    await Api(ScriptedDispatch(*ANSWER)).chat()
+    assert "queue_ms" not in line(access_log)
