@@ -5,12 +5,13 @@ VENV   ?= .venv
 NODES  ?= 3
 BIN    := $(VENV)/bin
 
-.PHONY: run test lint conformance bench bench-gossip chaos soak fuzz fuzz-guided browser-tools screenshots lock conformance-lock clean
+.PHONY: run test test-tools lint conformance bench bench-gossip chaos soak fuzz fuzz-guided browser-tools screenshots lock conformance-lock clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make run     three nodes with the built-in model on 127.0.0.1:8080-8082, until Ctrl-C (NODES=N for more)"
 	@echo "make test    every test; make lint: ruff, mypy --strict, import contracts; make bench: the benchmark"
+	@echo "make test-tools   the metrics, alerts and dashboards on a real Prometheus, and the status page in a real browser"
 	@echo "make conformance   real clients at pinned versions against three nodes, and /openapi.json by schemathesis (8 minutes)"
 	@echo "make soak    20,000 generations on a tiny model: does the engine's memory stay flat? (some minutes)"
 	@echo "make bench-gossip   gossip of N=10 processes beside serf's, in network namespaces (root; half an hour)"
@@ -34,7 +35,11 @@ run: $(VENV)/.installed
 # Unit tests share nothing, so two processes run them; those of real nodes take turns on the cores.
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
-	$(BIN)/python -m pytest --ignore tests/unit
+	$(BIN)/python -m pytest tests/cluster tests/simulation
+
+# What needs programs of the system beside Python: Debian's prometheus (with promtool) and chromium, and npm.
+test-tools: $(VENV)/.installed browser-tools
+	$(BIN)/python -m pytest tests/observability tests/browser
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
