@@ -11,8 +11,9 @@ of the same requests on one node before. Exit status 1 where one of these does n
   pause_stop_s  the same at a stop: 3 s
   free_s        after the last stream every node reports nothing active and all slots free within 2 s
 
-A pause is the gap between two texts in which the serving node failed, less the median gap of the stream and what an
-idle engine takes to prefill the answer so far. Which node failed when is taken from what the entries logged. Where
+A pause is the gap between two texts in which the serving node failed, from the harm on, less the median gap of the
+stream and what an idle engine takes to prefill the answer so far: a stream that waited for a slot when its node was
+harmed did so before. Which node failed when is taken from what the entries logged. Where
 several were harmed in one pause, the one that went on included ("several"), it has no bound. The longest are told on
 stderr.
 """
@@ -301,7 +302,8 @@ class _Chaos:
                 later = (r for r in resumptions.get(attempt.request_id, ()) if r.at >= inside[-1].at)
                 onto = min(later, key=lambda resumption: resumption.at, default=None)
                 onto_harms = [h for h in harms if onto and h.node == onto.peer and h.touches(a, b)]
-                seconds = b - a - median - prefill_s
+                harmed_at = min((harm.begun_at for harm in causes if harm is not None), default=a)
+                seconds = b - max(a, harmed_at) - median - prefill_s
                 yield Pause(attempt.request_id, seconds, a, b, inside, causes, onto, onto_harms)
             self._counts["failovers_without_a_gap"] += len(found)
 
