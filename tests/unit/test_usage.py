@@ -127,6 +127,39 @@ async def test_the_last_second_is_kept_at_a_stop(autojump_clock: trio.testing.Mo
     assert await mesh.sums("a") == {(DAY, "k", "m"): ONE}
 
 
+async def test_a_peer_that_never_answers_keeps_nothing_from_the_disk(autojump_clock: trio.testing.MockClock) -> None:
+    async def never(question: bytes) -> bytes:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async with nodes("a", "b", "c") as mesh:
+        await trio.sleep(2 * FLUSH_INTERVAL_S)
+        mesh.peers.answerers["b"] = never
+        for requests in range(1, 4):
+            mesh.logs["a"].count("k", "m", ONE)
+            await trio.sleep(2 * FLUSH_INTERVAL_S)
+            for name in "ac":  # and who answers is told all the same
+                assert (await mesh.sums(name))[DAY, "k", "m"].requests == requests
+
+
+async def test_a_peer_that_never_answers_is_told_one_thing_at_a_time(autojump_clock: trio.testing.MockClock) -> None:
+    asked = 0
+
+    async def never(question: bytes) -> bytes:
+        nonlocal asked
+        asked += 1
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async with nodes("a", "b") as mesh:
+        await trio.sleep(2 * FLUSH_INTERVAL_S)
+        mesh.peers.answerers["b"] = never
+        for _ in range(4):
+            mesh.logs["a"].count("k", "m", ONE)
+            await trio.sleep(FLUSH_INTERVAL_S)
+        assert asked == 1
+
+
 @pytest.mark.parametrize(
     "question",
     [
