@@ -64,7 +64,7 @@ WHERE day = ? AND (key, model, node_id, generation) > (?, ?, ?, ?) ORDER BY key,
 
 
 class StoreFailed(Exception):
-    """The disk did not take a put. Nothing of it is kept; earlier ones are."""
+    """The disk did not take a put, of which nothing is kept then, or did not give what was read. Earlier puts stay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,15 +142,15 @@ class Store:
         return await trio.to_thread.run_sync(self._read_records, limiter=self._limiter)
 
     async def usage_sums(self, first_day: int, last_day: int, key: str | None = None) -> list[UsageSum]:
-        """Of the days first..last, in order of days, keys, models. Raises ConfigInvalid for a damaged file."""
+        """Of the days first..last, in order of days, keys, models. Raises StoreFailed."""
         return await trio.to_thread.run_sync(self._read_sums, first_day, last_day, key, limiter=self._limiter)
 
     async def usage_digests(self, first_day: int) -> list[DayDigest]:
-        """Of each day since then that has rows. Raises ConfigInvalid for a damaged file."""
+        """Of each day since then that has rows. Raises StoreFailed."""
         return await trio.to_thread.run_sync(self._read_digests, first_day, limiter=self._limiter)
 
     async def usage_rows(self, day: int, after: tuple[str, str, str, int] | None, rows_max: int) -> list[UsageRow]:
-        """The next ones of one day, in the order of their identities. Raises ConfigInvalid for a damaged file."""
+        """The next ones of one day, in the order of their identities. Raises StoreFailed."""
         return await trio.to_thread.run_sync(self._read_usage, day, after, rows_max, limiter=self._limiter)
 
     async def put(self, records: Sequence[Record] = (), usage: Sequence[UsageRow] = ()) -> None:
@@ -212,7 +212,7 @@ class Store:
             ]
 
     def _read_sums(self, first_day: int, last_day: int, key: str | None) -> list[UsageSum]:
-        with _naming(self._file):
+        with _reading(self._file):
             rows = self._connection.execute(
                 "SELECT day, key, model, sum(requests), sum(prompt_tokens), sum(completion_tokens) FROM usage "
                 "WHERE day BETWEEN ? AND ? AND (? IS NULL OR key = ?) GROUP BY 1, 2, 3 ORDER BY 1, 2, 3",
@@ -221,7 +221,7 @@ class Store:
             return [UsageSum(day, of_key, model, Totals(*totals)) for day, of_key, model, *totals in rows]
 
     def _read_digests(self, first_day: int) -> list[DayDigest]:
-        with _naming(self._file):
+        with _reading(self._file):
             rows = self._connection.execute(
                 "SELECT day, count(*), sum(requests), sum(prompt_tokens + completion_tokens) FROM usage "
                 "WHERE day >= ? GROUP BY day ORDER BY day",
@@ -230,7 +230,7 @@ class Store:
             return [DayDigest(*row) for row in rows]
 
     def _read_usage(self, day: int, after: tuple[str, str, str, int] | None, rows_max: int) -> list[UsageRow]:
-        with _naming(self._file):
+        with _reading(self._file):
             rows = self._connection.execute(
                 _USAGE_PAGE,
                 (day, *(after or ("", "", "", -1)), rows_max),
@@ -303,6 +303,15 @@ def _naming(file: Path) -> Iterator[None]:
         if getattr(exc, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             raise ConfigInvalid(_damaged(file, str(exc))) from exc
         raise ConfigInvalid(f"{file}: {exc}; {_DISK_FIX}, or give another --data-dir") from exc
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Any complaint of SQLite about a node that runs: it goes on."""
+    try:
+        yield
+    except sqlite3.Error as exc:
+        raise StoreFailed(f"{file}: not read, {exc}; {_DISK_FIX}, and try again") from exc
 
 
 def _damaged(file: Path, reason: str) -> str:

@@ -99,7 +99,7 @@ class KeyAdmin:
             return Edited(key, untold=await self._commit(drafts, "revoked an API key", key))
 
     async def usage(self, first_day: int, last_day: int, name: str | None) -> list[UsageSum]:
-        """Days since 1970, UTC. Raises KeyUnknown."""
+        """Days since 1970, UTC. Raises StoreFailed."""
         family = None
         if name is not None:
             try:

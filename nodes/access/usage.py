@@ -15,7 +15,7 @@ import msgpack
 import trio
 
 from mesh.counters_wire import NO_TOTALS, TOTAL_MAX, Totals
-from mesh.errors import MalformedDatagram, MeshError
+from mesh.errors import MalformedDatagram, MeshError, PeerUnavailable
 from mesh.view import ClusterView, MemberStatus, MemberView
 from mesh.wire import GENERATION_MAX, NODE_ID_BYTES_MAX, count, text
 from nodes.store import DAY_MAX, TEXT_BYTES_MAX, DayDigest, Store, StoreFailed, UsageRow
@@ -104,8 +104,14 @@ class UsageLog:
         return rows if await self._put(rows) else []
 
     async def answer(self, request: bytes) -> bytes:
-        """What a peer asks. Raises MalformedDatagram."""
-        fields = _unpack(request)
+        """What a peer asks. Raises MalformedDatagram, and PeerUnavailable where this node's disk does not answer."""
+        try:
+            return await self._answer(_unpack(request))
+        except StoreFailed as exc:
+            logger.error("usage cannot be read", extra={"error.message": str(exc)})
+            raise PeerUnavailable("this node cannot read its usage; its log says why") from exc
+
+    async def _answer(self, fields: list[Any]) -> bytes:
         kind = count(fields[0])
         if kind == _GIVE:
             await self._put(_rows(fields))
@@ -156,6 +162,8 @@ class UsageLog:
                 theirs = _digest(row)
                 if own.get(theirs.day) != theirs:
                     await self._fetch_day(peer, theirs.day)
+        except StoreFailed as exc:
+            logger.error("usage cannot be read", extra={"error.message": str(exc)})
         except (MeshError, MalformedDatagram, trio.TooSlowError) as exc:
             logger.info(
                 "usage could not be compared with a peer", extra={"peer": peer.node_id, "error.message": str(exc)}

@@ -112,7 +112,10 @@ def register(app: Quart, admin: KeyAdmin) -> None:
         today = datetime.now(UTC).date()
         last = _day("to", today.isoformat())
         first = _day("from", (today - timedelta(days=USAGE_DAYS_DEFAULT - 1)).isoformat())
-        sums = await admin.usage(first, last, request.args.get("key"))
+        try:
+            sums = await admin.usage(first, last, request.args.get("key"))
+        except StoreFailed as exc:
+            raise RequestInvalid(str(exc), code="not_read", status=503) from exc
         names = admin.names()
         rows = [
             {

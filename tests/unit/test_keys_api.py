@@ -138,6 +138,15 @@ async def test_usage_is_what_the_model_counted() -> None:
         assert (await admin(api, "GET", "usage?from=2020-01-01&to=2020-02-01")).json()["usage"] == []
 
 
+async def test_usage_that_the_disk_does_not_give_is_503_with_the_reason() -> None:
+    api = Api(ScriptedDispatch())
+    api.access.store.is_unreadable = True
+    async with api.client:
+        answer = await admin(api, "GET", "usage")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_read")
+    assert "the disk cannot be read" in answer.json()["error"]["message"]
+
+
 async def test_a_request_that_finds_no_capacity_gives_its_reservation_back() -> None:
     api = Api(ScriptedDispatch(refusal=NoCapacity("full", 2.0)))
     token = api.access.create(tokens_per_minute=300)

@@ -255,6 +255,19 @@ async def test_what_peers_sent_while_the_disk_was_full_counts_and_is_kept_later(
         await durable.keep([])
 
 
+# A disk that cannot be read.
+
+
+async def test_what_cannot_be_read_after_the_start_is_no_fault_of_the_configuration(tmp_path: Path) -> None:
+    async with open_store(tmp_path) as store:
+        await store.put([live("k", 1)])
+        store._connection.execute("DROP TABLE usage")
+        for read in (store.usage_sums(0, DAY), store.usage_digests(0), store.usage_rows(DAY, None, 10)):
+            with pytest.raises(StoreFailed, match=rf"{FILE_NAME}: not read, no such table.*check the disk"):
+                await read
+        assert await store.records() == [live("k", 1)]  # what is not damaged goes on
+
+
 # Files that are no database of ours.
 
 

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from mesh.counters_wire import Totals
-from mesh.errors import MalformedDatagram
+from mesh.errors import MalformedDatagram, PeerUnavailable
 from nodes.access.usage import COMPARE_INTERVAL_S, DAY_S, FLUSH_INTERVAL_S, ROWS_PER_MESSAGE, UsageLog
 from nodes.store import Store, UsageRow, open_store
 from tests.unit.fake_peers import FakePeers
@@ -158,6 +158,25 @@ async def test_a_peer_that_never_answers_is_told_one_thing_at_a_time(autojump_cl
             mesh.logs["a"].count("k", "m", ONE)
             await trio.sleep(FLUSH_INTERVAL_S)
         assert asked == 1
+
+
+async def test_a_disk_that_cannot_be_read_ends_nothing_and_is_compared_again_later(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with nodes("a", "b") as mesh:
+        await mesh.stores["b"].put(usage=[UsageRow(DAY, "k", "m", "b", 1, ONE)])
+        for store in mesh.stores.values():
+            assert isinstance(store, MemoryStore)
+            store.is_unreadable = True
+        await trio.sleep(2 * COMPARE_INTERVAL_S)
+        with pytest.raises(PeerUnavailable, match="cannot read its usage"):
+            await mesh.logs["b"].answer(msgpack.packb([2]))
+        assert "usage cannot be read" in {record.message for record in caplog.records}
+        for store in mesh.stores.values():
+            assert isinstance(store, MemoryStore)
+            store.is_unreadable = False
+        await trio.sleep(2 * COMPARE_INTERVAL_S)
+        assert await mesh.sums("a") == {(DAY, "k", "m"): ONE}
 
 
 @pytest.mark.parametrize(
