@@ -16,7 +16,7 @@ from mesh.errors import MalformedDatagram
 from mesh.forwarder import Forwarder
 from mesh.own_counters import OwnCounters
 from mesh.replica import Record, Replica
-from mesh.view import ClusterView
+from mesh.view import ClusterView, MemberStatus, MemberView
 from nodes import peer_questions
 from nodes.access.gate import Gate
 from nodes.access.key_admin import KeyAdmin
@@ -113,6 +113,11 @@ class NodeAccess:
         self._usage_heard += 1
         with suppress(MalformedDatagram):  # of a later version: limits then do not see what it tells
             self._peer_counters.receive(node_id, section, trio.current_time())
+
+    def member_changed(self, member: MemberView) -> None:
+        """What gossip says of it now. Instant."""
+        if member.status in (MemberStatus.DEAD, MemberStatus.LEFT):
+            self._peer_counters.gone(member.node_id)
 
     def figures(self) -> UsageFigures:
         return UsageFigures(self._own_counters.sections_told, self._usage_heard, self._peer_counters.row_count)
