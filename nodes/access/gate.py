@@ -202,10 +202,16 @@ class Gate:
             former = self._estimates.get(model, factor)
             self._estimates[model] = former + ESTIMATE_WEIGHT * (factor - former)
 
-    def count(self, caller: Caller, model: str, rise: Totals) -> None:
+    def count(self, caller: Caller, model: str, rise: Totals, released_tokens: int) -> None:
         if caller.key is not None:
             self._usage.count(caller.key.family, model, rise)
-            self._own.count(caller.key.family, rise.prompt_tokens, rise.completion_tokens, self._now())
+            self._own.count(
+                caller.key.family,
+                rise.prompt_tokens,
+                rise.completion_tokens,
+                self._now(),
+                released_tokens=released_tokens,
+            )
 
     def end(self, caller: Caller, model: str, reserved_tokens: int) -> None:
         if caller.key is not None:
@@ -215,8 +221,8 @@ class Gate:
 
 
 class Admission(trio.abc.AsyncResource):
-    """One request that was let in. What it uses is counted as it goes, what was reserved for it is given back at its
-    end."""
+    """One request that was let in. What it uses is counted as it goes, out of what was reserved for it; what is left of
+    that is given back at its end."""
 
     def __init__(
         self,
@@ -277,7 +283,11 @@ class Admission(trio.abc.AsyncResource):
         )
         if rise.tokens:
             self._counted = self._used
-            self._gate.count(self._caller, self._model, rise)
+            # The prompt was read, but is counted at the end: till then its part stays reserved.
+            uncounted_tokens = 0 if self._used.prompt_tokens else self._prompt_tokens
+            released_tokens = max(0, min(rise.tokens, self._reserved_tokens - uncounted_tokens))
+            self._reserved_tokens -= released_tokens
+            self._gate.count(self._caller, self._model, rise, released_tokens)
 
 
 class FailureLimiter:

@@ -138,7 +138,9 @@ async def test_what_a_request_uses_is_counted_as_it_goes_and_at_its_end(
     assert admission.remaining()["tokens"].remaining == 700
     for _ in range(gate_module.SETTLE_TOKENS):
         admission.generated(1)
-    assert access.own.used(family, trio.current_time()).tokens == gate_module.SETTLE_TOKENS
+    used = access.own.used(family, trio.current_time())
+    assert (used.tokens, used.reserved_tokens) == (gate_module.SETTLE_TOKENS, 300 - gate_module.SETTLE_TOKENS)
+    assert admission.remaining()["tokens"].remaining == 700
     admission.generated(6)
     admission.finished(40, 70)
     await admission.aclose()
@@ -147,6 +149,18 @@ async def test_what_a_request_uses_is_counted_as_it_goes_and_at_its_end(
     assert (used.tokens, used.running, used.reserved_tokens) == (110, 0, 0)
     assert await access.used() == {(family, "m"): Totals(1, 40, 70)}
     assert access.changes == 2
+
+
+async def test_an_answer_longer_than_was_reserved_leaves_the_prompt_reserved() -> None:
+    access = FakeAccess()
+    caller = await access.gate.authenticate(bearer(access.create(tokens_per_minute=1_000)), HERE)
+    admission = await access.gate.admit(caller, "m", 50, 100)
+    for tokens in (64, 64, 64):
+        admission.generated(tokens)
+    assert admission.remaining()["tokens"].remaining == 1_000 - 192 - 50
+    admission.finished(40, 200)
+    await admission.aclose()
+    assert admission.remaining()["tokens"].remaining == 1_000 - 240
 
 
 async def test_a_request_that_its_client_left_costs_its_prompt_and_what_was_generated() -> None:
