@@ -140,8 +140,8 @@ class RecordSync:
         """At random among those whose digest has been another one for long enough."""
         peers = self._peers()
         differing = [peer for peer in peers if peer.profile.records_digest not in ("", self._published)]
-        if len(differing) < len(peers):
-            self.has_compared.set()  # by their digests
+        if any(peer.profile.records_digest == self._published for peer in peers):
+            self.has_compared.set()  # by its digest; one whose profile was not heard yet has none
         self._differs_since = {peer.node_id: self._differs_since.get(peer.node_id, now) for peer in differing}
         self._not_before = {name: at for name, at in self._not_before.items() if at > now}
         due = [

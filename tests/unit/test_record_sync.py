@@ -113,6 +113,21 @@ async def test_equal_replicas_ask_nothing(autojump_clock: trio.testing.MockClock
         assert all(sync.has_compared.is_set() for sync in mesh.syncs.values())
 
 
+async def test_a_peer_whose_profile_was_not_heard_yet_is_not_compared_with(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    made = Nodes("a", "b")
+    async with trio.open_nursery() as nursery:
+        await nursery.start(made.syncs["a"].run)
+        await trio.sleep(SOON_S)
+        assert made.peers.digests.get("b", "") == ""
+        assert not made.syncs["a"].has_compared.is_set()
+        await nursery.start(made.syncs["b"].run)
+        await trio.sleep(2 * WATCH_INTERVAL_S)
+        assert made.syncs["a"].has_compared.is_set()
+        nursery.cancel_scope.cancel()
+
+
 async def test_what_the_disk_refuses_is_not_edited(autojump_clock: trio.testing.MockClock) -> None:
     async with nodes("a", "b") as mesh:
         mesh.stores["a"].is_full = True
