@@ -57,6 +57,7 @@ class NodeAccess:
         """records: those of the store. publish: hands gossip the digest of the records. is_open, usage_changed: the
         gate's. hold_s: LostNodes'."""
         self._generation = generation
+        self._publish = publish
         self._has_seeds = has_seeds
         self._own_counters = own_counters
         self._peer_counters = PeerCounters()
@@ -68,7 +69,7 @@ class NodeAccess:
             DurableReplica(replica, store),
             view=view,
             ask=partial(peer_questions.ask, forwarder, _RECORDS),
-            publish=publish,
+            publish=self._records_changed,
             rng=rng,
         )
         self._usage = UsageLog(
@@ -126,6 +127,10 @@ class NodeAccess:
         """This node's generation is another one than it thought."""
         self._generation = generation
         self._own_counters.renew(generation)
+
+    def _records_changed(self, digest: str) -> None:
+        self._publish(digest)
+        self.gate.forget_revoked()
 
     async def _learn(self) -> None:
         if self._has_seeds and not self._book.was_ever_used:

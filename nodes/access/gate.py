@@ -171,6 +171,15 @@ class Gate:
         """What metrics call the keys that work; rotated ones share their family's label."""
         return list(dict.fromkeys(key.label for key in self._book.keys))
 
+    def forget_revoked(self) -> None:
+        """The counters of families whose last key is revoked. Of a key that cannot be read the family is not known, and
+        it may be read again one day: then all are kept."""
+        families = {key.family for key in self._book.keys}
+        revoked = [family for family, _ in self._own.totals() if family not in families]
+        if revoked and not self._book.has_unreadable:
+            for family in revoked:
+                self._own.forget(family)
+
     async def limit_uses(self, keys_max: int) -> dict[str, dict[Kind, tuple[int, int]]]:
         """label → kind → (limit, how much of it is used over all nodes), of the oldest keys_max that have a limit. Of
         each key as of its own instant: in a large mesh one takes a tenth of a millisecond, so others run in between."""

@@ -79,6 +79,12 @@ class KeyBook:
             self._listed = (self._replica.position, keys)
         return keys
 
+    @property
+    def has_unreadable(self) -> bool:
+        """Of keys that are not revoked, some record is one that this version cannot read."""
+        live = (record for record in self._replica.records.values() if record.record_id.startswith(RECORD_PREFIX))
+        return any(record.value is not None and self._key_of(record) is None for record in live)
+
     def is_revoked(self, public_id: str) -> bool:
         record = self._replica.records.get(RECORD_PREFIX + public_id)
         return record is not None and record.is_deleted

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import trio
 
+from mesh import replica_sync
 from mesh.own_counters import OwnCounters
+from mesh.replica import Record
 from mesh.view import Address, ClusterView, MemberStatus, MemberView, NodeLoad, NodeProfile
 from nodes.access.api_key import KeySettings
 from nodes.access.gate import LimitReached
@@ -38,6 +40,28 @@ async def access_of(folder: Path) -> AsyncIterator[NodeAccess]:
             has_seeds=False,
             hold_s=600.0,
         )
+
+
+async def use(access: NodeAccess, token: str) -> None:
+    caller = await access.gate.authenticate(f"Bearer {token}", "127.0.0.1")
+    await (await access.gate.admit(caller, "m", 10, 40)).aclose()
+
+
+async def test_a_family_whose_last_key_is_revoked_is_counted_no_longer(tmp_path: Path) -> None:
+    async with access_of(tmp_path) as access:
+        own = access._own_counters
+        first, other, third = [await access.key_admin.create(KeySettings(name)) for name in ("alice", "bob", "carol")]
+        for created in (first, other, third):
+            await use(access, created.token)
+        await access.key_admin.rotate("alice", 0)
+        assert len(list(own.totals())) == 3
+        await access.key_admin.revoke("alice")
+        assert {family for family, _ in own.totals()} == {other.key.family, third.key.family}
+        await access.answerers["records"](replica_sync.give([Record(other.key.record_id)]))  # a peer's revocation
+        assert {family for family, _ in own.totals()} == {third.key.family}
+        later = Record("key/other", 10, "z", 1, b"a later version's")
+        await access.answerers["records"](replica_sync.give([later, Record(third.key.record_id)]))
+        assert {family for family, _ in own.totals()} == {third.key.family}
 
 
 @pytest.mark.parametrize("status", [MemberStatus.DEAD, MemberStatus.LEFT])
