@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any
 
 import httpx
 import pytest
+import trio
 
 from mesh.errors import NoCapacity
+from nodes.access.api_key import ApiKey
 from nodes.api.answer_schema import EditedKey, KeyList, KeyObject, UsageAnswer
 from nodes.api.errors import ApiError
+from nodes.api.keys import KEYS_PER_CHECKPOINT
 from tests.unit.scripted_api import ANSWER, BODY, Api, ScriptedDispatch
 
 ADMIN = {"authorization": "Bearer the admin token"}
@@ -136,6 +140,32 @@ async def test_usage_is_what_the_model_counted() -> None:
         assert answer.total.requests == 2
         assert (await admin(api, "GET", "usage?from=yesterday")).json()["error"]["param"] == "from"
         assert (await admin(api, "GET", "usage?from=2020-01-01&to=2020-02-01")).json()["usage"] == []
+
+
+async def test_a_long_list_lets_others_run_meanwhile() -> None:
+    api = Api(ScriptedDispatch())
+    count = 10 * KEYS_PER_CHECKPOINT
+    for i in range(count):
+        api.access.create(f"key-{i}")
+    shown_at_turn: list[int] = []
+    shown = 0
+
+    def use(key: ApiKey) -> dict[str, Any]:
+        nonlocal shown
+        shown += 1
+        return {}
+
+    async def others() -> None:
+        while shown < count:
+            shown_at_turn.append(shown)
+            await trio.lowlevel.checkpoint()
+
+    api.access.admin.use = use  # type: ignore[method-assign]
+    async with api.client, trio.open_nursery() as nursery:
+        nursery.start_soon(others)
+        assert len((await admin(api, "GET", "keys")).json()["keys"]) == count
+    turns = [*shown_at_turn, count]
+    assert max(later - earlier for earlier, later in pairwise(turns)) <= 2 * KEYS_PER_CHECKPOINT  # in any order
 
 
 async def test_usage_that_the_disk_does_not_give_is_503_with_the_reason() -> None:
