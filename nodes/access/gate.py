@@ -324,5 +324,7 @@ def _network_of(address: str) -> str:
     except ValueError:
         return ""
     if isinstance(ip, IPv6Address):
+        if ip.ipv4_mapped is not None:  # what a socket of both families calls a client of IPv4
+            return str(ip.ipv4_mapped)
         return str(int(ip) >> (128 - IPV6_PREFIX_BITS))
     return address

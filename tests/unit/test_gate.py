@@ -124,6 +124,14 @@ def test_addresses_are_remembered_up_to_a_bound_and_ipv6_by_network() -> None:
     assert waits[-2:] == [None, FAILURE_WINDOW_S]
 
 
+def test_addresses_of_ipv4_are_told_apart_also_as_ipv6_maps_them() -> None:
+    failures = FailureLimiter()
+    for _ in range(FAILURES_MAX - 1):
+        assert failures.failed("::ffff:192.0.2.1", 0.0) is None
+    assert failures.failed("::ffff:192.0.2.2", 0.0) is None
+    assert failures.failed("192.0.2.1", 0.0) == FAILURE_WINDOW_S
+
+
 async def test_what_a_request_uses_is_counted_as_it_goes_and_at_its_end(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
