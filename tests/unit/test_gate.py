@@ -234,3 +234,38 @@ async def test_what_is_reserved_for_a_prompt_follows_what_the_model_counts() -> 
     reserved.append(access.own.used(caller.key.family, trio.current_time()).reserved_tokens)
     await other.aclose()
     assert reserved == [11, 31, 11]
+
+
+async def reserved_for(access: FakeAccess, token: str, model: str, counted: int, **bounds: int) -> int:
+    """Of a request whose prompt is guessed to have 10 tokens and turns out to have `counted`."""
+    caller = await access.gate.authenticate(bearer(token), HERE)
+    assert caller.key is not None
+    admission = await access.gate.admit(caller, model, 10, 1, **bounds)
+    tokens = access.own.used(caller.key.family, trio.current_time()).reserved_tokens
+    admission.finished(counted, 1)
+    await admission.aclose()
+    return tokens
+
+
+async def test_what_one_key_asks_says_nothing_of_anothers_prompts() -> None:
+    access = FakeAccess()
+    alice, bob = access.create("alice"), access.create("bob")
+    assert await reserved_for(access, alice, "m", 1_000) == 11
+    assert await reserved_for(access, bob, "m", 10) == 11
+    assert await reserved_for(access, alice, "m", 1_000) == 1_001
+
+
+async def test_no_more_is_reserved_for_a_prompt_than_the_model_can_take() -> None:
+    access = FakeAccess()
+    token = access.create()
+    await reserved_for(access, token, "m", 1_000)
+    assert await reserved_for(access, token, "m", 1_000, prompt_tokens_max=512) == 513
+
+
+async def test_the_estimates_unused_for_longest_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate_module, "ESTIMATES_MAX", 2)
+    access = FakeAccess()
+    token = access.create()
+    for model in ("a", "b", "a", "c"):
+        await reserved_for(access, token, model, 20)
+    assert [await reserved_for(access, token, model, 20) for model in ("a", "c", "b")] == [21, 21, 11]

@@ -186,6 +186,14 @@ async def test_a_request_that_finds_no_capacity_gives_its_reservation_back() -> 
         assert left["tokens"] == {"limit": 300, "remaining": 300}
 
 
+async def test_a_prompt_reserves_no_more_than_the_models_context() -> None:
+    api = Api(ScriptedDispatch(*ANSWER))
+    token = api.access.create(tokens_per_minute=1_024 + 10)
+    async with api.client:
+        long = [{"role": "user", "content": "x" * 8_000}]
+        assert (await chat(api, token, messages=long, max_completion_tokens=10)).status_code == 200
+
+
 async def test_a_name_that_no_node_knows_is_no_row_of_usage() -> None:
     api = Api(ScriptedDispatch(*ANSWER))
     token = api.access.create()
