@@ -31,8 +31,8 @@ ROWS_MAX = 65_536
 LOOK_INTERVAL_S = 1.0
 # How often this node's rows are compared with some peer's; and with each one that appears.
 COMPARE_INTERVAL_S = 60.0
-# Days that are compared: a node that was away for longer has lost what was counted before, in its own eyes alone.
-DAYS_COMPARED = 400
+# Days that are kept, and compared: older ones are deleted, and not taken from peers either.
+DAYS_KEPT = 400
 ROWS_PER_MESSAGE = 256
 MESSAGE_BYTES_MAX = 256 * 1024
 PEER_TIMEOUT_S = 5.0
@@ -83,6 +83,7 @@ class UsageLog:
         """Until cancelled; then what was counted is put on disk once more. No peer keeps the disk waiting."""
         try:
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._delete_old)
                 nursery.start_soon(self._compare_with_peers)
                 task_status.started()
                 while True:
@@ -114,10 +115,11 @@ class UsageLog:
     async def _answer(self, fields: list[Any]) -> bytes:
         kind = count(fields[0])
         if kind == _GIVE:
-            await self._put(_rows(fields))
+            first_day = self._first_day_kept()
+            await self._put([row for row in _rows(fields) if row.day >= first_day])
             return _pack([])
         if kind == _DIGESTS:
-            digests = await self._store.usage_digests(self._today() - DAYS_COMPARED)
+            digests = await self._store.usage_digests(self._first_day_kept())
             return _pack([[digest.day, digest.rows, digest.requests, digest.tokens] for digest in digests])
         if kind == _FETCH:
             day, after = count(_field(fields, 1), DAY_MAX), _field(fields, 2)
@@ -136,6 +138,14 @@ class UsageLog:
             logger.debug("usage was not told", extra={"peer": peer.node_id, "error.message": str(exc)})
         finally:
             self._telling.discard(peer.node_id)
+
+    async def _delete_old(self) -> None:
+        while True:
+            try:
+                await self._store.delete_usage(self._first_day_kept())
+            except StoreFailed as exc:
+                logger.error("old usage cannot be deleted", extra={"error.message": str(exc)})
+            await trio.sleep(DAY_S)
 
     async def _compare_with_peers(self) -> None:
         """With each that appears, and now and then with some; one after the other."""
@@ -157,10 +167,10 @@ class UsageLog:
         try:
             with trio.fail_after(PEER_TIMEOUT_S):
                 answer = _unpack(await self._ask(peer, _pack([_DIGESTS])))
-            own = {digest.day: digest for digest in await self._store.usage_digests(self._today() - DAYS_COMPARED)}
+            own = {digest.day: digest for digest in await self._store.usage_digests(self._first_day_kept())}
             for row in answer:
                 theirs = _digest(row)
-                if own.get(theirs.day) != theirs:
+                if theirs.day >= self._first_day_kept() and own.get(theirs.day) != theirs:
                     await self._fetch_day(peer, theirs.day)
         except StoreFailed as exc:
             logger.error("usage cannot be read", extra={"error.message": str(exc)})
@@ -199,6 +209,9 @@ class UsageLog:
             if row.day < today and row.identity not in self._changed:
                 self._rows.pop(row.identity, None)
         return True
+
+    def _first_day_kept(self) -> int:
+        return max(0, self._today() - DAYS_KEPT)
 
     def _today(self) -> int:
         return int(self._wall_clock() // DAY_S)

@@ -26,6 +26,10 @@ class MemoryStore:
         for row in usage:
             self._rows[row.identity] = self._rows.get(row.identity, Totals()).maximum(row.totals)
 
+    async def delete_usage(self, before_day: int) -> None:
+        await trio.lowlevel.checkpoint()
+        self._rows = {identity: totals for identity, totals in self._rows.items() if identity[0] >= before_day}
+
     async def usage_sums(self, first_day: int, last_day: int, key: str | None = None) -> list[UsageSum]:
         self._check_readable()
         sums: dict[tuple[int, str, str], Totals] = {}
