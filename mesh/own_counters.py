@@ -70,12 +70,18 @@ class OwnCounters:
         row.untold = row.untold.plus(Unheard(1, reserved_tokens))
         self._add(key, row, Totals(requests=1), now)
 
-    def count(self, key: str, prompt_tokens: int, completion_tokens: int, now: float) -> None:
-        """Tokens of a request, while it runs or at its end. Raises ValueError as begin()."""
-        self._add(key, self._row(key), Totals(0, prompt_tokens, completion_tokens), now)
+    def count(
+        self, key: str, prompt_tokens: int, completion_tokens: int, now: float, *, released_tokens: int = 0
+    ) -> None:
+        """Tokens of a request, while it runs or at its end. released_tokens: of what was reserved for it, what these no
+        longer need; end() then gives back so much less. Raises ValueError as begin()."""
+        row = self._row(key)
+        assert row.reserved_tokens >= released_tokens
+        row.reserved_tokens -= released_tokens
+        self._add(key, row, Totals(0, prompt_tokens, completion_tokens), now)
 
     def end(self, key: str, reserved_tokens: int) -> None:
-        """A request that began with that reservation is over."""
+        """A request of whose reservation so much is left is over."""
         row = self._rows[key]
         assert row.running > 0
         assert row.reserved_tokens >= reserved_tokens

@@ -22,6 +22,7 @@ from mesh import state_exchange
 from mesh.errors import HandshakeRefused, MalformedDatagram, PeerUnavailable
 from mesh.forwarder import Forwarder, IncomingStream
 from mesh.gossip import Gossip
+from mesh.gossip_types import MemberChanged
 from mesh.own_counters import OwnCounters
 from mesh.prefix_digests import DIGEST_INTERVAL_S, encode_digest
 from mesh.replica import Record
@@ -177,7 +178,7 @@ class Node:
             ask_link=partial(state_exchange.ask, self._forwarder),
             on_fenced=self._give_way,
             on_seed_unanswered=lambda seed: self._seed_is_silent.set(),
-            on_change=lambda change: self._member_changed(),
+            on_change=self._member_changed,
             on_usage=lambda node_id, section: self._access.hear_usage(node_id, section),
         )
         self._events = EventFeed(self._view)
@@ -480,7 +481,8 @@ class Node:
         self._fenced_by = address
         self._fenced.set()
 
-    def _member_changed(self) -> None:
+    def _member_changed(self, change: MemberChanged) -> None:
+        self._access.member_changed(change.after)
         self._metrics.know_view(self._view())  # a peer's models count under their names from its arrival on
         self._events.view_changed()
 

@@ -16,7 +16,7 @@ from mesh.errors import MalformedDatagram
 from mesh.forwarder import Forwarder
 from mesh.own_counters import OwnCounters
 from mesh.replica import Record, Replica
-from mesh.view import ClusterView
+from mesh.view import ClusterView, MemberStatus, MemberView
 from nodes import peer_questions
 from nodes.access.gate import Gate
 from nodes.access.key_admin import KeyAdmin
@@ -57,6 +57,7 @@ class NodeAccess:
         """records: those of the store. publish: hands gossip the digest of the records. is_open, usage_changed: the
         gate's. hold_s: LostNodes'."""
         self._generation = generation
+        self._publish = publish
         self._has_seeds = has_seeds
         self._own_counters = own_counters
         self._peer_counters = PeerCounters()
@@ -68,7 +69,7 @@ class NodeAccess:
             DurableReplica(replica, store),
             view=view,
             ask=partial(peer_questions.ask, forwarder, _RECORDS),
-            publish=publish,
+            publish=self._records_changed,
             rng=rng,
         )
         self._usage = UsageLog(
@@ -114,6 +115,11 @@ class NodeAccess:
         with suppress(MalformedDatagram):  # of a later version: limits then do not see what it tells
             self._peer_counters.receive(node_id, section, trio.current_time())
 
+    def member_changed(self, member: MemberView) -> None:
+        """What gossip says of it now. Instant."""
+        if member.status in (MemberStatus.DEAD, MemberStatus.LEFT):
+            self._peer_counters.gone(member.node_id)
+
     def figures(self) -> UsageFigures:
         return UsageFigures(self._own_counters.sections_told, self._usage_heard, self._peer_counters.row_count)
 
@@ -121,6 +127,10 @@ class NodeAccess:
         """This node's generation is another one than it thought."""
         self._generation = generation
         self._own_counters.renew(generation)
+
+    def _records_changed(self, digest: str) -> None:
+        self._publish(digest)
+        self.gate.forget_revoked()
 
     async def _learn(self) -> None:
         if self._has_seeds and not self._book.was_ever_used:

@@ -17,6 +17,7 @@ from mesh.view import MemberView
 _PREFIX = b"question 1 "
 _SUBJECT_BYTES_MAX = 32
 CODE_MALFORMED = "malformed"
+CODE_UNANSWERED = "unanswered"
 
 Answerer = Callable[[bytes], Awaitable[bytes]]
 
@@ -48,4 +49,6 @@ async def answer(stream: IncomingStream, answerers: Mapping[str, Answerer]) -> N
         data = await answerer(question)
     except MalformedDatagram as exc:
         raise StreamRefused(CODE_MALFORMED, str(exc)) from exc
+    except PeerUnavailable as exc:
+        raise StreamRefused(CODE_UNANSWERED, str(exc)) from exc
     await stream.send(data)

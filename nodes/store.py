@@ -24,7 +24,9 @@ FILE_NAME = "cluster.sqlite3"
 APPLICATION_ID = 0x41_49_43_4C  # "AICL" in the file's header: tells our database from others
 SCHEMA_VERSION = 1
 BUSY_TIMEOUT_S = 5.0  # the data directory's lock keeps other nodes out; a backup or a look with sqlite3 is short
-PAGES_MAX = 262_144  # 1 GiB of 4 KiB pages: all ids a replica merges, and 5 million rows of usage
+PAGES_MAX = 262_144  # 1 GiB of 4 KiB pages: all ids a replica merges, and some 4 million rows of usage
+# Of the pages, what usage may fill up to: what is above is for keys, which can be revoked however much was counted.
+USAGE_SHARE = 0.75
 TEXT_BYTES_MAX = 256  # of a key and of a model in a row of usage
 DAY_MAX = 2_932_896  # days since 1970: the last one of the year 9999
 
@@ -64,7 +66,7 @@ WHERE day = ? AND (key, model, node_id, generation) > (?, ?, ?, ?) ORDER BY key,
 
 
 class StoreFailed(Exception):
-    """The disk did not take a put. Nothing of it is kept; earlier ones are."""
+    """The disk did not take a put, of which nothing is kept then, or did not give what was read. Earlier puts stay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,10 @@ class DayDigest:
     rows: int
     requests: int
     tokens: int
+
+
+class _UsageFull(Exception):
+    """Keys have the rest of the file."""
 
 
 @dataclass(slots=True)
@@ -142,21 +148,28 @@ class Store:
         return await trio.to_thread.run_sync(self._read_records, limiter=self._limiter)
 
     async def usage_sums(self, first_day: int, last_day: int, key: str | None = None) -> list[UsageSum]:
-        """Of the days first..last, in order of days, keys, models. Raises ConfigInvalid for a damaged file."""
+        """Of the days first..last, in order of days, keys, models. Raises StoreFailed."""
         return await trio.to_thread.run_sync(self._read_sums, first_day, last_day, key, limiter=self._limiter)
 
     async def usage_digests(self, first_day: int) -> list[DayDigest]:
-        """Of each day since then that has rows. Raises ConfigInvalid for a damaged file."""
+        """Of each day since then that has rows. Raises StoreFailed."""
         return await trio.to_thread.run_sync(self._read_digests, first_day, limiter=self._limiter)
 
     async def usage_rows(self, day: int, after: tuple[str, str, str, int] | None, rows_max: int) -> list[UsageRow]:
-        """The next ones of one day, in the order of their identities. Raises ConfigInvalid for a damaged file."""
+        """The next ones of one day, in the order of their identities. Raises StoreFailed."""
         return await trio.to_thread.run_sync(self._read_usage, day, after, rows_max, limiter=self._limiter)
+
+    async def delete_usage(self, before_day: int) -> None:
+        """All rows of earlier days, day after day, so that others are served in between. Raises StoreFailed; the days
+        that were deleted till then are gone."""
+        while await trio.to_thread.run_sync(self._delete_oldest, before_day, limiter=self._limiter):
+            pass
 
     async def put(self, records: Sequence[Record] = (), usage: Sequence[UsageRow] = ()) -> None:
         """On disk, all of it, when this returns. Puts that come while another is written share the next transaction.
 
-        Raises StoreFailed, and nothing of this put is kept. Once begun it is not cancelled: the caller must know.
+        Raises StoreFailed, and nothing of this put is kept; rows of usage that are new are refused so where usage has
+        filled its share, USAGE_SHARE. Once begun it is not cancelled: the caller must know.
         Raises ValueError for a row of usage whose texts are too long."""
         await trio.lowlevel.checkpoint_if_cancelled()
         put = _Put([_record_row(record) for record in records], [_usage_row(row) for row in usage])
@@ -173,6 +186,8 @@ class Store:
                                 unwritten.error, unwritten.is_done = exc, True
                         raise
         assert put.is_done
+        if isinstance(put.error, _UsageFull):
+            raise StoreFailed(f"{self._file}: not kept, {put.error}") from put.error
         if put.error is not None:
             raise StoreFailed(f"{self._file}: not kept, {put.error}; {_DISK_FIX}, and try again") from put.error
 
@@ -197,11 +212,35 @@ class Store:
         try:
             for put in puts:
                 connection.executemany(_PUT_RECORD, put.record_rows)
-                connection.executemany(_PUT_USAGE, put.usage_rows)
+                if put.usage_rows:
+                    pages_before = self._pages_used()
+                    connection.executemany(_PUT_USAGE, put.usage_rows)
+                    self._check_usage_share(pages_before)
             connection.execute("COMMIT")
         finally:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
+
+    def _pages_used(self) -> int:
+        return _count(self._connection, "page_count") - _count(self._connection, "freelist_count")
+
+    def _check_usage_share(self, pages_before: int) -> None:
+        """Raises _UsageFull where usage has grown beyond it."""
+        pages, pages_max = self._pages_used(), _count(self._connection, "max_page_count")
+        if pages > pages_before and pages > USAGE_SHARE * pages_max:
+            raise _UsageFull(
+                f"usage has filled its share, {USAGE_SHARE:.0%} of {pages_max} pages; new rows are taken again when "
+                f"old days are deleted, and there are fewer with fewer keys, models and restarts"
+            )
+
+    def _delete_oldest(self, before_day: int) -> bool:
+        """False where there is no earlier day."""
+        with _naming_failed(self._file, "not deleted"):
+            day: int | None = self._connection.execute("SELECT min(day) FROM usage").fetchone()[0]
+            if day is None or day >= before_day:
+                return False
+            self._connection.execute("DELETE FROM usage WHERE day = ?", (day,))
+            return True
 
     def _read_records(self) -> list[Record]:
         with _naming(self._file):
@@ -212,7 +251,7 @@ class Store:
             ]
 
     def _read_sums(self, first_day: int, last_day: int, key: str | None) -> list[UsageSum]:
-        with _naming(self._file):
+        with _naming_failed(self._file, "not read"):
             rows = self._connection.execute(
                 "SELECT day, key, model, sum(requests), sum(prompt_tokens), sum(completion_tokens) FROM usage "
                 "WHERE day BETWEEN ? AND ? AND (? IS NULL OR key = ?) GROUP BY 1, 2, 3 ORDER BY 1, 2, 3",
@@ -221,7 +260,7 @@ class Store:
             return [UsageSum(day, of_key, model, Totals(*totals)) for day, of_key, model, *totals in rows]
 
     def _read_digests(self, first_day: int) -> list[DayDigest]:
-        with _naming(self._file):
+        with _naming_failed(self._file, "not read"):
             rows = self._connection.execute(
                 "SELECT day, count(*), sum(requests), sum(prompt_tokens + completion_tokens) FROM usage "
                 "WHERE day >= ? GROUP BY day ORDER BY day",
@@ -230,7 +269,7 @@ class Store:
             return [DayDigest(*row) for row in rows]
 
     def _read_usage(self, day: int, after: tuple[str, str, str, int] | None, rows_max: int) -> list[UsageRow]:
-        with _naming(self._file):
+        with _naming_failed(self._file, "not read"):
             rows = self._connection.execute(
                 _USAGE_PAGE,
                 (day, *(after or ("", "", "", -1)), rows_max),
@@ -294,6 +333,11 @@ def _pragma(connection: sqlite3.Connection, pragma: str) -> object:
     return row[0] if row else None
 
 
+def _count(connection: sqlite3.Connection, pragma: str) -> int:
+    count: int = connection.execute(f"PRAGMA {pragma}").fetchone()[0]
+    return count
+
+
 @contextmanager
 def _naming(file: Path) -> Iterator[None]:
     """Any complaint of SQLite as one line that names the file."""
@@ -303,6 +347,15 @@ def _naming(file: Path) -> Iterator[None]:
         if getattr(exc, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             raise ConfigInvalid(_damaged(file, str(exc))) from exc
         raise ConfigInvalid(f"{file}: {exc}; {_DISK_FIX}, or give another --data-dir") from exc
+
+
+@contextmanager
+def _naming_failed(file: Path, what: str) -> Iterator[None]:
+    """Any complaint of SQLite to a node that runs, and goes on. what: did not happen."""
+    try:
+        yield
+    except sqlite3.Error as exc:
+        raise StoreFailed(f"{file}: {what}, {exc}; {_DISK_FIX}, and try again") from exc
 
 
 def _damaged(file: Path, reason: str) -> str:

@@ -33,9 +33,10 @@ FAILURES_MAX = 20
 FAILURE_WINDOW_S = 60.0
 ADDRESSES_MAX = 4_096
 IPV6_PREFIX_BITS = 64  # what one customer has
-# How fast the estimate of a prompt's tokens follows what models count, and of how many models it is known.
+# How fast the estimate of a prompt's tokens follows what models count. Each key has its own for each model, since one
+# key's prompts say nothing of another's; those unused for longest are forgotten first.
 ESTIMATE_WEIGHT = 0.1
-MODELS_ESTIMATED_MAX = 256
+ESTIMATES_MAX = 4_096
 # Tokens that a running answer has used are told on after so many.
 SETTLE_TOKENS = 64
 
@@ -108,7 +109,8 @@ class Gate:
         self._wall_clock = wall_clock
         self._now = now
         self._failures = FailureLimiter()
-        self._estimates: dict[str, float] = {}  # by model: tokens that it counts for one that was estimated
+        # By key family and model: tokens that were counted for one that was guessed; the longest unused first.
+        self._estimates: OrderedDict[tuple[str, str], float] = OrderedDict()
 
     async def authenticate(self, authorization: str, address: str) -> Caller:
         """authorization: the header, "" for none; address: the client's IP. Raises Unauthorized, and LimitReached for
@@ -143,13 +145,25 @@ class Gate:
         if not caller.may_use(model):
             raise Forbidden(f"this API key may not use the model {model[:100]!r}; GET /v1/models lists what it may use")
 
-    async def admit(self, caller: Caller, model: str, prompt_tokens: int, answer_tokens: int) -> Admission:
+    async def admit(
+        self,
+        caller: Caller,
+        model: str,
+        prompt_tokens: int,
+        answer_tokens: int,
+        *,
+        prompt_tokens_max: int | None = None,
+    ) -> Admission:
         """Let a request in that may use so many tokens, and count it. prompt_tokens: a guess, which is corrected by
-        what the model's prompts were before. model: one that the mesh has. The caller closes what is returned, whatever
-        happens. Raises LimitReached."""
+        what the key's prompts were to that model before; prompt_tokens_max: more than the model can take are not
+        reserved. model: one that the mesh has. The caller closes what is returned, whatever happens. Raises
+        LimitReached."""
         key, guessed_tokens = caller.key, prompt_tokens
         # A prompt that turns out longer than was reserved is an overshoot while it runs, and many may run.
-        prompt_tokens = math.ceil(prompt_tokens * self._estimates.get(model, 1.0))
+        if key is not None:
+            prompt_tokens = math.ceil(prompt_tokens * self._estimates.get((key.family, model), 1.0))
+        if prompt_tokens_max is not None:
+            prompt_tokens = min(prompt_tokens, prompt_tokens_max)
         tokens = prompt_tokens + answer_tokens
         if key is None:
             return Admission(self, caller, model, prompt_tokens, 0)
@@ -170,6 +184,15 @@ class Gate:
     def key_labels(self) -> list[str]:
         """What metrics call the keys that work; rotated ones share their family's label."""
         return list(dict.fromkeys(key.label for key in self._book.keys))
+
+    def forget_revoked(self) -> None:
+        """The counters of families whose last key is revoked. Of a key that cannot be read the family is not known, and
+        it may be read again one day: then all are kept."""
+        families = {key.family for key in self._book.keys}
+        revoked = [family for family, _ in self._own.totals() if family not in families]
+        if revoked and not self._book.has_unreadable:
+            for family in revoked:
+                self._own.forget(family)
 
     async def limit_uses(self, keys_max: int) -> dict[str, dict[Kind, tuple[int, int]]]:
         """label → kind → (limit, how much of it is used over all nodes), of the oldest keys_max that have a limit. Of
@@ -195,17 +218,26 @@ class Gate:
 
     # For Admission.
 
-    def learn(self, model: str, guessed_tokens: int, prompt_tokens: int) -> None:
-        """A prompt of that model had so many tokens."""
-        if guessed_tokens > 0 and (model in self._estimates or len(self._estimates) < MODELS_ESTIMATED_MAX):
-            factor = prompt_tokens / guessed_tokens
-            former = self._estimates.get(model, factor)
-            self._estimates[model] = former + ESTIMATE_WEIGHT * (factor - former)
+    def learn(self, caller: Caller, model: str, guessed_tokens: int, prompt_tokens: int) -> None:
+        """A prompt of that caller's to that model had so many tokens."""
+        if caller.key is None or guessed_tokens <= 0:
+            return
+        factor = prompt_tokens / guessed_tokens
+        former = self._estimates.pop((caller.key.family, model), factor)
+        self._estimates[caller.key.family, model] = former + ESTIMATE_WEIGHT * (factor - former)
+        if len(self._estimates) > ESTIMATES_MAX:
+            self._estimates.popitem(last=False)
 
-    def count(self, caller: Caller, model: str, rise: Totals) -> None:
+    def count(self, caller: Caller, model: str, rise: Totals, released_tokens: int) -> None:
         if caller.key is not None:
             self._usage.count(caller.key.family, model, rise)
-            self._own.count(caller.key.family, rise.prompt_tokens, rise.completion_tokens, self._now())
+            self._own.count(
+                caller.key.family,
+                rise.prompt_tokens,
+                rise.completion_tokens,
+                self._now(),
+                released_tokens=released_tokens,
+            )
 
     def end(self, caller: Caller, model: str, reserved_tokens: int) -> None:
         if caller.key is not None:
@@ -215,8 +247,8 @@ class Gate:
 
 
 class Admission(trio.abc.AsyncResource):
-    """One request that was let in. What it uses is counted as it goes, what was reserved for it is given back at its
-    end."""
+    """One request that was let in. What it uses is counted as it goes, out of what was reserved for it; what is left of
+    that is given back at its end."""
 
     def __init__(
         self,
@@ -256,7 +288,7 @@ class Admission(trio.abc.AsyncResource):
     def finished(self, prompt_tokens: int, completion_tokens: int) -> None:
         """What it used in all, as the model counted it."""
         self._used = self._counted.maximum(Totals(0, prompt_tokens, completion_tokens))
-        self._gate.learn(self._model, self._guessed_tokens, prompt_tokens)
+        self._gate.learn(self._caller, self._model, self._guessed_tokens, prompt_tokens)
         self._is_finished = True
 
     async def aclose(self) -> None:
@@ -277,7 +309,11 @@ class Admission(trio.abc.AsyncResource):
         )
         if rise.tokens:
             self._counted = self._used
-            self._gate.count(self._caller, self._model, rise)
+            # The prompt was read, but is counted at the end: till then its part stays reserved.
+            uncounted_tokens = 0 if self._used.prompt_tokens else self._prompt_tokens
+            released_tokens = max(0, min(rise.tokens, self._reserved_tokens - uncounted_tokens))
+            self._reserved_tokens -= released_tokens
+            self._gate.count(self._caller, self._model, rise, released_tokens)
 
 
 class FailureLimiter:
@@ -305,5 +341,7 @@ def _network_of(address: str) -> str:
     except ValueError:
         return ""
     if isinstance(ip, IPv6Address):
+        if ip.ipv4_mapped is not None:  # what a socket of both families calls a client of IPv4
+            return str(ip.ipv4_mapped)
         return str(int(ip) >> (128 - IPV6_PREFIX_BITS))
     return address

@@ -19,6 +19,8 @@ from nodes.store import Store, UsageSum
 
 logger = logging.getLogger(__name__)
 
+KEYS_NAMED_MAX = 8  # in an error; the list has all
+
 
 @dataclass(frozen=True, slots=True)
 class Edited:
@@ -52,18 +54,22 @@ class KeyAdmin:
         return self._book.revoked_count
 
     def find(self, name: str) -> ApiKey:
-        """By public id, with or without `sk-`, or by a name that is one key's alone. Raises KeyUnknown."""
+        """By public id, with or without `sk-`, by the id of the family, which logs and metrics show, or by name; the
+        latter two where they are one key's alone. Raises KeyUnknown."""
         public_id = name.removeprefix("sk-").partition("-")[0]
         key = self._book.find(public_id)
         if key is not None:
             return key
-        named = [key for key in self._book.keys if key.settings.name == name]
-        if len(named) > 1:
-            raise KeyUnknown(f"{len(named)} keys are named {name!r}; give the id of one")
-        if not named:
+        found = [key for key in self._book.keys if key.family == public_id]
+        found = found or [key for key in self._book.keys if key.settings.name == name]
+        found = [key for key in found if not key.has_expired(self._wall_clock())] or found
+        if len(found) > 1:
+            ids = ", ".join(key.public_id for key in found[:KEYS_NAMED_MAX])
+            raise KeyUnknown(f"{len(found)} keys are meant by {name!r}; give the id of one: {ids}")
+        if not found:
             state = "was revoked, which is for ever" if self._book.is_revoked(public_id) else "is not known here"
             raise KeyUnknown(f"the key {name!r} {state}; `ai-cluster keys list` shows those that work")
-        return named[0]
+        return found[0]
 
     def use(self, key: ApiKey) -> dict[str, Any]:
         """What is left of its limits per minute, over all nodes."""
@@ -99,7 +105,7 @@ class KeyAdmin:
             return Edited(key, untold=await self._commit(drafts, "revoked an API key", key))
 
     async def usage(self, first_day: int, last_day: int, name: str | None) -> list[UsageSum]:
-        """Days since 1970, UTC. Raises KeyUnknown."""
+        """Days since 1970, UTC. Raises StoreFailed."""
         family = None
         if name is not None:
             try:

@@ -79,6 +79,12 @@ class KeyBook:
             self._listed = (self._replica.position, keys)
         return keys
 
+    @property
+    def has_unreadable(self) -> bool:
+        """Of keys that are not revoked, some record is one that this version cannot read."""
+        live = (record for record in self._replica.records.values() if record.record_id.startswith(RECORD_PREFIX))
+        return any(record.value is not None and self._key_of(record) is None for record in live)
+
     def is_revoked(self, public_id: str) -> bool:
         record = self._replica.records.get(RECORD_PREFIX + public_id)
         return record is not None and record.is_deleted
@@ -91,15 +97,17 @@ class KeyBook:
 
     def create(self, settings: KeySettings, wall_time: float) -> NewKey:
         """Raises KeyMalformed, and EditRefused where there are too many keys or another one has the name."""
-        if any(key.settings.name == settings.name for key in self.keys):
-            raise EditRefused(f"there is a key named {settings.name!r} already; give another name, or rotate that one")
+        self._check_name_is_free(settings.name)
         key, token = new_key(settings, wall_time)
         return NewKey(key, token, [self._draft(key)])
 
     def change(self, public_id: str, settings: KeySettings) -> tuple[ApiKey, Sequence[Record]]:
         """(the key as it will be, the drafts). Raises KeyUnknown, KeyMalformed, EditRefused."""
         settings.check()
-        key = replace(self._known(public_id), settings=settings)
+        former = self._known(public_id)
+        if settings.name != former.settings.name:
+            self._check_name_is_free(settings.name, former.family)
+        key = replace(former, settings=settings)
         return key, [self._draft(key)]
 
     def rotate(self, public_id: str, wall_time: float, grace_s: int) -> NewKey:
@@ -119,6 +127,11 @@ class KeyBook:
         if not self.is_revoked(public_id):
             self._known(public_id)
         return [self._replica.draft_deletion(RECORD_PREFIX + public_id)]
+
+    def _check_name_is_free(self, name: str, family: str | None = None) -> None:
+        """Raises EditRefused where a key of another family has it."""
+        if any(key.settings.name == name and key.family != family for key in self.keys):
+            raise EditRefused(f"there is a key named {name!r} already; give another name, or rotate that one")
 
     def _known(self, public_id: str) -> ApiKey:
         key = self.find(public_id)

@@ -8,6 +8,7 @@ meet. So a node that was away learns what it missed as soon as it is seen, and n
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -26,8 +27,12 @@ logger = logging.getLogger(__name__)
 WATCH_INTERVAL_S = 0.1
 # A digest may lag behind the records by one way of gossip; only one that differs for longer is news.
 SETTLE_S = 0.3
-# A peer whose comparison failed is asked again after so long.
+# A peer is asked again so long after its comparison ended.
 RETRY_S = 1.0
+# So many are compared with at once, so that silent ones do not keep this node from those that answer.
+COMPARISONS_MAX = 4
+# For the first answer, which takes no work: who does not give it in time gives way to another.
+FIRST_STEP_TIMEOUT_S = 1.0
 PEER_TIMEOUT_S = 5.0
 PEERS_AT_ONCE_MAX = 16
 STEPS_MAX = 100_000  # of one comparison: more than the greatest replica takes
@@ -54,19 +59,22 @@ class RecordSync:
         self._publish = publish
         self._rng = rng
         self._differs_since: dict[str, float] = {}  # at most one a member
-        self._not_before: dict[str, float] = {}
+        self._compared_at: dict[str, float] = {}  # when the last comparison ended; at most one a member
+        self._comparing: set[str] = set()
         self._published = ""
         self.has_compared = trio.Event()  # with some peer, to the end
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         self._publish_digest()
-        task_status.started()
-        while True:
-            await trio.sleep(WATCH_INTERVAL_S)
-            self._publish_digest()
-            peer = self._peer_that_differs(trio.current_time())
-            if peer is not None:
-                await self._compare(peer)
+        async with trio.open_nursery() as nursery:
+            task_status.started()
+            while True:
+                await trio.sleep(WATCH_INTERVAL_S)
+                self._publish_digest()
+                due = self._peers_due(trio.current_time())
+                for peer in due[: COMPARISONS_MAX - len(self._comparing)]:
+                    self._comparing.add(peer.node_id)
+                    nursery.start_soon(self._compare, peer)
 
     async def commit(self, drafts: Sequence[Record]) -> dict[str, str]:
         """Make edits: on this node's disk, then told to every live member. Returns the members that did not take them
@@ -103,12 +111,11 @@ class RecordSync:
     async def _compare(self, peer: MemberView) -> None:
         asker = replica_sync.Asker(self._durable.replica)
         request: bytes | None = asker.first()
-        self._not_before[peer.node_id] = trio.current_time() + RETRY_S
         try:
-            for _ in range(STEPS_MAX):
+            for step_index in range(STEPS_MAX):
                 if request is None:
                     break
-                with trio.fail_after(PEER_TIMEOUT_S):
+                with trio.fail_after(PEER_TIMEOUT_S if step_index else FIRST_STEP_TIMEOUT_S):
                     message = await self._ask(peer, request)
                 step = asker.receive(message)
                 await self._keep(step.changed)
@@ -118,6 +125,9 @@ class RecordSync:
                 "keys could not be compared with a peer", extra={"peer": peer.node_id, "error.message": str(exc)}
             )
             return
+        finally:
+            self._comparing.discard(peer.node_id)
+            self._compared_at[peer.node_id] = trio.current_time()
         self.has_compared.set()
         self._differs_since.pop(peer.node_id, None)
 
@@ -136,20 +146,27 @@ class RecordSync:
             self._published = digest
             self._publish(digest)
 
-    def _peer_that_differs(self, now: float) -> MemberView | None:
-        """At random among those whose digest has been another one for long enough."""
+    def _peers_due(self, now: float) -> list[MemberView]:
+        """Those whose digest has been another one for long enough: who answers probes first, then who was asked longest
+        ago, else at random."""
         peers = self._peers()
         differing = [peer for peer in peers if peer.profile.records_digest not in ("", self._published)]
-        if len(differing) < len(peers):
-            self.has_compared.set()  # by their digests
+        if any(peer.profile.records_digest == self._published for peer in peers):
+            self.has_compared.set()  # by its digest; one whose profile was not heard yet has none
         self._differs_since = {peer.node_id: self._differs_since.get(peer.node_id, now) for peer in differing}
-        self._not_before = {name: at for name, at in self._not_before.items() if at > now}
+        self._compared_at = {name: at for name, at in self._compared_at.items() if name in self._differs_since}
         due = [
             peer
             for peer in differing
-            if now - self._differs_since[peer.node_id] >= SETTLE_S and peer.node_id not in self._not_before
+            if now - self._differs_since[peer.node_id] >= SETTLE_S
+            and peer.node_id not in self._comparing
+            and now - self._compared_at.get(peer.node_id, -math.inf) >= RETRY_S
         ]
-        return self._rng.choice(due) if due else None
+        self._rng.shuffle(due)
+        due.sort(
+            key=lambda peer: (peer.status is not MemberStatus.ALIVE, self._compared_at.get(peer.node_id, -math.inf))
+        )
+        return due
 
     def _peers(self) -> list[MemberView]:
         return [

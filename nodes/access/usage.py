@@ -15,7 +15,7 @@ import msgpack
 import trio
 
 from mesh.counters_wire import NO_TOTALS, TOTAL_MAX, Totals
-from mesh.errors import MalformedDatagram, MeshError
+from mesh.errors import MalformedDatagram, MeshError, PeerUnavailable
 from mesh.view import ClusterView, MemberStatus, MemberView
 from mesh.wire import GENERATION_MAX, NODE_ID_BYTES_MAX, count, text
 from nodes.store import DAY_MAX, TEXT_BYTES_MAX, DayDigest, Store, StoreFailed, UsageRow
@@ -27,10 +27,12 @@ DAY_S = 86_400
 FLUSH_INTERVAL_S = 1.0
 # Rows counted here that are not on disk yet, while the disk does not take them; beyond it new ones are not counted.
 ROWS_MAX = 65_536
+# How often this node looks for members that have appeared.
+LOOK_INTERVAL_S = 1.0
 # How often this node's rows are compared with some peer's; and with each one that appears.
 COMPARE_INTERVAL_S = 60.0
-# Days that are compared: a node that was away for longer has lost what was counted before, in its own eyes alone.
-DAYS_COMPARED = 400
+# Days that are kept, and compared: older ones are deleted, and not taken from peers either.
+DAYS_KEPT = 400
 ROWS_PER_MESSAGE = 256
 MESSAGE_BYTES_MAX = 256 * 1024
 PEER_TIMEOUT_S = 5.0
@@ -65,7 +67,8 @@ class UsageLog:
         self._rng = rng
         self._rows: dict[tuple[int, str, str, str, int], Totals] = {}  # of today, and of whatever is not on disk
         self._changed: set[tuple[int, str, str, str, int]] = set()
-        self._known: set[str] = set()  # members that were there at the last look
+        self._telling: set[str] = set()  # members that are being told: at most one telling each
+        self._telling_limiter = trio.CapacityLimiter(PEERS_AT_ONCE_MAX)
 
     def count(self, key: str, model: str, rise: Totals) -> None:
         """Instant."""
@@ -77,55 +80,46 @@ class UsageLog:
         self._changed.add(identity)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Until cancelled; then what was counted is put on disk once more."""
-        task_status.started()
-        compare_at = trio.current_time() + self._rng.random() * COMPARE_INTERVAL_S
+        """Until cancelled; then what was counted is put on disk once more. No peer keeps the disk waiting."""
         try:
-            while True:
-                await trio.sleep(FLUSH_INTERVAL_S)
-                await self.flush()
-                peers = self._peers()
-                appeared = [peer for peer in peers if peer.node_id not in self._known]
-                self._known = {peer.node_id for peer in peers}
-                if not appeared and peers and trio.current_time() >= compare_at:
-                    compare_at = trio.current_time() + COMPARE_INTERVAL_S
-                    appeared = [self._rng.choice(peers)]
-                for peer in appeared:
-                    await self._fetch_from(peer)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._delete_old)
+                nursery.start_soon(self._compare_with_peers)
+                task_status.started()
+                while True:
+                    await trio.sleep(FLUSH_INTERVAL_S)
+                    rows = await self.flush()
+                    if not rows:
+                        continue
+                    for peer in self._peers():
+                        if peer.node_id not in self._telling:  # else it fetches these rows when it compares
+                            self._telling.add(peer.node_id)
+                            nursery.start_soon(self._tell, peer, rows)
         finally:
             with trio.CancelScope(shield=True):  # bounded by the store's own busy timeout
-                await self._put(self._take())
+                await self.flush()
 
-    async def flush(self) -> None:
-        """On disk what was counted, then tell it to every live member."""
+    async def flush(self) -> list[UsageRow]:
+        """On disk what was counted. Returns what is new there; nothing where the disk does not take it."""
         rows = self._take()
-        if not rows or not await self._put(rows):
-            return
-        limiter = trio.CapacityLimiter(PEERS_AT_ONCE_MAX)
-
-        async def tell(peer: MemberView) -> None:
-            async with limiter:
-                with trio.move_on_after(PEER_TIMEOUT_S):
-                    try:
-                        for at in range(0, len(rows), ROWS_PER_MESSAGE):
-                            told = rows[at : at + ROWS_PER_MESSAGE]
-                            await self._ask(peer, _pack([_GIVE, [_fields(row) for row in told]]))
-                    except MeshError as exc:  # it asks for them when it is back
-                        logger.debug("usage was not told", extra={"peer": peer.node_id, "error.message": str(exc)})
-
-        async with trio.open_nursery() as nursery:
-            for peer in self._peers():
-                nursery.start_soon(tell, peer)
+        return rows if await self._put(rows) else []
 
     async def answer(self, request: bytes) -> bytes:
-        """What a peer asks. Raises MalformedDatagram."""
-        fields = _unpack(request)
+        """What a peer asks. Raises MalformedDatagram, and PeerUnavailable where this node's disk does not answer."""
+        try:
+            return await self._answer(_unpack(request))
+        except StoreFailed as exc:
+            logger.error("usage cannot be read", extra={"error.message": str(exc)})
+            raise PeerUnavailable("this node cannot read its usage; its log says why") from exc
+
+    async def _answer(self, fields: list[Any]) -> bytes:
         kind = count(fields[0])
         if kind == _GIVE:
-            await self._put(_rows(fields))
+            first_day = self._first_day_kept()
+            await self._put([row for row in _rows(fields) if row.day >= first_day])
             return _pack([])
         if kind == _DIGESTS:
-            digests = await self._store.usage_digests(self._today() - DAYS_COMPARED)
+            digests = await self._store.usage_digests(self._first_day_kept())
             return _pack([[digest.day, digest.rows, digest.requests, digest.tokens] for digest in digests])
         if kind == _FETCH:
             day, after = count(_field(fields, 1), DAY_MAX), _field(fields, 2)
@@ -133,16 +127,53 @@ class UsageLog:
             return _pack([[_fields(row) for row in rows]])
         raise MalformedDatagram(f"{kind} is no question about usage")
 
+    async def _tell(self, peer: MemberView, rows: Sequence[UsageRow]) -> None:
+        try:
+            async with self._telling_limiter:
+                with trio.fail_after(PEER_TIMEOUT_S):
+                    for at in range(0, len(rows), ROWS_PER_MESSAGE):
+                        told = rows[at : at + ROWS_PER_MESSAGE]
+                        await self._ask(peer, _pack([_GIVE, [_fields(row) for row in told]]))
+        except (MeshError, trio.TooSlowError) as exc:  # it asks for them when it is back
+            logger.debug("usage was not told", extra={"peer": peer.node_id, "error.message": str(exc)})
+        finally:
+            self._telling.discard(peer.node_id)
+
+    async def _delete_old(self) -> None:
+        while True:
+            try:
+                await self._store.delete_usage(self._first_day_kept())
+            except StoreFailed as exc:
+                logger.error("old usage cannot be deleted", extra={"error.message": str(exc)})
+            await trio.sleep(DAY_S)
+
+    async def _compare_with_peers(self) -> None:
+        """With each that appears, and now and then with some; one after the other."""
+        compare_at = trio.current_time() + self._rng.random() * COMPARE_INTERVAL_S
+        known: set[str] = set()  # members that were there at the last look
+        while True:
+            await trio.sleep(LOOK_INTERVAL_S)
+            peers = self._peers()
+            appeared = [peer for peer in peers if peer.node_id not in known]
+            known = {peer.node_id for peer in peers}
+            if not appeared and peers and trio.current_time() >= compare_at:
+                compare_at = trio.current_time() + COMPARE_INTERVAL_S
+                appeared = [self._rng.choice(peers)]
+            for peer in appeared:
+                await self._fetch_from(peer)
+
     async def _fetch_from(self, peer: MemberView) -> None:
         """What it has and this node has not. The peer fetches what it lacks itself, at its own time."""
         try:
             with trio.fail_after(PEER_TIMEOUT_S):
                 answer = _unpack(await self._ask(peer, _pack([_DIGESTS])))
-            own = {digest.day: digest for digest in await self._store.usage_digests(self._today() - DAYS_COMPARED)}
+            own = {digest.day: digest for digest in await self._store.usage_digests(self._first_day_kept())}
             for row in answer:
                 theirs = _digest(row)
-                if own.get(theirs.day) != theirs:
+                if theirs.day >= self._first_day_kept() and own.get(theirs.day) != theirs:
                     await self._fetch_day(peer, theirs.day)
+        except StoreFailed as exc:
+            logger.error("usage cannot be read", extra={"error.message": str(exc)})
         except (MeshError, MalformedDatagram, trio.TooSlowError) as exc:
             logger.info(
                 "usage could not be compared with a peer", extra={"peer": peer.node_id, "error.message": str(exc)}
@@ -178,6 +209,9 @@ class UsageLog:
             if row.day < today and row.identity not in self._changed:
                 self._rows.pop(row.identity, None)
         return True
+
+    def _first_day_kept(self) -> int:
+        return max(0, self._today() - DAYS_KEPT)
 
     def _today(self) -> int:
         return int(self._wall_clock() // DAY_S)

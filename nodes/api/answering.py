@@ -104,12 +104,14 @@ async def admit(services: Services, exchange: Exchange, caller: Caller, asked: A
     Forbidden, LimitReached, ModelUnknown, and RequestInvalid for a model that does not generate."""
     context_length = context_length_of(services, caller, asked.model, GENERATION)
     prompts = asked.generations[:: asked.choices_per_prompt]
-    prompt_tokens = sum(min(context_length, tokens_of(prompt.text_bytes())) for prompt in prompts)
+    prompt_tokens = sum(tokens_of(prompt.text_bytes()) for prompt in prompts)
     answer_tokens = sum(
         min(context_length, generation.sampling.max_tokens or ANSWER_TOKENS_EXPECTED)
         for generation in asked.generations
     )
-    admission = await services.gate.admit(caller, asked.model, prompt_tokens, answer_tokens)
+    admission = await services.gate.admit(
+        caller, asked.model, prompt_tokens, answer_tokens, prompt_tokens_max=context_length * len(prompts)
+    )
     exchange.closing.append(admission)
     return admission
 

@@ -44,8 +44,9 @@ def register(app: Quart, services: Services) -> None:
             outcome.note_request(body.model, False)
             asked = body.ask(exchange.request_id, services.deadline_s, services.node_id)
             context_length = context_length_of(services, caller, body.model, EMBEDDING)
-            expected = sum(min(context_length, tokens_of(input_bytes(value))) for value in asked.inputs)
-            admission = await services.gate.admit(caller, body.model, expected, 0)
+            expected = sum(tokens_of(input_bytes(value)) for value in asked.inputs)
+            expected_max = context_length * len(asked.inputs)
+            admission = await services.gate.admit(caller, body.model, expected, 0, prompt_tokens_max=expected_max)
             exchange.closing.append(admission)
             embedded = await services.embeddings.embed(
                 replace(asked, fairness_id=caller.fairness_id, priority=caller.priority)

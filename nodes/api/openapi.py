@@ -187,7 +187,7 @@ ROUTES = (
                 (*CHANGING, 404, 507),
                 (),
             ),
-            ("get", "/admin/usage", "What keys used", None, UsageAnswer, (400, 401, 500), ("from", "to", "key")),
+            ("get", "/admin/usage", "What keys used", None, UsageAnswer, (400, 401, 500, 503), ("from", "to", "key")),
         )
     ),
 )

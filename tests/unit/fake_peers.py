@@ -13,12 +13,14 @@ Answerer = Callable[[bytes], Awaitable[bytes]]
 
 
 class FakePeers:
-    """digests: what each one's profile says. cut: pairs that cannot reach each other; they see each other dead."""
+    """digests: what each one's profile says. cut: pairs that cannot reach each other; they see each other dead.
+    suspects: whom all suspect."""
 
     def __init__(self, *names: str) -> None:
         self.names = names
         self.answerers: dict[str, Answerer] = {}
         self.digests: dict[str, str] = {}
+        self.suspects: set[str] = set()
         self.cut: set[frozenset[str]] = set()
         self.asked: list[tuple[str, str]] = []
 
@@ -39,6 +41,8 @@ class FakePeers:
         return lambda digest: self.digests.__setitem__(name, digest)
 
     def _member(self, seer: str, name: str) -> MemberView:
-        status = MemberStatus.DEAD if frozenset((seer, name)) in self.cut else MemberStatus.ALIVE
+        status = MemberStatus.SUSPECT if name in self.suspects else MemberStatus.ALIVE
+        if frozenset((seer, name)) in self.cut:
+            status = MemberStatus.DEAD
         profile = NodeProfile(records_digest=self.digests.get(name, ""))
         return MemberView(name, Address("127.0.0.1", 1), status, 1, 1, NodeLoad(), profile, 0.0, is_self=seer == name)

@@ -124,6 +124,14 @@ def test_addresses_are_remembered_up_to_a_bound_and_ipv6_by_network() -> None:
     assert waits[-2:] == [None, FAILURE_WINDOW_S]
 
 
+def test_addresses_of_ipv4_are_told_apart_also_as_ipv6_maps_them() -> None:
+    failures = FailureLimiter()
+    for _ in range(FAILURES_MAX - 1):
+        assert failures.failed("::ffff:192.0.2.1", 0.0) is None
+    assert failures.failed("::ffff:192.0.2.2", 0.0) is None
+    assert failures.failed("192.0.2.1", 0.0) == FAILURE_WINDOW_S
+
+
 async def test_what_a_request_uses_is_counted_as_it_goes_and_at_its_end(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
@@ -138,7 +146,9 @@ async def test_what_a_request_uses_is_counted_as_it_goes_and_at_its_end(
     assert admission.remaining()["tokens"].remaining == 700
     for _ in range(gate_module.SETTLE_TOKENS):
         admission.generated(1)
-    assert access.own.used(family, trio.current_time()).tokens == gate_module.SETTLE_TOKENS
+    used = access.own.used(family, trio.current_time())
+    assert (used.tokens, used.reserved_tokens) == (gate_module.SETTLE_TOKENS, 300 - gate_module.SETTLE_TOKENS)
+    assert admission.remaining()["tokens"].remaining == 700
     admission.generated(6)
     admission.finished(40, 70)
     await admission.aclose()
@@ -147,6 +157,18 @@ async def test_what_a_request_uses_is_counted_as_it_goes_and_at_its_end(
     assert (used.tokens, used.running, used.reserved_tokens) == (110, 0, 0)
     assert await access.used() == {(family, "m"): Totals(1, 40, 70)}
     assert access.changes == 2
+
+
+async def test_an_answer_longer_than_was_reserved_leaves_the_prompt_reserved() -> None:
+    access = FakeAccess()
+    caller = await access.gate.authenticate(bearer(access.create(tokens_per_minute=1_000)), HERE)
+    admission = await access.gate.admit(caller, "m", 50, 100)
+    for tokens in (64, 64, 64):
+        admission.generated(tokens)
+    assert admission.remaining()["tokens"].remaining == 1_000 - 192 - 50
+    admission.finished(40, 200)
+    await admission.aclose()
+    assert admission.remaining()["tokens"].remaining == 1_000 - 240
 
 
 async def test_a_request_that_its_client_left_costs_its_prompt_and_what_was_generated() -> None:
@@ -212,3 +234,38 @@ async def test_what_is_reserved_for_a_prompt_follows_what_the_model_counts() -> 
     reserved.append(access.own.used(caller.key.family, trio.current_time()).reserved_tokens)
     await other.aclose()
     assert reserved == [11, 31, 11]
+
+
+async def reserved_for(access: FakeAccess, token: str, model: str, counted: int, **bounds: int) -> int:
+    """Of a request whose prompt is guessed to have 10 tokens and turns out to have `counted`."""
+    caller = await access.gate.authenticate(bearer(token), HERE)
+    assert caller.key is not None
+    admission = await access.gate.admit(caller, model, 10, 1, **bounds)
+    tokens = access.own.used(caller.key.family, trio.current_time()).reserved_tokens
+    admission.finished(counted, 1)
+    await admission.aclose()
+    return tokens
+
+
+async def test_what_one_key_asks_says_nothing_of_anothers_prompts() -> None:
+    access = FakeAccess()
+    alice, bob = access.create("alice"), access.create("bob")
+    assert await reserved_for(access, alice, "m", 1_000) == 11
+    assert await reserved_for(access, bob, "m", 10) == 11
+    assert await reserved_for(access, alice, "m", 1_000) == 1_001
+
+
+async def test_no_more_is_reserved_for_a_prompt_than_the_model_can_take() -> None:
+    access = FakeAccess()
+    token = access.create()
+    await reserved_for(access, token, "m", 1_000)
+    assert await reserved_for(access, token, "m", 1_000, prompt_tokens_max=512) == 513
+
+
+async def test_the_estimates_unused_for_longest_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate_module, "ESTIMATES_MAX", 2)
+    access = FakeAccess()
+    token = access.create()
+    for model in ("a", "b", "a", "c"):
+        await reserved_for(access, token, model, 20)
+    assert [await reserved_for(access, token, model, 20) for model in ("a", "c", "b")] == [21, 21, 11]

@@ -84,6 +84,16 @@ def test_names_are_given_once() -> None:
         made[0].create(KeySettings("alice"), NOW)
 
 
+def test_a_key_is_not_renamed_to_what_another_family_is_called() -> None:
+    made = keys, replica = book()
+    first, second = create(made, "alice").key, create(made, "bob").key
+    with pytest.raises(EditRefused, match="'bob' already"):
+        keys.change(first.public_id, replace(first.settings, name="bob"))
+    replica.merge(keys.rotate(second.public_id, NOW, 3600).drafts)
+    keys.change(second.public_id, replace(second.settings, name="bob", priority=3))
+    keys.change(second.public_id, replace(second.settings, name="carol"))
+
+
 def test_models_that_do_not_fit_a_record_are_refused_by_name() -> None:
     keys, _ = book()
     with pytest.raises(KeyMalformed, match="models: too long together"):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any
 
 import httpx
 import pytest
+import trio
 
 from mesh.errors import NoCapacity
+from nodes.access.api_key import ApiKey
 from nodes.api.answer_schema import EditedKey, KeyList, KeyObject, UsageAnswer
 from nodes.api.errors import ApiError
+from nodes.api.keys import KEYS_PER_CHECKPOINT
 from tests.unit.scripted_api import ANSWER, BODY, Api, ScriptedDispatch
 
 ADMIN = {"authorization": "Bearer the admin token"}
@@ -138,6 +142,41 @@ async def test_usage_is_what_the_model_counted() -> None:
         assert (await admin(api, "GET", "usage?from=2020-01-01&to=2020-02-01")).json()["usage"] == []
 
 
+async def test_a_long_list_lets_others_run_meanwhile() -> None:
+    api = Api(ScriptedDispatch())
+    count = 10 * KEYS_PER_CHECKPOINT
+    for i in range(count):
+        api.access.create(f"key-{i}")
+    shown_at_turn: list[int] = []
+    shown = 0
+
+    def use(key: ApiKey) -> dict[str, Any]:
+        nonlocal shown
+        shown += 1
+        return {}
+
+    async def others() -> None:
+        while shown < count:
+            shown_at_turn.append(shown)
+            await trio.lowlevel.checkpoint()
+
+    api.access.admin.use = use  # type: ignore[method-assign]
+    async with api.client, trio.open_nursery() as nursery:
+        nursery.start_soon(others)
+        assert len((await admin(api, "GET", "keys")).json()["keys"]) == count
+    turns = [*shown_at_turn, count]
+    assert max(later - earlier for earlier, later in pairwise(turns)) <= 2 * KEYS_PER_CHECKPOINT  # in any order
+
+
+async def test_usage_that_the_disk_does_not_give_is_503_with_the_reason() -> None:
+    api = Api(ScriptedDispatch())
+    api.access.store.is_unreadable = True
+    async with api.client:
+        answer = await admin(api, "GET", "usage")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_read")
+    assert "the disk cannot be read" in answer.json()["error"]["message"]
+
+
 async def test_a_request_that_finds_no_capacity_gives_its_reservation_back() -> None:
     api = Api(ScriptedDispatch(refusal=NoCapacity("full", 2.0)))
     token = api.access.create(tokens_per_minute=300)
@@ -145,6 +184,14 @@ async def test_a_request_that_finds_no_capacity_gives_its_reservation_back() -> 
         assert (await chat(api, token)).status_code == 503
         left = (await admin(api, "GET", "keys/alice")).json()["remaining"]
         assert left["tokens"] == {"limit": 300, "remaining": 300}
+
+
+async def test_a_prompt_reserves_no_more_than_the_models_context() -> None:
+    api = Api(ScriptedDispatch(*ANSWER))
+    token = api.access.create(tokens_per_minute=1_024 + 10)
+    async with api.client:
+        long = [{"role": "user", "content": "x" * 8_000}]
+        assert (await chat(api, token, messages=long, max_completion_tokens=10)).status_code == 200
 
 
 async def test_a_name_that_no_node_knows_is_no_row_of_usage() -> None:

@@ -11,7 +11,14 @@ import trio
 
 from mesh.errors import MalformedDatagram
 from mesh.replica import Record, Replica
-from nodes.access.record_sync import RETRY_S, SETTLE_S, WATCH_INTERVAL_S, RecordSync
+from nodes.access.record_sync import (
+    COMPARISONS_MAX,
+    FIRST_STEP_TIMEOUT_S,
+    RETRY_S,
+    SETTLE_S,
+    WATCH_INTERVAL_S,
+    RecordSync,
+)
 from nodes.durable_replica import DurableReplica
 from nodes.store import StoreFailed, UsageRow
 from tests.unit.fake_peers import FakePeers
@@ -111,6 +118,59 @@ async def test_equal_replicas_ask_nothing(autojump_clock: trio.testing.MockClock
         await trio.sleep(60.0)
         assert mesh.peers.asked == []
         assert all(sync.has_compared.is_set() for sync in mesh.syncs.values())
+
+
+async def test_a_peer_whose_profile_was_not_heard_yet_is_not_compared_with(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    made = Nodes("a", "b")
+    async with trio.open_nursery() as nursery:
+        await nursery.start(made.syncs["a"].run)
+        await trio.sleep(SOON_S)
+        assert made.peers.digests.get("b", "") == ""
+        assert not made.syncs["a"].has_compared.is_set()
+        await nursery.start(made.syncs["b"].run)
+        await trio.sleep(2 * WATCH_INTERVAL_S)
+        assert made.syncs["a"].has_compared.is_set()
+        nursery.cancel_scope.cancel()
+
+
+def with_silent_peers(count: int) -> Nodes:
+    """a knows nothing, b something, and `count` others that never answer have another digest than a."""
+
+    async def never(question: bytes) -> bytes:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    silent = [f"s{index}" for index in range(count)]
+    made = Nodes("a", "b", *silent)
+    made.replicas["b"].merge([Record("k", 1, "w", 1, b"1")])
+    made.peers.digests.update(dict.fromkeys(silent, "another"))
+    made.peers.digests["b"] = made.replicas["b"].digest().hex()
+    made.peers.answerers.update(dict.fromkeys(silent, never))
+    return made
+
+
+async def test_peers_that_never_answer_give_way_to_one_that_does(autojump_clock: trio.testing.MockClock) -> None:
+    count = 3 * COMPARISONS_MAX
+    made = with_silent_peers(count)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(made.syncs["a"].run)
+        with trio.fail_after(SOON_S + (count / COMPARISONS_MAX) * (FIRST_STEP_TIMEOUT_S + WATCH_INTERVAL_S)):
+            await made.syncs["a"].has_compared.wait()
+        assert made.replicas["a"].value("k") == b"1"
+        assert all(made.peers.asked.count(("a", name)) <= 2 for name in made.peers.names if name != "b")
+        nursery.cancel_scope.cancel()
+
+
+async def test_who_answers_probes_is_asked_before_suspects(autojump_clock: trio.testing.MockClock) -> None:
+    made = with_silent_peers(20)
+    made.peers.suspects = {name for name in made.peers.names if name.startswith("s")}
+    async with trio.open_nursery() as nursery:
+        await nursery.start(made.syncs["a"].run)
+        await trio.sleep(SETTLE_S + 3 * WATCH_INTERVAL_S)
+        assert made.replicas["a"].value("k") == b"1"
+        nursery.cancel_scope.cancel()
 
 
 async def test_what_the_disk_refuses_is_not_edited(autojump_clock: trio.testing.MockClock) -> None:

@@ -223,6 +223,30 @@ async def test_an_edit_for_which_there_is_no_room_is_refused_and_nothing_of_it_i
         await store.put([live("more", 1, bytes(1024))])  # with room again
 
 
+async def test_usage_leaves_room_for_edits_of_keys(tmp_path: Path) -> None:
+    def row(i: int, requests: int = 1) -> UsageRow:
+        return UsageRow(DAY + i // 50, f"{i:0200}", "m", "n", 1, Totals(requests))
+
+    async with open_store(tmp_path, pages_max=80) as store:
+        counted = 0
+
+        async def fill() -> None:
+            nonlocal counted
+            while True:
+                await store.put(usage=[row(counted)])
+                counted += 1
+
+        with pytest.raises(StoreFailed, match=rf"{FILE_NAME}: not kept, usage has filled its share, 75% of 80 pages"):
+            await fill()
+        await store.put(usage=[row(i, 2) for i in range(counted)])  # what is there may rise
+        assert sum(s.totals.requests for s in await store.usage_sums(0, 2 * DAY)) == 2 * counted
+        for i in range(30):
+            await store.put([live(f"k{i}", 1, bytes(256))])
+        await store.delete_usage(DAY + 2)
+        assert min(digest.day for digest in await store.usage_digests(0)) == DAY + 2
+        await store.put(usage=[row(counted)])  # with room again
+
+
 async def test_one_put_that_is_too_large_does_not_refuse_those_beside_it(tmp_path: Path) -> None:
     outcomes: dict[str, bool] = {}
     async with open_store(tmp_path, pages_max=40) as store:
@@ -253,6 +277,19 @@ async def test_what_peers_sent_while_the_disk_was_full_counts_and_is_kept_later(
         assert len(await store.records()) == 60
         assert Record("k1") in await store.records()
         await durable.keep([])
+
+
+# A disk that cannot be read.
+
+
+async def test_what_cannot_be_read_after_the_start_is_no_fault_of_the_configuration(tmp_path: Path) -> None:
+    async with open_store(tmp_path) as store:
+        await store.put([live("k", 1)])
+        store._connection.execute("DROP TABLE usage")
+        for read in (store.usage_sums(0, DAY), store.usage_digests(0), store.usage_rows(DAY, None, 10)):
+            with pytest.raises(StoreFailed, match=rf"{FILE_NAME}: not read, no such table.*check the disk"):
+                await read
+        assert await store.records() == [live("k", 1)]  # what is not damaged goes on
 
 
 # Files that are no database of ours.

@@ -12,8 +12,8 @@ import pytest
 import trio
 
 from mesh.counters_wire import Totals
-from mesh.errors import MalformedDatagram
-from nodes.access.usage import COMPARE_INTERVAL_S, DAY_S, FLUSH_INTERVAL_S, ROWS_PER_MESSAGE, UsageLog
+from mesh.errors import MalformedDatagram, PeerUnavailable
+from nodes.access.usage import COMPARE_INTERVAL_S, DAY_S, DAYS_KEPT, FLUSH_INTERVAL_S, ROWS_PER_MESSAGE, UsageLog
 from nodes.store import Store, UsageRow, open_store
 from tests.unit.fake_peers import FakePeers
 from tests.unit.memory_store import MemoryStore
@@ -125,6 +125,79 @@ async def test_the_last_second_is_kept_at_a_stop(autojump_clock: trio.testing.Mo
     async with nodes("a") as mesh:
         mesh.logs["a"].count("k", "m", ONE)
     assert await mesh.sums("a") == {(DAY, "k", "m"): ONE}
+
+
+async def test_a_peer_that_never_answers_keeps_nothing_from_the_disk(autojump_clock: trio.testing.MockClock) -> None:
+    async def never(question: bytes) -> bytes:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async with nodes("a", "b", "c") as mesh:
+        await trio.sleep(2 * FLUSH_INTERVAL_S)
+        mesh.peers.answerers["b"] = never
+        for requests in range(1, 4):
+            mesh.logs["a"].count("k", "m", ONE)
+            await trio.sleep(2 * FLUSH_INTERVAL_S)
+            for name in "ac":  # and who answers is told all the same
+                assert (await mesh.sums(name))[DAY, "k", "m"].requests == requests
+
+
+async def test_a_peer_that_never_answers_is_told_one_thing_at_a_time(autojump_clock: trio.testing.MockClock) -> None:
+    asked = 0
+
+    async def never(question: bytes) -> bytes:
+        nonlocal asked
+        asked += 1
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async with nodes("a", "b") as mesh:
+        await trio.sleep(2 * FLUSH_INTERVAL_S)
+        mesh.peers.answerers["b"] = never
+        for _ in range(4):
+            mesh.logs["a"].count("k", "m", ONE)
+            await trio.sleep(FLUSH_INTERVAL_S)
+        assert asked == 1
+
+
+async def test_a_disk_that_cannot_be_read_ends_nothing_and_is_compared_again_later(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with nodes("a", "b") as mesh:
+        await mesh.stores["b"].put(usage=[UsageRow(DAY, "k", "m", "b", 1, ONE)])
+        for store in mesh.stores.values():
+            assert isinstance(store, MemoryStore)
+            store.is_unreadable = True
+        await trio.sleep(2 * COMPARE_INTERVAL_S)
+        with pytest.raises(PeerUnavailable, match="cannot read its usage"):
+            await mesh.logs["b"].answer(msgpack.packb([2]))
+        assert "usage cannot be read" in {record.message for record in caplog.records}
+        for store in mesh.stores.values():
+            assert isinstance(store, MemoryStore)
+            store.is_unreadable = False
+        await trio.sleep(2 * COMPARE_INTERVAL_S)
+        assert await mesh.sums("a") == {(DAY, "k", "m"): ONE}
+
+
+async def test_days_that_are_too_old_are_deleted_and_not_taken_from_peers_again(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with nodes("a", "b") as mesh:
+        kept, old = DAY + 1 - DAYS_KEPT, DAY - DAYS_KEPT
+        for store in mesh.stores.values():
+            await store.put(usage=[UsageRow(day, "k", "m", "c", 1, ONE) for day in (old - 1, old, kept)])
+        await trio.sleep(2 * FLUSH_INTERVAL_S)
+        await mesh.logs["a"].answer(msgpack.packb([1, [[old - 1, "k", "m", "c", 2, 1, 1, 1]]]))
+        mesh.wall_time += DAY_S
+        await trio.sleep(DAY_S)
+        for name in "ab":
+            assert list(await mesh.sums(name)) == [(kept, "k", "m")]
+        mesh.logs["b"]._wall_clock = lambda: mesh.wall_time - 10 * DAY_S  # one whose clock is late tells of it again
+        await mesh.stores["b"].put(usage=[UsageRow(old, "k", "m", "c", 1, ONE)])
+        mesh.peers.asked.clear()
+        await trio.sleep(2 * COMPARE_INTERVAL_S)
+        assert ("a", "b") in mesh.peers.asked
+        assert list(await mesh.sums("a")) == [(kept, "k", "m")]
 
 
 @pytest.mark.parametrize(
