@@ -279,7 +279,9 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
                 self._note_failure(failed.member, failed.error)
             except (NoCapacity, ModelUnknown) as exc:
                 if not self._has_begun:
-                    raise self._refusal or exc from None
+                    # A client that comes back is known by what the router promised here, not by a peer's word. Where
+                    # the nodes that have the model are gone since they refused it, it may come back all the same.
+                    raise exc if isinstance(exc, NoCapacity) else self._refusal or exc from None
                 if not self._may_hope(view):
                     raise self._given_up() from exc
                 await trio.sleep(RETRY_INTERVAL_S)
@@ -287,9 +289,9 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
                 self._take(attempt)
                 return
             if self._failures >= TRIES_MAX and not self._has_begun:
-                raise self._refusal or GenerationFailed(
-                    f"{self._failures} nodes were tried and none could serve the request"
-                )
+                if self._refusal is not None:
+                    raise self._attempts.refused(view, self._route_now(self._excluded_now(view)))
+                raise GenerationFailed(f"{self._failures} nodes were tried and none could serve the request")
 
     async def _move(self, reason: Reason) -> None:
         """Go on elsewhere, or stay where nobody takes it. The former node works until then."""
@@ -329,7 +331,13 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         )
 
     def _route_now(self, exclude: frozenset[str]) -> RouteRequest:
-        return replace(self._route, exclude=exclude, fingerprint=self._fingerprint, is_resumed=bool(self._ids))
+        return replace(
+            self._route,
+            exclude=exclude,
+            fingerprint=self._fingerprint,
+            is_resumed=bool(self._ids),
+            was_refused=self._refusal is not None,
+        )
 
     # Failing.
 

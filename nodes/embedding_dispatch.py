@@ -100,15 +100,18 @@ class EmbeddingDispatch:
             if remaining_s <= 0:
                 raise _too_late(piece)
             route = RouteRequest(
-                piece.model, size, exclude=frozenset(failed), fingerprint=piece.fingerprint, kind=EMBEDDING
+                piece.model,
+                size,
+                exclude=frozenset(failed),
+                fingerprint=piece.fingerprint,
+                was_refused=refusal is not None,
+                kind=EMBEDDING,
             )
             view = self._view()
             try:
                 node_id = self._router.rank(view, route, trio.current_time())[0]
-            except (NoCapacity, ModelUnknown):
-                if refusal is not None:
-                    raise refusal from None
-                raise
+            except ModelUnknown as exc:
+                raise refusal or exc from None
             try:
                 answer = await self._try(view.members[node_id], replace(piece, deadline_s=remaining_s), size)
             except (RequestInvalid, DeadlineExceeded):
@@ -119,7 +122,9 @@ class EmbeddingDispatch:
                 self._note_failure(piece, node_id, exc)
             else:
                 return node_id, answer
-        raise refusal or GenerationFailed(f"{len(failed)} nodes were tried and none could serve the request")
+        if refusal is not None:
+            raise self._router.refused(view, replace(route, exclude=frozenset(failed)), trio.current_time())
+        raise GenerationFailed(f"{len(failed)} nodes were tried and none could serve the request")
 
     async def _try(self, member: MemberView, request: EmbedRequest, size: int) -> Embeddings:
         # Counted before anything is awaited, so that requests of the same instant see each other.

@@ -51,7 +51,6 @@ requests = st.builds(
     exclude=st.frozensets(st.sampled_from(NAMES)),
     blocks=BLOCKS,
     fingerprint=st.sampled_from(["", "f", "g"]),
-    ticket=st.sampled_from(["", "a", "b"]),
 )
 
 
