@@ -99,7 +99,8 @@ class Router:
         self._now = 0.0
 
     def rank(self, view: ClusterView, request: RouteRequest, now: float) -> list[str]:
-        """Node ids that may take the request, soonest first; never empty. Witnessed nodes are behind all others.
+        """Node ids that may take the request, soonest first; never empty. Witnessed nodes are among them only where
+        every node that could serve it, full ones included, is one.
 
         Raises ModelUnknown when no member has the model, NoCapacity when none that has it may take the request now: its
         retry_after_s is then a promise, and whoever comes back at that time goes before new requests.
@@ -110,25 +111,24 @@ class Router:
             raise ModelUnknown(f"no node has a model named {request.model[:MODEL_NAME_CHARS_SHOWN]!r}")
         placeable: list[_Placeable] = []
         full: list[_Placeable] = []
-        for member, info in owners:
-            if member.node_id in request.exclude or not view.is_routable(member):
-                continue
-            if request.fingerprint and info.fingerprint != request.fingerprint:
-                continue
+        able = [
+            (member, info)
+            for member, info in owners
+            if member.node_id not in request.exclude
+            and view.is_routable(member)
+            and request.fingerprint in ("", info.fingerprint)
+        ]
+        # A client that is told when to come back is better off than one whose request hangs until it is moved.
+        for member, info in [owner for owner in able if owner[0].node_id not in view.witnessed] or able:
             load, own = self._load_of(member, info, view.now)
             has_room = request.is_resumed or load.queued + own.count - load.free_slots < info.queue_limit
             (placeable if has_room else full).append((member, info, load, own))
         if not placeable or not self._is_its_turn(request, placeable, now):
             raise self._no_capacity(view, request, owners, placeable, full)
         matches = self._match(view, request, owners)
-        sound = [entry for entry in placeable if entry[0].node_id not in view.witnessed]
         prompt_tokens = self._traffic_of(request.model, tokens_of(request.prompt_bytes)).prompt_tokens
-        unseen = self._unseen_arrivals(view, request.model, sound)
-        ranked = self._order(_candidates(sound, request.prompt_bytes, matches, prompt_tokens), unseen)
-        if len(sound) < len(placeable):
-            stuck = [entry for entry in placeable if entry[0].node_id in view.witnessed]
-            ranked += self._order(_candidates(stuck, request.prompt_bytes, matches, prompt_tokens), 0.0)
-        return ranked
+        unseen = self._unseen_arrivals(view, request.model, placeable)
+        return self._order(_candidates(placeable, request.prompt_bytes, matches, prompt_tokens), unseen)
 
     def dispatched(
         self,
@@ -282,7 +282,7 @@ class Router:
         message = (
             f"no node can take a request for the model {name!r} now; of its nodes {len(full)} have a full queue, "
             f"{len(placeable)} have places for those who wait longer, {failed} failed it, "
-            f"{len(owners) - len(full) - len(placeable) - failed} are not ready"
+            f"{len(owners) - len(full) - len(placeable) - failed} are not ready or make no progress"
         )
         nodes = [*full, *placeable]
         if not nodes and request.was_refused:
