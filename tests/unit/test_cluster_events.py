@@ -100,6 +100,29 @@ async def test_silence_is_a_keep_alive_and_with_status_the_status_each_second(
     await stream.aclose()
 
 
+async def test_the_status_comes_once_a_second_also_while_much_happens(autojump_clock: trio.testing.MockClock) -> None:
+    events = feed()
+    stream = _stream(events, "", lambda: b"{}")
+    names = []
+
+    async def happen() -> None:
+        while True:
+            await trio.sleep(0.05)
+            events.add(JOINED)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(happen)
+        began = trio.current_time()
+        async for block in stream:
+            names.append(block.split(b"\n")[0])
+            if trio.current_time() - began >= 3.5:
+                break
+        nursery.cancel_scope.cancel()
+    assert names.count(b"event: status") == 4
+    assert names.count(b"event: cluster") > 20
+    await stream.aclose()
+
+
 async def test_a_flood_reaches_a_listener_as_one_event(autojump_clock: trio.testing.MockClock) -> None:
     events = feed()
     stream = _stream(events, "", None)
