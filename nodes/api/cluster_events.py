@@ -32,7 +32,7 @@ def register(app: Quart, services: Services, status: Callable[[], bytes]) -> Non
     @app.get("/cluster/events")
     async def cluster_events() -> Response:
         feed = services.events
-        listener = feed.listen()
+        listener = feed.listen(request.remote_addr or "")
         exchange_of(request.scope).closing.append(listener)
         has_status = request.args.get("status") == "1"
         last_id = request.headers.get("last-event-id", "")

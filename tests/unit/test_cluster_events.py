@@ -16,7 +16,7 @@ from mesh.errors import NoCapacity, PeerUnavailable
 from mesh.view import ClusterView, MemberStatus, MemberView
 from nodes.api import cluster as cluster_api
 from nodes.api.cluster_events import _stream
-from nodes.event_feed import LISTENERS_MAX, EventFeed
+from nodes.event_feed import LISTENERS_MAX, LISTENERS_OF_ADDRESS_MAX, EventFeed
 from nodes.events import Happening
 from nodes.member_views import VIEWS_S, MemberViews, disputed
 from tests.unit.scripted_api import Api, ScriptedDispatch, view
@@ -153,12 +153,12 @@ async def test_the_end_of_the_node_ends_every_listener(autojump_clock: trio.test
             nursery.start_soon(close)
             assert [block async for block in stream] == []
     with pytest.raises(NoCapacity):
-        events.listen()
+        events.listen("")
 
 
 async def test_listeners_are_bounded_and_a_place_is_free_again_when_one_has_left() -> None:
     api = Api(ScriptedDispatch())
-    listeners = [api.events.listen() for _ in range(LISTENERS_MAX)]
+    listeners = [api.events.listen("") for _ in range(LISTENERS_MAX)]
     refused = await api.client.get("/cluster/events")
     assert refused.status_code == 503
     assert "the limit is 64" in refused.json()["error"]["message"]
@@ -166,9 +166,23 @@ async def test_listeners_are_bounded_and_a_place_is_free_again_when_one_has_left
     await listeners[0].aclose()
     await listeners[0].aclose()  # twice is once
     assert api.events.listeners == LISTENERS_MAX - 1
-    api.events.listen()
+    api.events.listen("")
     with pytest.raises(NoCapacity):
-        api.events.listen()
+        api.events.listen("")
+
+
+async def test_listeners_of_one_address_are_bounded_by_themselves() -> None:
+    events = feed()
+    for addresses in (["192.0.2.1"] * 8, [f"2001:db8::{index:x}" for index in range(8)]):
+        listeners = [events.listen(address) for address in addresses]
+        with pytest.raises(NoCapacity, match="of this address"):
+            events.listen(addresses[0].replace("::0", "::99"))
+        await listeners[0].aclose()
+        events.listen(addresses[0])
+    events.listen("2001:db8:0:1::1")
+    for _ in range(LISTENERS_OF_ADDRESS_MAX + 1):
+        events.listen("127.0.0.1")
+    assert events.listeners == 2 * 8 + 1 + LISTENERS_OF_ADDRESS_MAX + 1
 
 
 async def test_a_client_that_leaves_frees_its_place() -> None:

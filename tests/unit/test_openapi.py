@@ -54,6 +54,13 @@ def test_every_route_is_described_and_no_other() -> None:
     assert served == described
 
 
+def test_every_route_that_takes_no_key_is_named_where_it_is_warned_of() -> None:
+    text = (Path(__file__).parents[2] / "SECURITY.md").read_text()
+    named = set(re.findall(r"`(/[^`]*)`", text[text.index("Open without a key:") :].split("\n\n")[0]))
+    paths = {path.replace("{name}", "*") for path in DOCUMENT["paths"] if not path.startswith(("/v1/", "/admin/"))}
+    assert named == paths
+
+
 def test_every_reference_leads_somewhere() -> None:
     found = references(DOCUMENT)
     assert found
