@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 # Of one piece, so that an answer of 8,192 dimensions fits into a few megabytes and small requests need not wait long.
 PIECE_INPUTS_MAX = 128
+# Nodes whose engine may break over one piece: where two do it is its inputs' fault, and they are kept from the others.
+FAULTS_MAX = 2
 PIECES_AT_ONCE = 4  # of one request: enough to keep several nodes busy
 
 
@@ -95,6 +97,7 @@ class EmbeddingDispatch:
         size = sum(map(input_bytes, piece.inputs))
         failed: set[str] = set()
         refusal: NoCapacity | None = None
+        faults = 0
         while len(failed) < TRIES_MAX:
             remaining_s = deadline - trio.current_time()
             if remaining_s <= 0:
@@ -120,6 +123,9 @@ class EmbeddingDispatch:
                 failed.add(node_id)
                 refusal = exc if isinstance(exc, NoCapacity) else refusal
                 self._note_failure(piece, node_id, exc)
+                faults += isinstance(exc, GenerationFailed)
+                if faults >= FAULTS_MAX:
+                    raise
             else:
                 return node_id, answer
         if refusal is not None:
