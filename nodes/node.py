@@ -84,7 +84,7 @@ logger = logging.getLogger(__name__)
 # How often this node's load is taken for gossip, which decides what of it is urgent.
 LOAD_INTERVAL_S = 0.1
 # Counted from 0 on, so that rate() sees the first answer, error and refusal of each.
-GENERATING_PATHS = ("/v1/chat/completions", "/v1/completions")
+GENERATING_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 GENERATING_STATUSES = (200, 429, 500, 503)
 # While no seed has answered a handshake, how often each is tried.
 SEED_CHECK_INTERVAL_S = 2.0
