@@ -218,6 +218,9 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
             self._attempt = result.winner
             self.path[-1] = result.winner.node_id
         self._rival = None
+        for attempt, error in result.failures:
+            if attempt is not self._attempt:  # that one's failure is noted as any other is
+                self._blame(attempt.member, error)
         self._held = result.event
         await loser.close()
         if result.event is None:
@@ -349,13 +352,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
     def _note_failure(self, member: MemberView, error: Failure) -> None:
         self._failures += 1
         self._last_failure = (member.node_id, error)
-        if isinstance(error, NoCapacity):
-            self._refusal = error
-            self._exclude(member, EXCLUDED_FULL_S)
-        else:
-            self._exclude(member, EXCLUDED_S)
-        if isinstance(error, PeerUnavailable):
-            self._attempts.peer_failed(member.node_id)
+        self._blame(member, error)
         self._note_loss(_reason(error), type(error).__name__)
         logger.log(
             logging.INFO if isinstance(error, GenerationMoved) else logging.WARNING,
@@ -368,6 +365,16 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
                 "completion_tokens": len(self._ids),
             },
         )
+
+    def _blame(self, member: MemberView, error: Failure) -> None:
+        """Leave the node out for a while."""
+        if isinstance(error, NoCapacity):
+            self._refusal = error
+            self._exclude(member, EXCLUDED_FULL_S)
+        else:
+            self._exclude(member, EXCLUDED_S)
+        if isinstance(error, PeerUnavailable):
+            self._attempts.peer_failed(member.node_id)
 
     def _note_loss(self, reason: str, kind: str = "") -> None:
         self._loss = self._loss or reason

@@ -334,6 +334,20 @@ async def test_a_late_request_is_opened_on_a_second_node_and_the_first_to_answer
     assert nodes.moves == [Move("hedge", "b", "c", "late")]
 
 
+async def test_a_node_that_fails_while_its_rival_answers_is_left_out_and_probed(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    nodes = Nodes(hedges=True, b=[0.1, LAST], c=[0.5, TOKEN, 0.1, PeerUnavailable("gone")], a=[TOKEN, LAST])
+    for _ in range(100):
+        await read(nodes)
+    nodes.opened.clear()
+    nodes.scripts["b"] = [0.3, PeerUnavailable("gone")]
+    events, node_id = await read(nodes)
+    assert [name for name, _ in nodes.opened] == ["b", "c", "a"]
+    assert (events[-1], node_id) == (LAST, "a")
+    assert nodes.failed == ["b", "c"]
+
+
 async def test_nothing_is_hedged_unless_asked_for(autojump_clock: trio.testing.MockClock) -> None:
     nodes = Nodes(b=[0.1, LAST], c=[0.1, LAST], a=[])
     for _ in range(100):
