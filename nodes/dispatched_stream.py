@@ -339,7 +339,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
             exclude=exclude,
             fingerprint=self._fingerprint,
             is_resumed=bool(self._ids),
-            was_refused=self._refusal is not None,
+            was_refused=self._refusal is not None and not self._has_begun,  # an answer is not told to come back
         )
 
     # Failing.

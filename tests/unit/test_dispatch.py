@@ -377,6 +377,13 @@ async def test_refusals_everywhere_are_told_with_the_time_that_the_router_promis
         await trio.sleep(raised.value.retry_after_s)
 
 
+async def test_an_answer_that_waits_for_a_node_is_promised_nothing(autojump_clock: trio.testing.MockClock) -> None:
+    nodes = Nodes(b=[TOKEN, PeerUnavailable("gone")], c=NoCapacity("full", 9.0))
+    with pytest.raises(GenerationFailed):
+        await read(nodes)
+    assert not nodes.router._traffic["m"].retries
+
+
 async def test_nodes_that_are_broken_promise_nothing() -> None:
     with pytest.raises(NoCapacity) as raised:
         await read(nodes := Nodes(b=PeerUnavailable("gone")))
