@@ -21,7 +21,6 @@ free again, what was refused cannot come back either.
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -136,7 +135,6 @@ class Replica:
         self._tombstones = 0
         self._refused = 0
         self._position = 0
-        self._changed_at: OrderedDict[str, int] = OrderedDict()  # the latest change last
         self.merge(stored)
 
     # Reading.
@@ -153,19 +151,8 @@ class Replica:
 
     @property
     def position(self) -> int:
-        """Rises with each change, in this life only: what changes_since() counts from."""
+        """Rises with each change, in this life only."""
         return self._position
-
-    def changes_since(self, position: int, records_max: int) -> tuple[list[Record], int]:
-        """(records changed after that position, each once, the oldest change first; the position they lead to)."""
-        newer = []
-        for record_id, changed_at in reversed(self._changed_at.items()):
-            if changed_at <= position:
-                break
-            newer.append((changed_at, record_id))
-        newer.reverse()
-        chosen = newer[:records_max]
-        return [self._records[record_id] for _, record_id in chosen], chosen[-1][0] if chosen else position
 
     def digest(self) -> bytes:
         """Equal for two replicas exactly if they hold the same (but for a collision of 128-bit hashes)."""
@@ -232,6 +219,4 @@ class Replica:
         self._clock = max(self._clock, record.clock)
         self._tombstones += record.is_deleted
         self._position += 1
-        self._changed_at[record.record_id] = self._position
-        self._changed_at.move_to_end(record.record_id)
         return True

@@ -49,16 +49,15 @@ class RouteRequest:
     """What is to be placed. prompt_bytes: size of its text. exclude: node ids that failed it already. blocks: names of
     the beginnings of its conversation, shortest first. fingerprint: of the one model it may go to; empty for any.
     is_resumed: another node has begun the answer; engines take it beyond a full queue, which has its own bound there.
-    ticket: equal for the same request sent again by the same client; empty: its size and blocks tell. kind: of the
-    model."""
+    was_refused: one of exclude had no place for it. kind: of the model."""
 
     model: str
     prompt_bytes: int
     exclude: frozenset[str] = frozenset()
     blocks: tuple[int, ...] = ()
     fingerprint: str = ""
-    ticket: str = ""
     is_resumed: bool = False
+    was_refused: bool = False
     kind: str = GENERATION
 
 
@@ -100,7 +99,8 @@ class Router:
         self._now = 0.0
 
     def rank(self, view: ClusterView, request: RouteRequest, now: float) -> list[str]:
-        """Node ids that may take the request, soonest first; never empty. Witnessed nodes are behind all others.
+        """Node ids that may take the request, soonest first; never empty. Witnessed nodes are among them only where
+        every node that could serve it, full ones included, is one.
 
         Raises ModelUnknown when no member has the model, NoCapacity when none that has it may take the request now: its
         retry_after_s is then a promise, and whoever comes back at that time goes before new requests.
@@ -111,25 +111,24 @@ class Router:
             raise ModelUnknown(f"no node has a model named {request.model[:MODEL_NAME_CHARS_SHOWN]!r}")
         placeable: list[_Placeable] = []
         full: list[_Placeable] = []
-        for member, info in owners:
-            if member.node_id in request.exclude or not view.is_routable(member):
-                continue
-            if request.fingerprint and info.fingerprint != request.fingerprint:
-                continue
+        able = [
+            (member, info)
+            for member, info in owners
+            if member.node_id not in request.exclude
+            and view.is_routable(member)
+            and request.fingerprint in ("", info.fingerprint)
+        ]
+        # A client that is told when to come back is better off than one whose request hangs until it is moved.
+        for member, info in [owner for owner in able if owner[0].node_id not in view.witnessed] or able:
             load, own = self._load_of(member, info, view.now)
             has_room = request.is_resumed or load.queued + own.count - load.free_slots < info.queue_limit
             (placeable if has_room else full).append((member, info, load, own))
         if not placeable or not self._is_its_turn(request, placeable, now):
             raise self._no_capacity(view, request, owners, placeable, full)
         matches = self._match(view, request, owners)
-        sound = [entry for entry in placeable if entry[0].node_id not in view.witnessed]
         prompt_tokens = self._traffic_of(request.model, tokens_of(request.prompt_bytes)).prompt_tokens
-        unseen = self._unseen_arrivals(view, request.model, sound)
-        ranked = self._order(_candidates(sound, request.prompt_bytes, matches, prompt_tokens), unseen)
-        if len(sound) < len(placeable):
-            stuck = [entry for entry in placeable if entry[0].node_id in view.witnessed]
-            ranked += self._order(_candidates(stuck, request.prompt_bytes, matches, prompt_tokens), 0.0)
-        return ranked
+        unseen = self._unseen_arrivals(view, request.model, placeable)
+        return self._order(_candidates(placeable, request.prompt_bytes, matches, prompt_tokens), unseen)
 
     def dispatched(
         self,
@@ -165,8 +164,12 @@ class Router:
         """What to raise when the nodes tried (request.exclude) had no place after all: with a promise as rank()'s."""
         self._now = now
         owners = _owners(view, request)
-        ready = [(member, info, *self._load_of(member, info, view.now)) for member, info in owners]
-        return self._no_capacity(view, request, owners, [], ready)
+        nodes = [(member, info, *self._load_of(member, info, view.now)) for member, info in owners]
+        message = (
+            f"no node can take a request for the model {request.model[:MODEL_NAME_CHARS_SHOWN]!r} now; "
+            f"{len(request.exclude)} of its nodes were tried"
+        )
+        return NoCapacity(message, self._promise_s(view, request, nodes))
 
     def opened(self, dispatch: OwnDispatch) -> None:
         """The node's row in the view contains it from now on, as the own row does. Any number of times."""
@@ -273,24 +276,30 @@ class Router:
         placeable: Sequence[_Placeable],
         full: Sequence[_Placeable],
     ) -> NoCapacity:
-        failed = sum(member.node_id in request.exclude for member, _ in owners)
+        tried = [(member, info) for member, info in owners if member.node_id in request.exclude]
+        failed = len(tried)
         name = request.model[:MODEL_NAME_CHARS_SHOWN]
         message = (
             f"no node can take a request for the model {name!r} now; of its nodes {len(full)} have a full queue, "
             f"{len(placeable)} have places for those who wait longer, {failed} failed it, "
-            f"{len(owners) - len(full) - len(placeable) - failed} are not ready"
+            f"{len(owners) - len(full) - len(placeable) - failed} are not ready or make no progress"
         )
-        if not full and not placeable:
-            return NoCapacity(message, RETRY_AFTER_MIN_S if failed else RETRY_NOT_READY_S)
-        traffic = self._traffic_of(request.model, tokens_of(request.prompt_bytes))
-        rate_per_s = self._places_per_s(view, request, [*full, *placeable], traffic.prompt_tokens)
-        is_next = bool(request.exclude)
-        retry_after_s = traffic.retries.refuse(_key(request), rate_per_s, self._now, is_next=is_next)
-        return NoCapacity(message, retry_after_s)
+        nodes = [*full, *placeable]
+        if not nodes and request.was_refused:
+            nodes = [(*owner, *self._load_of(*owner, view.now)) for owner in tried]
+        if not nodes and failed:
+            return NoCapacity(message, RETRY_AFTER_MIN_S)
+        return NoCapacity(message, self._promise_s(view, request, nodes))
 
-    def _places_per_s(
-        self, view: ClusterView, request: RouteRequest, nodes: Sequence[_Placeable], prompt_tokens: float
-    ) -> float:
+    def _promise_s(self, view: ClusterView, request: RouteRequest, nodes: Sequence[_Placeable]) -> float:
+        """Until the request may come back, which goes before new ones then. nodes: those whose places it waits for."""
+        if not nodes:
+            return RETRY_NOT_READY_S
+        traffic = self._traffic_of(request.model, tokens_of(request.prompt_bytes))
+        rate_per_s = self._places_per_s(view, nodes, traffic.prompt_tokens)
+        return traffic.retries.refuse(_key(request), rate_per_s, self._now, is_next=bool(request.exclude))
+
+    def _places_per_s(self, view: ClusterView, nodes: Sequence[_Placeable], prompt_tokens: float) -> float:
         """How often this entry is given a place: as many answers as the nodes complete a second, times its share. Of
         all requests that are in their slots and queues it sent so many, so it will get that part of their places."""
         return sum(answers_per_s(load, prompt_tokens) for _, _, load, _ in nodes) * _own_share(view, nodes)
@@ -352,4 +361,5 @@ def _uncached_tokens(prompt_bytes: int, cached_blocks: int) -> int:
 
 
 def _key(request: RouteRequest) -> Hashable:
-    return request.ticket or (request.prompt_bytes, request.blocks[-1:])
+    """Equal for the same request sent again."""
+    return request.prompt_bytes, request.blocks[-1:]

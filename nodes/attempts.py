@@ -12,7 +12,7 @@ from typing import Literal
 
 import trio
 
-from mesh.errors import MeshError
+from mesh.errors import MeshError, NoCapacity
 from mesh.router import OwnDispatch, Router, RouteRequest
 from mesh.view import ClusterView, MemberView
 from nodes.failover_budget import FailoverBudget
@@ -129,7 +129,6 @@ class Attempts:
         self._local = local
         self._remote = remote
         self._hedges = hedges
-        self._running = 0
         self._first_tokens: dict[str, deque[float]] = {}
 
     def generator(self, member: MemberView) -> Generator:
@@ -161,6 +160,10 @@ class Attempts:
             self._router.opened(entry)  # from now on the own row of the view contains it
         self.counts.forwards += not member.is_self
         return Attempt(member, stream, self._router, entry)
+
+    def refused(self, view: ClusterView, route: RouteRequest) -> NoCapacity:
+        """What to tell a client whose request the nodes tried (route.exclude) had no place for, as open() does."""
+        return self._router.refused(view, route, trio.current_time())
 
     def take_from_budget(self, running: int) -> bool:
         """True where one more stream may be opened elsewhere on a guess. running: streams open here."""

@@ -218,6 +218,9 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
             self._attempt = result.winner
             self.path[-1] = result.winner.node_id
         self._rival = None
+        for attempt, error in result.failures:
+            if attempt is not self._attempt:  # that one's failure is noted as any other is
+                self._blame(attempt.member, error)
         self._held = result.event
         await loser.close()
         if result.event is None:
@@ -279,7 +282,9 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
                 self._note_failure(failed.member, failed.error)
             except (NoCapacity, ModelUnknown) as exc:
                 if not self._has_begun:
-                    raise self._refusal or exc from None
+                    # A client that comes back is known by what the router promised here, not by a peer's word. Where
+                    # the nodes that have the model are gone since they refused it, it may come back all the same.
+                    raise exc if isinstance(exc, NoCapacity) else self._refusal or exc from None
                 if not self._may_hope(view):
                     raise self._given_up() from exc
                 await trio.sleep(RETRY_INTERVAL_S)
@@ -287,9 +292,9 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
                 self._take(attempt)
                 return
             if self._failures >= TRIES_MAX and not self._has_begun:
-                raise self._refusal or GenerationFailed(
-                    f"{self._failures} nodes were tried and none could serve the request"
-                )
+                if self._refusal is not None:
+                    raise self._attempts.refused(view, self._route_now(self._excluded_now(view)))
+                raise GenerationFailed(f"{self._failures} nodes were tried and none could serve the request")
 
     async def _move(self, reason: Reason) -> None:
         """Go on elsewhere, or stay where nobody takes it. The former node works until then."""
@@ -329,7 +334,13 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         )
 
     def _route_now(self, exclude: frozenset[str]) -> RouteRequest:
-        return replace(self._route, exclude=exclude, fingerprint=self._fingerprint, is_resumed=bool(self._ids))
+        return replace(
+            self._route,
+            exclude=exclude,
+            fingerprint=self._fingerprint,
+            is_resumed=bool(self._ids),
+            was_refused=self._refusal is not None and not self._has_begun,  # an answer is not told to come back
+        )
 
     # Failing.
 
@@ -341,13 +352,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
     def _note_failure(self, member: MemberView, error: Failure) -> None:
         self._failures += 1
         self._last_failure = (member.node_id, error)
-        if isinstance(error, NoCapacity):
-            self._refusal = error
-            self._exclude(member, EXCLUDED_FULL_S)
-        else:
-            self._exclude(member, EXCLUDED_S)
-        if isinstance(error, PeerUnavailable):
-            self._attempts.peer_failed(member.node_id)
+        self._blame(member, error)
         self._note_loss(_reason(error), type(error).__name__)
         logger.log(
             logging.INFO if isinstance(error, GenerationMoved) else logging.WARNING,
@@ -360,6 +365,16 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
                 "completion_tokens": len(self._ids),
             },
         )
+
+    def _blame(self, member: MemberView, error: Failure) -> None:
+        """Leave the node out for a while."""
+        if isinstance(error, NoCapacity):
+            self._refusal = error
+            self._exclude(member, EXCLUDED_FULL_S)
+        else:
+            self._exclude(member, EXCLUDED_S)
+        if isinstance(error, PeerUnavailable):
+            self._attempts.peer_failed(member.node_id)
 
     def _note_loss(self, reason: str, kind: str = "") -> None:
         self._loss = self._loss or reason

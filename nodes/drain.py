@@ -4,7 +4,7 @@
                       connection elsewhere; requests that still come are answered, by other nodes where they can
     after notice_s    for good: new connections are refused, so that clients try their next address; a connection that
                       has been idle for notice_s is closed
-    at 2/3 of drain_s answers generated here go on at other nodes
+    at 2/3 of drain_s answers generated here go on at other nodes; those that no node took are offered again each second
     at drain_s        for good: what still runs is cut
 
 For good it ends as soon as nothing runs; where no client is connected and none came lately, without the notice.
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 DRAIN_POLL_S = 0.05
 # Of the drain time: how long answers may finish here. The rest is for those that go on at another node.
 DRAIN_FINISH_SHARE = 2 / 3
+# Answers that could not be moved are offered again after so long: a node that was full or loading may take them now.
+MOVE_INTERVAL_S = 1.0
 
 
 class Drain:
@@ -52,7 +54,7 @@ class Drain:
         self._drain_s = drain_s
         self._notice_s = notice_s
         self._began_at: float | None = None
-        self._has_moved = False
+        self._move_at = 0.0
         self._is_leaving = False
 
     @property
@@ -82,12 +84,13 @@ class Drain:
         logger.info("drain undone: this node takes requests again")
 
     def step(self) -> None:
-        """Move the answers generated here when their time has come."""
-        if self._began_at is None or self._has_moved:
+        """Move the answers generated here when their time has come, and again those that are still here."""
+        now = trio.current_time()
+        if self._began_at is None or now < self._move_at:
             return
-        if trio.current_time() >= self._began_at + self._drain_s * DRAIN_FINISH_SHARE:
-            self._has_moved = True
-            moved = {"for_peers": self._peers.move_all(), "for_clients": self._dispatch.move_local()}
+        self._move_at = now + MOVE_INTERVAL_S
+        moved = {"for_peers": self._peers.move_all(), "for_clients": self._dispatch.move_local()}
+        if any(moved.values()):
             logger.info("answers generated here go on at other nodes", extra=moved)
 
     async def leave(self, hurried: trio.Event) -> None:
@@ -111,6 +114,6 @@ class Drain:
     def _start(self) -> None:
         logger.info("draining", extra={"drain_s": self._drain_s})
         self._began_at = trio.current_time()
-        self._has_moved = False
+        self._move_at = self._began_at + self._drain_s * DRAIN_FINISH_SHARE
         self._http.announce_drain()
         self._changed()

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 # Of one piece, so that an answer of 8,192 dimensions fits into a few megabytes and small requests need not wait long.
 PIECE_INPUTS_MAX = 128
+# Nodes whose engine may break over one piece: where two do it is its inputs' fault, and they are kept from the others.
+FAULTS_MAX = 2
 PIECES_AT_ONCE = 4  # of one request: enough to keep several nodes busy
 
 
@@ -95,20 +97,24 @@ class EmbeddingDispatch:
         size = sum(map(input_bytes, piece.inputs))
         failed: set[str] = set()
         refusal: NoCapacity | None = None
+        faults = 0
         while len(failed) < TRIES_MAX:
             remaining_s = deadline - trio.current_time()
             if remaining_s <= 0:
                 raise _too_late(piece)
             route = RouteRequest(
-                piece.model, size, exclude=frozenset(failed), fingerprint=piece.fingerprint, kind=EMBEDDING
+                piece.model,
+                size,
+                exclude=frozenset(failed),
+                fingerprint=piece.fingerprint,
+                was_refused=refusal is not None,
+                kind=EMBEDDING,
             )
             view = self._view()
             try:
                 node_id = self._router.rank(view, route, trio.current_time())[0]
-            except (NoCapacity, ModelUnknown):
-                if refusal is not None:
-                    raise refusal from None
-                raise
+            except ModelUnknown as exc:
+                raise refusal or exc from None
             try:
                 answer = await self._try(view.members[node_id], replace(piece, deadline_s=remaining_s), size)
             except (RequestInvalid, DeadlineExceeded):
@@ -117,9 +123,14 @@ class EmbeddingDispatch:
                 failed.add(node_id)
                 refusal = exc if isinstance(exc, NoCapacity) else refusal
                 self._note_failure(piece, node_id, exc)
+                faults += isinstance(exc, GenerationFailed)
+                if faults >= FAULTS_MAX:
+                    raise
             else:
                 return node_id, answer
-        raise refusal or GenerationFailed(f"{len(failed)} nodes were tried and none could serve the request")
+        if refusal is not None:
+            raise self._router.refused(view, replace(route, exclude=frozenset(failed)), trio.current_time())
+        raise GenerationFailed(f"{len(failed)} nodes were tried and none could serve the request")
 
     async def _try(self, member: MemberView, request: EmbedRequest, size: int) -> Embeddings:
         # Counted before anything is awaited, so that requests of the same instant see each other.

@@ -165,6 +165,10 @@ class HttpServer:
                 self._admit(trio.SocketStream(trio.socket.from_stdlib_socket(accepted)))
         except BlockingIOError:  # none is left
             pass
+        except (
+            OSError
+        ) as exc:  # out of descriptors, or one that has left already: a node that ends cannot wait for more
+            logger.error("cannot accept a connection", extra={"reason": exc.strerror})
         self._accepting.socket.close()
         self._listener.close()
 

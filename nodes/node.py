@@ -1,7 +1,8 @@
 """One node, put together: sockets, mesh, engines, API; and the order in which they start and end.
 
 Nesting is lifecycle: the mesh runs around the engines, the engines around HTTP. Stopping unwinds it: not ready, running
-streams finish until the drain time is over (nodes.drain), HTTP closes, gossip says LEAVE, the engines stop.
+streams finish until the drain time is over (nodes.drain), HTTP closes, gossip says LEAVE, the engines stop
+(STOP_TIMEOUT_S at most), the mesh ends.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ logger = logging.getLogger(__name__)
 # How often this node's load is taken for gossip, which decides what of it is urgent.
 LOAD_INTERVAL_S = 0.1
 # Counted from 0 on, so that rate() sees the first answer, error and refusal of each.
-GENERATING_PATHS = ("/v1/chat/completions", "/v1/completions")
+GENERATING_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 GENERATING_STATUSES = (200, 429, 500, 503)
 # While no seed has answered a handshake, how often each is tried.
 SEED_CHECK_INTERVAL_S = 2.0
@@ -275,9 +276,10 @@ class Node:
             try:
                 async with trio.open_nursery() as engines:
                     await self._serve(stop, engines)
+                    self._gossip_socket.leave()  # now: the engines' stop may wait for a step in progress
                     engines.cancel_scope.cancel()
             finally:
-                self._gossip_socket.leave()  # also after a fault: peers need not wait for a death to be found
+                self._gossip_socket.leave()  # after a fault: peers need not wait for a death to be found
                 mesh.cancel_scope.cancel()
         logger.info("node stopped")
 

@@ -97,11 +97,6 @@ class PeerServer:
         else:
             await self._generate(stream)
 
-    @property
-    def generation_count(self) -> int:
-        """Generations executed for peers now."""
-        return len(self._generations)
-
     def move_all(self) -> int:
         """End every generation executed for a peer, so that it goes on elsewhere. Returns how many there were."""
         moved = len(self._generations)

@@ -157,7 +157,7 @@ class _Writer:
         }
 
     async def whole(self) -> Response:
-        answers = await self._choices.collect()
+        answers = await self._choices.collect(self._admission.generated)
         usage = self._finish(answers)
         choices = [self._form.whole(index, event) for index, event in enumerate(answers)]
         payload = self._object(self._form.object_name, choices) | {"usage": usage}

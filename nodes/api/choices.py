@@ -7,7 +7,7 @@ none gets ahead, and what a slow client leaves unread stays with the streams, wh
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 
 import trio
@@ -55,12 +55,14 @@ class Choices:
             self._failure = exc
         scope.cancel()
 
-    async def collect(self) -> tuple[GenerateEvent, ...]:
-        """Each answer as one event. Raises GenerationError and MeshError."""
+    async def collect(self, generated: Callable[[int], None]) -> tuple[GenerateEvent, ...]:
+        """Each answer as one event. generated: told the tokens of each event as it comes. Raises GenerationError and
+        MeshError."""
         answers = [_Answer() for _ in self.streams]
         async with self:
             while self._unfinished:
                 index, event = await self.receive()
+                generated(len(event.token_ids))
                 answers[index].add(event)
         return tuple(answer.event() for answer in answers)
 

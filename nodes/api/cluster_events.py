@@ -6,6 +6,7 @@ that a page that watches needs no other."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -31,7 +32,7 @@ def register(app: Quart, services: Services, status: Callable[[], bytes]) -> Non
     @app.get("/cluster/events")
     async def cluster_events() -> Response:
         feed = services.events
-        listener = feed.listen()
+        listener = feed.listen(request.remote_addr or "")
         exchange_of(request.scope).closing.append(listener)
         has_status = request.args.get("status") == "1"
         last_id = request.headers.get("last-event-id", "")
@@ -56,14 +57,17 @@ def register(app: Quart, services: Services, status: Callable[[], bytes]) -> Non
 async def _stream(feed: EventFeed, last_id: str, status: Callable[[], bytes] | None) -> AsyncGenerator[bytes, None]:
     yield RETRY
     revision = _revision(feed, last_id)
+    status_at = -math.inf  # when the next one is due
     while not feed.is_closed:
-        if status is not None:
+        now = trio.current_time()
+        if status is not None and now >= status_at:
+            status_at = now + STATUS_INTERVAL_S
             yield named_event("status", status())
         for event in feed.since(revision):
             revision = event.revision
             yield _encoded(feed, event)
         is_silent = True
-        with trio.move_on_after(KEEP_ALIVE_S if status is None else STATUS_INTERVAL_S):
+        with trio.move_on_at(trio.current_time() + KEEP_ALIVE_S if status is None else status_at):
             await feed.wait(revision)
             is_silent = False
         if is_silent and status is None:

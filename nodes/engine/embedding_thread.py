@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+import numpy as np
 import trio
 
 from nodes.engine.courier import Courier
@@ -21,6 +22,8 @@ from nodes.engine.errors import EngineFault
 from nodes.engine.pooling import FloatArray
 
 logger = logging.getLogger(__name__)
+
+TRIAL: IntArray = np.zeros(1, np.int64)  # an input that every model takes
 
 
 class EmbeddingSession(Protocol):
@@ -69,7 +72,7 @@ class EmbeddingThread:
 
     def start(self, deliver: Callable[[Done], None], fail: Callable[[], None]) -> None:
         """From a trio task. In trio's thread deliver is called for each step, and fail where the thread ends with a
-        fault: FAULTS_MAX steps broke one after the other, or something else did."""
+        fault: FAULTS_MAX steps broke one after the other and a single token did after each, or something else broke."""
         self._courier.start(trio.lowlevel.current_trio_token())
         self._thread = threading.Thread(target=self._run, args=(deliver, fail), name="embedding", daemon=True)
         self._thread.start()
@@ -120,11 +123,20 @@ class EmbeddingThread:
         is_shared_fault = isinstance(done.vectors, EngineFault) and len(parts) > 1
         for part in map(self._run_step, parts) if is_shared_fault else (done,):
             if isinstance(part.vectors, EngineFault):
-                self._faults += 1
                 self.faults_total += 1
+                # An input that breaks the model, sent again and again, must not end an engine that serves all others.
+                self._faults = 0 if self._passes_trial() else self._faults + 1
             else:
                 self._faults = 0
             yield part
+
+    def _passes_trial(self) -> bool:
+        """Whether the model still embeds one token."""
+        try:
+            return bool(np.isfinite(self._session.embed([TRIAL])).all())
+        except Exception as exc:
+            logger.error("the embedding engine fails at a single token as well", exc_info=exc)
+            return False
 
     def _run_step(self, step: Step) -> Done:
         started = time.perf_counter()

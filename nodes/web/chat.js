@@ -6,7 +6,7 @@ import { moveReason, rate, seconds } from "./format.js";
 const MESSAGES_MAX = 40; // of the conversation, sent with each question
 const ANNOUNCED_CHARS = 600;
 const COLOURS = 6;
-const messages = [];
+let messages = []; // a new list with each conversation: an answer that ends late belongs to the former one
 const colours = new Map(); // by node, in the order in which they served
 let running = null; // the AbortController of the answer that comes
 
@@ -25,7 +25,7 @@ export function startChat() {
   byId("stop").addEventListener("click", () => running?.abort());
   byId("clear").addEventListener("click", () => {
     running?.abort();
-    messages.length = 0;
+    messages = [];
     byId("talk").replaceChildren();
     byId("question").focus();
   });
@@ -42,7 +42,8 @@ export function offerModels(status) {
 }
 
 async function ask(question) {
-  messages.push({ role: "user", content: question });
+  const conversation = messages;
+  conversation.push({ role: "user", content: question });
   byId("question").value = "";
   byId("talk").append(make("li", { class: "mine" }, make("p", { class: "who" }, "You"), make("p", {}, question)));
   const answer = new Answer();
@@ -51,20 +52,20 @@ async function ask(question) {
   running = new AbortController();
   setBusy(true);
   try {
-    await answer.read(running.signal);
-    messages.push({ role: "assistant", content: answer.text });
+    await answer.read(conversation, running.signal);
+    conversation.push({ role: "assistant", content: answer.text });
     answer.finish("");
   } catch (error) {
     answer.finish(error.name === "AbortError" ? "stopped" : error.message);
     // What was seen stays in the conversation; a question without any answer is taken back.
-    if (answer.text) messages.push({ role: "assistant", content: answer.text });
-    else messages.pop();
+    if (answer.text) conversation.push({ role: "assistant", content: answer.text });
+    else conversation.pop();
     if (error.status === 401) {
       byId("api-key").closest("details").open = true;
       byId("api-key").focus();
     }
   }
-  while (messages.length > MESSAGES_MAX) messages.shift();
+  while (conversation.length > MESSAGES_MAX) conversation.shift();
   running = null;
   setBusy(false);
 }
@@ -97,7 +98,7 @@ class Answer {
     say("The answer is being written.");
   }
 
-  async read(signal) {
+  async read(messages, signal) {
     const headers = { "content-type": "application/json" };
     const key = byId("api-key").value.trim();
     if (key) headers.authorization = `Bearer ${key}`;

@@ -30,6 +30,26 @@ def test_a_killed_node_is_offline_within_ten_seconds(browser: Any, mesh: Mesh) -
         assert (visitor.faults, visitor.foreign) == ([], [])
 
 
+def test_a_new_conversation_has_nothing_of_an_answer_that_was_being_written(browser: Any, calm_mesh: Mesh) -> None:
+    with Visitor(browser, calm_mesh.nodes[0]) as visitor:
+        visitor.wait_for_nodes(entry="healthy", node_2="healthy", node_3="healthy")
+        sent: list[list[dict[str, str]]] = []
+        visitor.page.on("request", lambda asked: sent.append(_messages(asked)) if asked.method == "POST" else None)
+        visitor.lengthen_answers(TOKENS)
+        visitor.ask(QUESTION)
+        visitor.page.locator("#talk .part:not(:empty)").first.wait_for()
+        visitor.page.get_by_role("button", name="New conversation").click()
+        visitor.page.locator("#send:enabled").wait_for()
+        visitor.ask("And now?")
+        visitor.page.locator("#talk .part:not(:empty)").first.wait_for()
+    assert sent[-1] == [{"role": "user", "content": "And now?"}]
+
+
+def _messages(request: Any) -> list[dict[str, str]]:
+    asked: list[dict[str, str]] = json.loads(request.post_data)["messages"]
+    return asked
+
+
 def test_a_chat_goes_on_at_another_node_before_the_viewers_eyes(browser: Any, mesh: Mesh) -> None:
     entry = mesh.nodes[0]
     with Visitor(browser, entry) as visitor:

@@ -22,7 +22,7 @@ from pathlib import Path
 from tests.conformance import environments
 from tests.conformance.api_description.run import check_api_description
 from tests.conformance.environments import HERE, InstallFailed
-from tests.conformance.stage import EMBEDDING_MODEL, EMBEDDINGS_PATH, MODEL, Stage, control
+from tests.conformance.stage import EMBEDDING_MODEL, MODEL, Stage, control
 
 SUITE_TIMEOUT_S = 240.0
 STAGE_VARIABLE = "AI_CLUSTER_CONFORMANCE"
@@ -117,8 +117,6 @@ def run_suites(folder: Path, suites: list[Suite]) -> list[str]:
     failed = []
     try:
         stage.start()
-        has_embeddings = EMBEDDINGS_PATH in stage.api_description()["paths"]
-        print(f"embeddings: {'tested' if has_embeddings else f'not tested, {EMBEDDINGS_PATH} is not served yet'}")
         with control(stage) as control_url:
             told = folder / "stage.json"
             facts = {
@@ -126,7 +124,6 @@ def run_suites(folder: Path, suites: list[Suite]) -> list[str]:
                 "urls": [f"{node.url}/v1" for node in stage.mesh.nodes],
                 "key": stage.create_key_by_cli("conformance"),
                 "control": control_url,
-                "embeddings": has_embeddings,
                 "embedding_model": EMBEDDING_MODEL,
             }
             told.write_text(json.dumps(facts))

@@ -23,7 +23,6 @@ class MeshUnderTest:
     urls: list[str]
     key: str
     control: str
-    embeddings: bool
     embedding_model: str
 
     @property

@@ -51,6 +51,3 @@ export async function holdPlace(key) {
   await reader.read();
   return () => reader.cancel();
 }
-
-// Counts a skip only for what the node itself does not serve yet.
-export const embeddingsSkip = stage.embeddings ? false : "/v1/embeddings is not served yet";

@@ -33,7 +33,6 @@ ENCODER_MODULE = "nodes.model_tools.random_encoder"
 BUILT_IN = Path(__file__).parents[2] / "nodes" / "models" / "demo"
 EXECUTOR_TIMEOUT_S = 20.0
 CLI_TIMEOUT_S = 60.0
-EMBEDDINGS_PATH = "/v1/embeddings"
 
 
 class Stage:
@@ -85,12 +84,6 @@ class Stage:
 
     def admin_token(self) -> str:
         return (self.entry.folder / "data" / "admin-token").read_text().strip()
-
-    def api_description(self) -> dict[str, Any]:
-        status, body = self.entry.request("/openapi.json")
-        assert status == 200, body
-        document: dict[str, Any] = json.loads(body)
-        return document
 
     # What tests may ask for.
 

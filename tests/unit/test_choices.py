@@ -37,6 +37,10 @@ def choices_of(members: list[CountedStream]) -> Choices:
     return Choices(members)  # type: ignore[arg-type]
 
 
+def ignore(tokens: int) -> None:
+    pass
+
+
 async def test_streams_that_always_have_more_take_turns() -> None:
     members = streams(answer(100), answer(100), answer(100))
     order = []
@@ -68,9 +72,20 @@ async def test_what_was_read_while_waiting_for_the_first_is_not_lost(autojump_cl
     choices = choices_of(streams([5.0, *answer(3)], [0.5, *answer(1)], [0.5, *answer(2)]))
     await choices.wait_first(2.0)
     assert trio.current_time() == pytest.approx(0.5)
-    answers = await choices.collect()
+    told: list[int] = []
+    answers = await choices.collect(told.append)
+    assert sum(told) == 6
     assert [event.text for event in answers] == ["xxx", "x", "xx"]
     assert [event.usage for event in answers] == [Usage(1, 3), Usage(1, 1), Usage(1, 2)]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+async def test_tokens_of_a_whole_answer_are_told_as_they_come(n: int, autojump_clock: trio.testing.MockClock) -> None:
+    told: list[tuple[float, int]] = []
+    started = trio.current_time()
+    choices = choices_of(streams(*[[GenerateEvent("xy", (1, 2)), 5.0, *answer(1)]] * n))
+    await choices.collect(lambda tokens: told.append((trio.current_time() - started, tokens)))
+    assert told == [(pytest.approx(0.0), 2)] * n + [(pytest.approx(5.0), 1)] * n
 
 
 async def test_no_first_event_ends_the_wait(autojump_clock: trio.testing.MockClock) -> None:
@@ -79,7 +94,7 @@ async def test_no_first_event_ends_the_wait(autojump_clock: trio.testing.MockClo
         started = trio.current_time()
         await choices.wait_first(2.0)
         assert trio.current_time() - started == pytest.approx(2.0)
-        assert [event.text for event in await choices.collect()] == ["x"] * len(scripts)
+        assert [event.text for event in await choices.collect(ignore)] == ["x"] * len(scripts)
 
 
 @pytest.mark.parametrize("others", [0, 1])
@@ -88,7 +103,7 @@ async def test_a_failure_is_raised_as_it_is(others: int) -> None:
     with pytest.raises(GenerationFailed):
         await choices_of(streams(broken, *[[60.0, *answer(1)]] * others)).wait_first(2.0)
     with pytest.raises(GenerationFailed):
-        await choices_of(streams(broken, *[[60.0, *answer(1)]] * others)).collect()
+        await choices_of(streams(broken, *[[60.0, *answer(1)]] * others)).collect(ignore)
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -16,7 +16,7 @@ from mesh.errors import NoCapacity, PeerUnavailable
 from mesh.view import ClusterView, MemberStatus, MemberView
 from nodes.api import cluster as cluster_api
 from nodes.api.cluster_events import _stream
-from nodes.event_feed import LISTENERS_MAX, EventFeed
+from nodes.event_feed import LISTENERS_MAX, LISTENERS_OF_ADDRESS_MAX, EventFeed
 from nodes.events import Happening
 from nodes.member_views import VIEWS_S, MemberViews, disputed
 from tests.unit.scripted_api import Api, ScriptedDispatch, view
@@ -100,6 +100,29 @@ async def test_silence_is_a_keep_alive_and_with_status_the_status_each_second(
     await stream.aclose()
 
 
+async def test_the_status_comes_once_a_second_also_while_much_happens(autojump_clock: trio.testing.MockClock) -> None:
+    events = feed()
+    stream = _stream(events, "", lambda: b"{}")
+    names = []
+
+    async def happen() -> None:
+        while True:
+            await trio.sleep(0.05)
+            events.add(JOINED)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(happen)
+        began = trio.current_time()
+        async for block in stream:
+            names.append(block.split(b"\n")[0])
+            if trio.current_time() - began >= 3.5:
+                break
+        nursery.cancel_scope.cancel()
+    assert names.count(b"event: status") == 4
+    assert names.count(b"event: cluster") > 20
+    await stream.aclose()
+
+
 async def test_a_flood_reaches_a_listener_as_one_event(autojump_clock: trio.testing.MockClock) -> None:
     events = feed()
     stream = _stream(events, "", None)
@@ -130,12 +153,12 @@ async def test_the_end_of_the_node_ends_every_listener(autojump_clock: trio.test
             nursery.start_soon(close)
             assert [block async for block in stream] == []
     with pytest.raises(NoCapacity):
-        events.listen()
+        events.listen("")
 
 
 async def test_listeners_are_bounded_and_a_place_is_free_again_when_one_has_left() -> None:
     api = Api(ScriptedDispatch())
-    listeners = [api.events.listen() for _ in range(LISTENERS_MAX)]
+    listeners = [api.events.listen("") for _ in range(LISTENERS_MAX)]
     refused = await api.client.get("/cluster/events")
     assert refused.status_code == 503
     assert "the limit is 64" in refused.json()["error"]["message"]
@@ -143,9 +166,23 @@ async def test_listeners_are_bounded_and_a_place_is_free_again_when_one_has_left
     await listeners[0].aclose()
     await listeners[0].aclose()  # twice is once
     assert api.events.listeners == LISTENERS_MAX - 1
-    api.events.listen()
+    api.events.listen("")
     with pytest.raises(NoCapacity):
-        api.events.listen()
+        api.events.listen("")
+
+
+async def test_listeners_of_one_address_are_bounded_by_themselves() -> None:
+    events = feed()
+    for addresses in (["192.0.2.1"] * 8, [f"2001:db8::{index:x}" for index in range(8)]):
+        listeners = [events.listen(address) for address in addresses]
+        with pytest.raises(NoCapacity, match="of this address"):
+            events.listen(addresses[0].replace("::0", "::99"))
+        await listeners[0].aclose()
+        events.listen(addresses[0])
+    events.listen("2001:db8:0:1::1")
+    for _ in range(LISTENERS_OF_ADDRESS_MAX + 1):
+        events.listen("127.0.0.1")
+    assert events.listeners == 2 * 8 + 1 + LISTENERS_OF_ADDRESS_MAX + 1
 
 
 async def test_a_client_that_leaves_frees_its_place() -> None:

@@ -9,9 +9,10 @@ from types import MappingProxyType
 
 import pytest
 import trio
+import trio.testing
 
 from mesh.errors import ModelUnknown, NoCapacity, PeerUnavailable
-from mesh.router import Router
+from mesh.router import RETRY_AFTER_MIN_S, Router
 from mesh.view import (
     Address,
     ClusterView,
@@ -333,6 +334,20 @@ async def test_a_late_request_is_opened_on_a_second_node_and_the_first_to_answer
     assert nodes.moves == [Move("hedge", "b", "c", "late")]
 
 
+async def test_a_node_that_fails_while_its_rival_answers_is_left_out_and_probed(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    nodes = Nodes(hedges=True, b=[0.1, LAST], c=[0.5, TOKEN, 0.1, PeerUnavailable("gone")], a=[TOKEN, LAST])
+    for _ in range(100):
+        await read(nodes)
+    nodes.opened.clear()
+    nodes.scripts["b"] = [0.3, PeerUnavailable("gone")]
+    events, node_id = await read(nodes)
+    assert [name for name, _ in nodes.opened] == ["b", "c", "a"]
+    assert (events[-1], node_id) == (LAST, "a")
+    assert nodes.failed == ["b", "c"]
+
+
 async def test_nothing_is_hedged_unless_asked_for(autojump_clock: trio.testing.MockClock) -> None:
     nodes = Nodes(b=[0.1, LAST], c=[0.1, LAST], a=[])
     for _ in range(100):
@@ -348,11 +363,42 @@ async def test_the_clients_own_fault_is_not_tried_elsewhere() -> None:
     assert len(nodes.opened) == 1
 
 
-async def test_refusals_everywhere_are_told_with_the_time_to_wait() -> None:
-    nodes = Nodes(b=NoCapacity("full", 9.0), a=NoCapacity("full", 4.0))
-    with pytest.raises(NoCapacity) as raised:
+@pytest.mark.parametrize("names", ["b", "bc", "bcdefgh"])
+async def test_refusals_everywhere_are_told_with_the_time_that_the_router_promised(
+    names: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    nodes = Nodes(**dict.fromkeys(names, NoCapacity("full", 9.0)))
+    for _ in range(3):
+        with pytest.raises(NoCapacity) as raised:
+            await read(nodes)
+        promises = nodes.router._traffic["m"].retries._order
+        (promise,) = [promise for promise in promises if not promise.is_over]  # one client, one promise
+        assert raised.value.retry_after_s == pytest.approx(promise.told - trio.current_time())
+        await trio.sleep(raised.value.retry_after_s)
+
+
+async def test_an_answer_that_waits_for_a_node_is_promised_nothing(autojump_clock: trio.testing.MockClock) -> None:
+    nodes = Nodes(b=[TOKEN, PeerUnavailable("gone")], c=NoCapacity("full", 9.0))
+    with pytest.raises(GenerationFailed):
         await read(nodes)
-    assert raised.value.retry_after_s == 4.0
+    assert not nodes.router._traffic["m"].retries
+
+
+async def test_nodes_that_are_broken_promise_nothing() -> None:
+    with pytest.raises(NoCapacity) as raised:
+        await read(nodes := Nodes(b=PeerUnavailable("gone")))
+    assert raised.value.retry_after_s == RETRY_AFTER_MIN_S
+    assert not nodes.router._traffic["m"].retries
+
+
+async def test_a_full_node_beside_one_that_refused_gives_the_routers_time() -> None:
+    nodes = Nodes(b=NoCapacity("full", 9.0), c=[])
+    nodes.set_load("c", ModelLoad(active=8, queued=10_000, decode_rate=10.0))
+    for _ in range(2):
+        with pytest.raises(NoCapacity) as raised:
+            await read(nodes)
+        assert raised.value.retry_after_s != 9.0
+    assert nodes.router._traffic["m"].retries
 
 
 async def test_tries_are_bounded() -> None:

@@ -133,10 +133,19 @@ async def test_a_node_that_was_full_says_when_to_come_back() -> None:
 
 
 async def test_four_nodes_are_tried_at_most() -> None:
-    nodes = Nodes(**{node_id: GenerationFailed("broken") for node_id in "bcdefg"})
+    nodes = Nodes(**{node_id: PeerUnavailable("gone") for node_id in "bcdefg"})
     with pytest.raises(GenerationFailed, match="4 nodes were tried"):
         await nodes.dispatch.embed(request())
     assert len(nodes.asked) == 4
+
+
+async def test_inputs_that_broke_two_engines_are_given_to_no_third() -> None:
+    nodes = Nodes(**{node_id: GenerationFailed("broken") for node_id in "bcdefg"})
+    with pytest.raises(GenerationFailed, match="broken"):
+        await nodes.dispatch.embed(request())
+    assert len(nodes.asked) == 2
+    late = Nodes(b=PeerUnavailable("gone"), c=GenerationFailed("broken"), d=PeerUnavailable("gone"), e=None)
+    assert (await late.dispatch.embed(request())).node_ids == ("e",)
 
 
 async def test_a_model_that_nobody_has_is_unknown() -> None:

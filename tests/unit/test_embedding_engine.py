@@ -37,6 +37,7 @@ class FakeEmbeddingSession:
 
     def __init__(self) -> None:
         self.steps: list[list[list[int]]] = []
+        self.is_broken = False
         self._allowed: threading.Semaphore | None = None
 
     def hold(self) -> None:
@@ -51,7 +52,7 @@ class FakeEmbeddingSession:
         self.steps.append([ids.tolist() for ids in inputs])
         if self._allowed is not None:
             self._allowed.acquire()
-        if any(POISON in ids for ids in inputs):
+        if self.is_broken or any(POISON in ids for ids in inputs):
             raise RuntimeError("the fake session was told to fail")
         rows = [(len(ids), ids.sum(), ids[0]) for ids in inputs]
         vectors = np.array(rows, np.float32)
@@ -183,8 +184,9 @@ async def test_steps_that_break_one_after_the_other_end_the_engine() -> None:
     async with running(engine_of(session), session) as engine:
         assert engine.statistics().state is READY
         for _ in range(FAULTS_MAX):
+            session.is_broken = True
             with pytest.raises(EngineFault):
-                await embed(engine, [POISON])
+                await embed(engine, [2])
         while engine.statistics().state is not FAILED:
             await trio.sleep(0.001)
         with pytest.raises(EngineFault, match="the log says why"):
@@ -195,10 +197,25 @@ async def test_a_step_that_goes_well_forgives_those_before() -> None:
     session = FakeEmbeddingSession()
     async with running(engine_of(session), session) as engine:
         for _ in range(FAULTS_MAX):
+            session.is_broken = True
             with pytest.raises(EngineFault):
-                await embed(engine, [POISON])
+                await embed(engine, [2])
+            while engine._thread.step_began is not None:
+                await trio.sleep(0.001)
+            session.is_broken = False
             await embed(engine, [1])
         assert engine.statistics().state is READY
+
+
+async def test_an_input_that_breaks_the_model_again_and_again_does_not_end_the_engine() -> None:
+    session = FakeEmbeddingSession()
+    async with running(engine_of(session), session) as engine:
+        for _ in range(2 * FAULTS_MAX):
+            with pytest.raises(EngineFault):
+                await embed(engine, [POISON])
+        assert (await embed(engine, [1])).tolist() == [expected([1])]
+        assert engine.statistics().state is READY
+        assert engine.statistics().step_faults_total == 2 * FAULTS_MAX
 
 
 async def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:

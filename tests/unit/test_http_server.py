@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -437,6 +438,25 @@ async def test_a_closed_listener_refuses_connections_and_serves_those_there_were
         await read_answer(in_the_queue)
         await ask(known)
         served.server.close_listener()  # may be repeated
+
+
+async def test_a_listener_is_closed_also_without_file_descriptors(
+    clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving() as served:
+        known = await served.connect()
+        await ask(known)
+
+        def accept(listener: socket.socket) -> None:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(socket.socket, "accept", accept)
+            served.server.close_listener()
+        assert "cannot accept a connection" in caplog.text
+        with pytest.raises(OSError, match="refused"):
+            await served.connect()
+        await ask(known)
 
 
 async def test_only_connections_idle_for_long_enough_are_closed(clock: trio.testing.MockClock) -> None:

@@ -15,6 +15,7 @@ import pytest
 import trio
 
 import nodes.node
+from mesh.udp import GossipSocket
 from nodes.config import BUILTIN_MODEL, ConfigInvalid, load_config
 from nodes.engine.engine import Engine, load_engine
 from nodes.engine.model_loader import ModelFolderInvalid, read_model_folder
@@ -87,6 +88,28 @@ async def test_a_model_that_fails_to_load_ends_the_node_with_its_reason(
     with pytest.RaisesGroup(pytest.RaisesExc(ConfigInvalid, match="the graph is broken"), flatten_subgroups=True):
         async with running_node(tmp_path):
             await trio.sleep(30)
+
+
+async def test_peers_hear_of_the_end_before_the_engines_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    leave, run = GossipSocket.leave, Engine.run
+
+    def noted_leave(gossip: GossipSocket) -> None:
+        happened.append("leave")
+        leave(gossip)
+
+    async def noted_run(engine: Engine, **options: Any) -> None:
+        try:
+            await run(engine, **options)
+        finally:
+            happened.append("engine stopped")
+
+    monkeypatch.setattr(GossipSocket, "leave", noted_leave)
+    monkeypatch.setattr(Engine, "run", noted_run)
+    with trio.fail_after(30):
+        async with running_node(tmp_path) as (client, _):
+            await wait_for_status(client, "/health/ready", 200)
+    assert happened[:2] == ["leave", "engine stopped"]
 
 
 async def test_a_second_signal_cuts_the_drain(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

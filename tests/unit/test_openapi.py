@@ -28,6 +28,7 @@ from nodes.api.completion_schema import CompletionRequest
 from nodes.api.embedding_schema import EmbeddingRequest
 from nodes.api.openapi import ERRORS, ROUTES, openapi_document
 from nodes.generation import GenerateEvent, TokenLogprob, Usage
+from nodes.node import GENERATING_PATHS
 from tests.unit.scripted_api import ANSWER, Api, ScriptedDispatch, events
 
 DOCUMENT = openapi_document("0.1")
@@ -52,6 +53,27 @@ def test_every_route_is_described_and_no_other() -> None:
     }
     described = {(method, path) for path, methods in DOCUMENT["paths"].items() for method in methods}
     assert served == described
+
+
+def test_every_status_of_an_error_is_on_the_page_of_the_api() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    table = text[text.index("## Errors") :].split("\n## ")[0]
+    told = {int(status) for cell in re.findall(r"^\| ([0-9, ]+) \|", table, re.M) for status in cell.split(", ")}
+    paths = [routes.values() for path, routes in DOCUMENT["paths"].items() if path.startswith("/v1/")]
+    answered = {int(status) for routes in paths for route in routes for status in route["responses"]}
+    assert told == {status for status in answered if status >= 400} | {405, 431}
+
+
+def test_every_route_that_computes_is_counted_from_its_beginning() -> None:
+    posted = {path for path, methods in DOCUMENT["paths"].items() if path.startswith("/v1/") and "post" in methods}
+    assert set(GENERATING_PATHS) == posted
+
+
+def test_every_route_that_takes_no_key_is_named_where_it_is_warned_of() -> None:
+    text = (Path(__file__).parents[2] / "SECURITY.md").read_text()
+    named = set(re.findall(r"`(/[^`]*)`", text[text.index("Open without a key:") :].split("\n\n")[0]))
+    paths = {path.replace("{name}", "*") for path in DOCUMENT["paths"] if not path.startswith(("/v1/", "/admin/"))}
+    assert named == paths
 
 
 def test_every_reference_leads_somewhere() -> None:

@@ -87,7 +87,7 @@ def test_what_merging_returns_is_what_changed(history: list[Record], record: Rec
     before, position = dict(replica.records), replica.position
     changed = replica.merge([record])
     assert changed == ([record] if replica.records != before else [])
-    assert replica.changes_since(position, 10) == (changed, position + len(changed))
+    assert replica.position == position + len(changed)
     assert replica.merge([record]) == []
 
 
@@ -168,24 +168,6 @@ def test_a_replica_that_starts_from_disk_goes_on_where_it_was() -> None:
     assert again.statistics() == replica.statistics()
     commit(again, "k1", b"newer")
     assert replica.merge([again.records["k1"]]), "an edit after the restart outdoes those before it"
-
-
-# Rumours.
-
-
-def test_changes_are_told_once_each_in_pages_the_oldest_first() -> None:
-    replica = Replica("a", 1)
-    for i in range(5):
-        commit(replica, f"k{i}", b"1")
-    position = replica.position
-    for i in (4, 2, 4, 0):
-        commit(replica, f"k{i}", b"2")
-    delete(replica, "k2")
-    first, position = replica.changes_since(position, 2)
-    rest, position = replica.changes_since(position, 2)
-    assert [record.record_id for record in first + rest] == ["k4", "k0", "k2"]
-    assert (first + rest)[-1].is_deleted
-    assert replica.changes_since(position, 2) == ([], position)
 
 
 # Bounds.

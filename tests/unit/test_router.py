@@ -334,3 +334,12 @@ def test_a_model_of_another_kind_is_none_that_the_request_may_go_to() -> None:
     assert rank(member("a"), embedding, request=replace(REQUEST, kind=EMBEDDING)) == ["b"]
     with pytest.raises(ModelUnknown):
         rank(embedding)
+
+
+def test_a_node_that_makes_no_progress_is_asked_only_where_no_sound_one_could_be() -> None:
+    full, stuck = member("full", replace(BUSY, queued=2), queue_limit=2), member("stuck")
+    view = replace(view_of(full, stuck), witnessed=frozenset({"stuck"}))
+    with pytest.raises(NoCapacity, match="1 have a full queue"):
+        Router(random.Random(0)).rank(view, REQUEST, 0.0)
+    assert Router(random.Random(0)).rank(view, replace(REQUEST, exclude=frozenset({"full"})), 0.0) == ["stuck"]
+    assert Router(random.Random(0)).rank(replace(view, witnessed=frozenset()), REQUEST, 0.0) == ["stuck"]

@@ -4,7 +4,7 @@ import { test } from "node:test";
 import { createOpenAI } from "@ai-sdk/openai";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { APICallError, Output, embedMany, generateText, stepCountIs, streamText, tool } from "ai";
-import { Forecast, ask, embeddingsSkip, holdPlace, limitedKey, notingFetch, question, stage, url } from "./stage.mjs";
+import { Forecast, ask, holdPlace, limitedKey, notingFetch, question, stage, url } from "./stage.mjs";
 
 const providers = {
   openai: (options = {}) => createOpenAI({ baseURL: url, apiKey: stage.key, ...options }).chat,
@@ -129,7 +129,7 @@ for (const [name, make] of Object.entries(providers)) {
     assert.equal(fetch.statuses.at(-1), 200);
   });
 
-  test(`${name}: embeddings`, { skip: embeddingsSkip }, async () => {
+  test(`${name}: embeddings`, async () => {
     const provider = name === "openai" ? createOpenAI({ baseURL: url, apiKey: stage.key }) : make();
     const embedder = (provider.embeddingModel ?? provider.textEmbeddingModel)(stage.embedding_model);
     const { embeddings, usage } = await embedMany({ model: embedder, values: ["A node", "The mesh"] });

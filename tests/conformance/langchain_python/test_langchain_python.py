@@ -142,8 +142,6 @@ def test_completions(mesh: Any) -> None:
 
 
 def test_embeddings(mesh: Any) -> None:
-    if not mesh.embeddings:
-        pytest.skip("/v1/embeddings is not served yet")
     # Without check_embedding_ctx_length it would count tokens as OpenAI's own models do.
     model = OpenAIEmbeddings(
         model=mesh.embedding_model, base_url=mesh.url, api_key=mesh.key, check_embedding_ctx_length=False

@@ -48,7 +48,7 @@ class OwnRouter:
     def choose(self, request: Request, failed: frozenset[str]) -> int | Refused:
         view = self._hearsay.view(self._entry, self._world.now)
         blocks = request.blocks if self._is_affine else ()
-        route = RouteRequest("demo", request.prompt_bytes, failed, blocks, ticket=str(request.number))
+        route = RouteRequest("demo", request.prompt_bytes, failed, blocks, was_refused=bool(failed))
         try:
             node_id = self._router.rank(view, route, view.now)[0]
         except NoCapacity as exc:
@@ -60,7 +60,8 @@ class OwnRouter:
         return self._world.names.index(node_id)
 
     def refuse(self, request: Request, failed: frozenset[str]) -> float:
-        route = RouteRequest("demo", request.prompt_bytes, failed, ticket=str(request.number))
+        blocks = request.blocks if self._is_affine else ()
+        route = RouteRequest("demo", request.prompt_bytes, failed, blocks, was_refused=bool(failed))
         view = self._hearsay.view(self._entry, self._world.now)
         return self._router.refused(view, route, view.now).retry_after_s
 
