@@ -82,7 +82,7 @@ class Subject:
                 rng=rng,
             ),
             is_open=True,
-            wait_known=trio.lowlevel.checkpoint,
+            wait_known=trio.lowlevel.checkpoint,  # what an event that is set costs
             usage_changed=lambda: None,
             wall_clock=lambda: 1e9 + self.now,
             now=lambda: self.now,
