@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -135,6 +136,9 @@ def keys_rotate(
     data_dir: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Make a new key for an old one: same name, limits and usage. It is printed as by create."""
+    if not math.isfinite(grace_hours):
+        print("ai-cluster: --grace-hours is a number of hours", file=sys.stderr)
+        raise typer.Exit(EXIT_USAGE)
     body = {"grace_s": round(grace_hours * 3600)}
     raise typer.Exit(_edit(url, data_dir, "POST", f"{_path(key)}/rotate", body))
 

@@ -59,12 +59,13 @@ def models_list(
     directory: Annotated[
         Path | None, typer.Option("--dir", metavar="DIR", help="list the model folders below DIR instead")
     ] = None,
+    api_key: Annotated[str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY", help="sent as bearer")] = None,
 ) -> None:
     """List the models that the mesh serves, or with --dir the model folders on this machine."""
     if directory is None:
         from nodes.client import list_models
 
-        raise typer.Exit(list_models(url))
+        raise typer.Exit(list_models(url, api_key))
     with _reported():
         _list_folders(directory)
 

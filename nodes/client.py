@@ -8,6 +8,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http import HTTPStatus
 from typing import Any
 
 from rich.console import Console
@@ -27,9 +28,9 @@ def make_console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=PIPE_COLUMNS)
 
 
-def list_models(url: str) -> int:
+def list_models(url: str, api_key: str | None) -> int:
     try:
-        for model in get_json(url, "/v1/models")["data"]:
+        for model in get_json(url, "/v1/models", api_key)["data"]:
             print(model["id"])
     except NodeAnswered as exc:
         print(f"ai-cluster: {exc}", file=sys.stderr)
@@ -119,6 +120,8 @@ def request_for(url: str, path: str, bearer: str | None, body: bytes | None = No
         raise NodeAnswered(f"{url!r} is no URL; try --url http://127.0.0.1:8080")
     headers = {"content-type": "application/json"} if body is not None else {}
     if bearer:
+        if not (bearer.isascii() and bearer.isprintable()):
+            raise NodeAnswered("the key has a character that no key has, such as a line's end; read it anew")
         headers["authorization"] = f"Bearer {bearer}"
     return urllib.request.Request(url.rstrip("/") + path, data=body, headers=headers)  # noqa: S310 (checked above)
 
@@ -137,6 +140,8 @@ def open_answer(request: urllib.request.Request, timeout_s: float) -> http.clien
 
 def _refusal(error: urllib.error.HTTPError) -> str:
     try:
-        return str(json.load(error)["error"]["message"])
+        message = str(json.load(error)["error"]["message"])
+        is_key_wanted = error.code == HTTPStatus.UNAUTHORIZED and "/v1/" in error.url
+        return f"{message} (with --api-key or OPENAI_API_KEY)" if is_key_wanted else message
     except (ValueError, KeyError, TypeError):
         return f"{error.url} answered {error.code} {error.reason}"

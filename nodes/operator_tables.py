@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.table import Table
@@ -81,7 +82,7 @@ def keys_table(answers: Sequence[Answer]) -> Table:
 
 def api_keys_table(answer: Answer) -> Table:
     """answer: that of /admin/keys."""
-    table = _table(f"{len(answer['keys'])} API keys that work, {answer['revoked']} that were revoked")
+    table = _table(f"{len(answer['keys'])} API keys, and {answer['revoked']} that were revoked")
     for heading in ("id", "name", "state", "models"):
         table.add_column(heading, overflow="fold")
     for heading in ("requests/min", "tokens/min", "at once", "priority", "created", "expires"):
@@ -91,7 +92,7 @@ def api_keys_table(answer: Answer) -> Table:
         table.add_row(
             f"sk-{key['id']}",
             key["name"],
-            "enabled" if key["enabled"] else "[yellow]disabled[/]",
+            _state(key),
             ", ".join(key["models"]) or "all",
             *limits,
             str(key["concurrency"] or "-"),
@@ -100,6 +101,12 @@ def api_keys_table(answer: Answer) -> Table:
             (key["expires_at"] or "never")[:16],
         )
     return table
+
+
+def _state(key: Answer) -> str:
+    if key["expires_at"] is not None and datetime.fromisoformat(key["expires_at"]) <= datetime.now(UTC):
+        return "[red]expired[/]"
+    return "enabled" if key["enabled"] else "[yellow]disabled[/]"
 
 
 def _limit(key: Answer, kind: str) -> str:

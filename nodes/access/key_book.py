@@ -99,6 +99,8 @@ class KeyBook:
         """Raises KeyMalformed, and EditRefused where there are too many keys or another one has the name."""
         self._check_name_is_free(settings.name)
         key, token = new_key(settings, wall_time)
+        if key.has_expired(wall_time):  # the first key closes an open mesh: one that opens nothing would lock it
+            raise KeyMalformed("expires_at: this time has passed")
         return NewKey(key, token, [self._draft(key)])
 
     def change(self, public_id: str, settings: KeySettings) -> tuple[ApiKey, Sequence[Record]]:
@@ -111,8 +113,10 @@ class KeyBook:
         return key, [self._draft(key)]
 
     def rotate(self, public_id: str, wall_time: float, grace_s: int) -> NewKey:
-        """A new key for the old one, which ends after grace_s. Raises KeyUnknown, EditRefused."""
+        """A new key for the old one, which ends after grace_s. Raises KeyUnknown, KeyMalformed, EditRefused."""
         former = self._known(public_id)
+        if former.has_expired(wall_time):
+            raise KeyMalformed("expires_at: this key has expired, and its new one would have too; change that first")
         key, token = new_key(former.settings, wall_time, former.family)
         if grace_s <= 0:
             return NewKey(key, token, [self._draft(key), self._replica.draft_deletion(former.record_id)])

@@ -29,7 +29,10 @@ def _time(value: object) -> object:
     """A date, a time of ISO 8601 (UTC where it names no zone), or seconds since 1970. Raises ValueError."""
     if not isinstance(value, str):
         return value
-    moment = datetime.fromisoformat(value)
+    try:
+        moment = datetime.fromisoformat(value)
+    except ValueError:
+        raise ValueError("a date such as 2027-01-31, or a time such as 2027-01-31T12:00+01:00") from None
     return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
 
 
@@ -213,4 +216,5 @@ async def _body(model: type[Any]) -> Any:
     except ValidationError as exc:
         fault = exc.errors(include_input=False, include_url=False)[0]
         param = ".".join(str(part) for part in fault["loc"]) or None
-        raise RequestInvalid(f"{param or 'the body'}: {fault['msg']}", param=param) from exc
+        reason = str(fault.get("ctx", {}).get("error", "")) or fault["msg"]
+        raise RequestInvalid(f"{param or 'the body'}: {reason}", param=param) from exc

@@ -108,3 +108,13 @@ def test_a_record_that_cannot_be_read_opens_nothing_and_hides_nothing(caplog: py
     assert keys.keys == [new.key]
     assert keys.keys == [new.key]
     assert [record.message for record in caplog.records] == ["a key's record cannot be read"]
+
+
+def test_a_key_that_has_expired_is_neither_made_nor_rotated() -> None:
+    made = keys, _ = book()
+    with pytest.raises(KeyMalformed, match="expires_at: this time has passed"):
+        keys.create(KeySettings("late", expires_at=int(NOW)), NOW)
+    assert not keys.was_ever_used
+    new = create(made, "alice", expires_at=int(NOW) + 10)
+    with pytest.raises(KeyMalformed, match="has expired"):
+        keys.rotate(new.key.public_id, NOW + 10, 0)
