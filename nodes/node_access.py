@@ -29,8 +29,8 @@ from nodes.figures import UsageFigures
 from nodes.peer_questions import Answerer
 from nodes.store import Store
 
-# How long a node with seeds that has no keys waits for some peer's before it serves without: longer than it takes to find
-# that another node has its name, which is told nothing by the mesh and would be open.
+# How long a node with seeds that has no keys waits for some peer's before it serves without: longer than it takes to
+# find that another node has its name, which is told nothing by the mesh and would be open.
 RECORDS_WAIT_S = 10.0
 _RECORDS = "records"
 _USAGE = "usage"

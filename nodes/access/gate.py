@@ -29,7 +29,7 @@ SHARE_WAIT_S = 1.0
 SHARE_POLL_S = 0.05
 # Wrong keys from one address within the window, after which further ones are told to wait. Keys that work always do:
 # whoever shares an address with a guesser is not shut out, and nobody guesses 256 bits.
-FAILURES_MAX = 20
+FAILURES_MAX = 120
 FAILURE_WINDOW_S = 60.0
 ADDRESSES_MAX = 4_096
 IPV6_PREFIX_BITS = 64  # what one customer has

@@ -23,7 +23,8 @@ class AdminAccess:
         that shows wrong token after wrong token."""
         scheme, _, shown = authorization.partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(shown.strip().encode(), self._token):
-            retry_after_s = self._failures.failed(address, self._now())
+            # Who shows none does not guess.
+            retry_after_s = self._failures.failed(address, self._now()) if authorization else None
             if retry_after_s is not None:
                 raise LimitReached("too many wrong admin tokens from this address", "address", retry_after_s, {})
             raise Unauthorized(

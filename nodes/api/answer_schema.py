@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 
 class Answer(BaseModel):
@@ -266,3 +266,23 @@ class UsageTotal(Answer):
 class UsageAnswer(Answer):
     usage: list[KeyUsage]
     total: UsageTotal
+
+
+class ClusterEvent(Answer):
+    """One event of /cluster/events, as its data tells it."""
+
+    id: str
+    at: float = Field(description="Seconds since 1970, on the clock of the node asked")
+    kind: str
+    node_id: str
+    reason: str
+    count: int = Field(description="How often within ten seconds")
+
+
+class ScrapeTarget(Answer):
+    targets: list[str] = Field(description="HOST:PORT")
+    labels: dict[str, str]
+
+
+class ScrapeTargets(RootModel[list[ScrapeTarget]]):
+    """As Prometheus's http_sd_configs reads them."""

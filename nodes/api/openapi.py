@@ -15,6 +15,7 @@ from nodes.api import admin, keys
 from nodes.api.answer_schema import (
     ChatCompletion,
     ChatCompletionChunk,
+    ClusterEvent,
     ClusterStatus,
     ClusterViews,
     Completion,
@@ -26,6 +27,7 @@ from nodes.api.answer_schema import (
     KeyObject,
     ModelList,
     ModelObject,
+    ScrapeTargets,
     UsageAnswer,
 )
 from nodes.api.chat_schema import ChatCompletionRequest
@@ -52,7 +54,7 @@ ERRORS = {
     408: "The body did not come in time",
     409: "The mesh has no such node",
     413: "The body is larger than this node accepts",
-    429: "A limit of the key; `retry-after` says when there is room again",
+    429: "A limit of the key, or too many wrong ones from this address; `retry-after` says when to come back",
     415: "The body's content type is not JSON",
     500: "A fault of the node; the log has it under the request id",
     502: "The node that generated failed, and no other could go on",
@@ -61,7 +63,8 @@ ERRORS = {
     507: "The disk does not take the change; nothing was changed",
 }
 GENERATING = (400, 401, 403, 404, 408, 413, 415, 429, 500, 502, 503, 504)
-CHANGING = (400, 401, 408, 409, 413, 500)
+CHANGING = (400, 401, 408, 409, 413, 429, 500)
+USAGE_ERRORS = (400, 401, 429, 500, 503)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,12 +147,12 @@ ROUTES = (
         "/cluster/events",
         "Cluster",
         "What happens in the mesh, the recent first, then live; with status=1 its status each second",
-        answer={EVENTS: None},
+        answer={EVENTS: ClusterEvent},
         errors=(500, 503),
         query=("status",),
     ),
     Route("get", "/cluster/views", "Cluster", "What each node believes of each other", answer={JSON: ClusterViews}),
-    Route("get", "/cluster/sd", "Cluster", "Every node, for Prometheus's http_sd_configs", answer={JSON: None}),
+    Route("get", "/cluster/sd", "Cluster", "Every node, for http_sd_configs", answer={JSON: ScrapeTargets}),
     Route("get", "/metrics", "Cluster", "Figures for Prometheus", answer={"text/plain": None}),
     Route("get", "/metrics/cluster", "Cluster", "The figures of every node", answer={"text/plain": None}),
     Route("get", "/openapi.json", "Description", "This description", answer={JSON: None}),
@@ -159,11 +162,11 @@ ROUTES = (
     *(
         Route(method, path, "Admin", summary, body, {LINES: None}, errors, security="admin_token", query=query)
         for method, path, summary, body, errors, query in (
-            ("get", "/admin/keyring", "The cluster keys of every node", None, (401, 500), ()),
+            ("get", "/admin/keyring", "The cluster keys of every node", None, (401, 429, 500), ()),
             ("post", "/admin/keyring/install", "Install a cluster key", admin.InstallBody, CHANGING, ()),
             ("post", "/admin/keyring/use", "Seal with another key", admin.KeyBody, CHANGING, ()),
             ("post", "/admin/keyring/remove", "Remove a cluster key", admin.KeyBody, CHANGING, ()),
-            ("get", "/admin/members", "Members, or what one believes", None, (401, 409, 500), ("of",)),
+            ("get", "/admin/members", "Members, or what one believes", None, (401, 409, 429, 500), ("of",)),
             ("post", "/admin/join", "Join through a node", admin.JoinBody, CHANGING, ()),
             ("post", "/admin/drain", "Have a node finish and take nothing new", admin.DrainBody, CHANGING, ()),
             ("post", "/admin/leave", "Have a node leave", admin.LeaveBody, CHANGING, ()),
@@ -173,11 +176,11 @@ ROUTES = (
     *(
         Route(method, path, "Keys", summary, body, {JSON: kind}, errors, security="admin_token", query=query)
         for method, path, summary, body, kind, errors, query in (
-            ("get", "/admin/keys", "All API keys that are not revoked", None, KeyList, (401, 500), ()),
+            ("get", "/admin/keys", "All API keys that are not revoked", None, KeyList, (401, 429, 500), ()),
             ("post", "/admin/keys", "Make an API key", keys.CreateBody, EditedKey, (*CHANGING, 507), ()),
-            ("get", "/admin/keys/{name}", "One key, by id or name", None, KeyObject, (401, 404, 500), ()),
+            ("get", "/admin/keys/{name}", "One key, by id or name", None, KeyObject, (401, 404, 429, 500), ()),
             ("patch", "/admin/keys/{name}", "Change a key", keys.ChangeBody, EditedKey, (*CHANGING, 404, 507), ()),
-            ("delete", "/admin/keys/{name}", "Revoke a key", None, EditedKey, (401, 404, 500, 507), ()),
+            ("delete", "/admin/keys/{name}", "Revoke a key", None, EditedKey, (401, 404, 429, 500, 507), ()),
             (
                 "post",
                 "/admin/keys/{name}/rotate",
@@ -187,7 +190,15 @@ ROUTES = (
                 (*CHANGING, 404, 507),
                 (),
             ),
-            ("get", "/admin/usage", "What keys used", None, UsageAnswer, (400, 401, 500, 503), ("from", "to", "key")),
+            (
+                "get",
+                "/admin/usage",
+                "What keys used",
+                None,
+                UsageAnswer,
+                (400, 401, 429, 500, 503),
+                ("from", "to", "key"),
+            ),
         )
     ),
 )
@@ -285,6 +296,13 @@ def _answer(content_type: str, kind: type[BaseModel] | None) -> dict[str, Any]:
 
 def _event(kind: type[BaseModel]) -> dict[str, Any]:
     """OpenAPI 3.1 has no word for streams; as tools read it, the schema is that of each event."""
+    if kind is ClusterEvent:
+        return {
+            "type": "object",
+            "description": "Events named cluster, and status where it was asked for; their data is JSON",
+            "properties": {"data": {"type": "string", "contentMediaType": JSON}},
+            "required": ["data"],
+        }
     payload = {"contentMediaType": JSON, "contentSchema": {"anyOf": [_ref(kind), _ref(ErrorAnswer)]}}
     return {
         "type": "object",
