@@ -2,7 +2,7 @@
 
 Nesting is lifecycle: the mesh runs around the engines, the engines around HTTP. Stopping unwinds it: not ready, running
 streams finish until the drain time is over (nodes.drain), HTTP closes, gossip says LEAVE, the engines stop
-(STOP_TIMEOUT_S at most), the mesh ends.
+(nodes.engine.step_watch.STOP_TIMEOUT_S at most), the mesh ends.
 """
 
 from __future__ import annotations
@@ -508,7 +508,7 @@ class Node:
         engines = self._statistics()
         return NodeLoad(
             readiness=Readiness.DRAINING if self._drain.is_active else self._readiness,
-            active_requests=self._active_requests(),
+            active_requests=sum(engine.active + engine.queued for engine in engines.values()),
             tokens_per_s=sum(engine.tokens_per_s for engine in engines.values()),
             loop_lag_s=self._loop_lag_s,
             view_hash=self._view_hash,

@@ -19,17 +19,8 @@ from nodes.engine.embedding_folder import EmbeddingFolder, LoadedEmbeddingModel,
 from nodes.engine.embedding_queue import EmbeddingQueue, EmbeddingRequest, IntArray
 from nodes.engine.embedding_session import load_embedding_session
 from nodes.engine.embedding_thread import Done, EmbeddingSession, EmbeddingThread
-from nodes.engine.engine import (
-    PAUSE_S,
-    RETRY_AFTER_MAX_S,
-    RETRY_AFTER_MIN_S,
-    STOP_TIMEOUT_S,
-    STUCK_FIRST_S,
-    STUCK_MIN_S,
-    STUCK_STEPS,
-    WATCH_INTERVAL_S,
-)
-from nodes.engine.engine_statistics import FAILED, LOADING, READY, STUCK, EngineStatistics, State
+from nodes.engine.engine import RETRY_AFTER_MAX_S, RETRY_AFTER_MIN_S
+from nodes.engine.engine_statistics import EngineStatistics
 from nodes.engine.errors import (
     DeadlinePassed,
     EngineError,
@@ -42,6 +33,7 @@ from nodes.engine.errors import (
 from nodes.engine.estimate import PREFILL_RATE_DEFAULT, FirstTokenEstimate
 from nodes.engine.meter import Meter
 from nodes.engine.pooling import FloatArray
+from nodes.engine.step_watch import StepWatch
 
 logger = logging.getLogger(__name__)
 
@@ -103,13 +95,12 @@ class EmbeddingEngine:
         self._session = session
         self._queue_limit = queue_limit
         self._load_time_s = load_time_s
-        self._state: State = LOADING
-        self._is_running = False
         self._pending: dict[EmbeddingRequest, _Pending] = {}  # at most what the queue lets wait, and a step or two
         self._queue = EmbeddingQueue(max(1, queue_limit), session.rows_max, session.step_tokens)
         self._thread = EmbeddingThread(session, self._queue, now)
         self._wake = self._thread.wake
         self._meter = Meter()
+        self._watch = StepWatch(self._thread, median_step_s=self._meter.median_step_s, now=now, on_stuck=self._end_all)
 
     @property
     def fingerprint(self) -> str:
@@ -130,23 +121,9 @@ class EmbeddingEngine:
 
         States are as nodes.engine.engine.Engine.run says."""
         self._thread.start(self._deliver, self._fail)
-        self._state, self._is_running = READY, True
-        task_status.started()
         try:
-            watched_from = self.now()
-            while True:
-                due = trio.current_time() + WATCH_INTERVAL_S
-                await trio.sleep_until(due)
-                if trio.current_time() - due > PAUSE_S:
-                    watched_from = self.now()
-                self._watch(watched_from)
+            await self._watch.run(task_status=task_status)
         finally:
-            self._is_running = False
-            self._thread.stop()
-            with trio.move_on_after(STOP_TIMEOUT_S, shield=True) as scope:
-                await self._thread.ended.wait()
-            if scope.cancelled_caught:
-                logger.error("a step of the embedding engine did not end; its thread is left behind")
             self._end_all(EngineStopped("the engine was stopped before the embeddings were there"))
 
     def checked(self, inputs: Sequence[Sequence[int]]) -> list[IntArray]:
@@ -169,7 +146,7 @@ class EmbeddingEngine:
 
         Raises QueueFull, EngineFault when the engine has failed or is stuck, EngineStopped while run() does not run,
         with nothing queued; then EngineFault, EngineStopped and DeadlinePassed."""
-        self._check_state()
+        self._watch.check()
         request = EmbeddingRequest(inputs, fairness_id, weight)
         pending = _Pending(np.empty((len(inputs), self.dimensions), np.float32))
         with self._wake:
@@ -199,7 +176,7 @@ class EmbeddingEngine:
         slots = self._session.rows_max
         active = min(slots, max(0, len(self._pending) - queued))
         return EngineStatistics(
-            state=self._state,
+            state=self._watch.state,
             slots=slots,
             active=active,
             queued=queued,
@@ -227,14 +204,6 @@ class EmbeddingEngine:
             cache_query_tokens_total=0,
             cache_hit_tokens_total=0,
         )
-
-    def _check_state(self) -> None:
-        if self._state is FAILED:
-            raise EngineFault("the engine has failed; the log says why")
-        if self._state is STUCK:
-            raise EngineFault("a step of the engine does not return")
-        if not self._is_running:
-            raise EngineStopped("the engine is not running")
 
     def _rate(self) -> float:
         """Tokens per second."""
@@ -290,24 +259,7 @@ class EmbeddingEngine:
         for request in list(self._pending):
             self._end(request, error)
 
-    def _watch(self, watched_from: float) -> None:
-        """Say when a step does not return, and when it has after all. Time before watched_from does not count."""
-        began = self._thread.step_began
-        median_s = self._meter.median_step_s()
-        limit_s = max(STUCK_MIN_S, STUCK_STEPS * median_s) if median_s else STUCK_FIRST_S
-        is_stuck = began is not None and self.now() - max(began, watched_from) > limit_s
-        if is_stuck and self._state is READY:
-            self._state = STUCK
-            logger.error(
-                "a step of the embedding engine does not return; its requests end, and it takes none until it does",
-                extra={"stack": self._thread.stack()},
-            )
-            self._end_all(EngineFault("a step of the engine does not return"))
-        elif not is_stuck and self._state is STUCK:
-            self._state = READY
-            logger.warning("the step of the embedding engine has returned; it is ready again")
-
     def _fail(self) -> None:
         """What the thread posts as it ends with a fault."""
-        self._state = FAILED
+        self._watch.fail()
         self._end_all(EngineFault("the engine failed while it computed these embeddings"))

@@ -27,6 +27,7 @@ from nodes.engine.embedding_folder import (
 )
 from nodes.engine.model_folder import ModelFolderInvalid
 from nodes.engine.pooling import FloatArray, normalized, pool
+from nodes.engine.priority import call_making_way
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def load_embedding_session(
     if available is not None and needed > available:
         raise _too_large(folder, needed, "available memory", available)
     try:
-        session = _open(folder, threads, spinning, [CPU], [{}])
+        session = call_making_way(lambda: _open(folder, threads, spinning, [CPU], [{}]))
         return _started(EmbeddingSession(session, folder, "cpu"), folder)
     except ModelFolderInvalid:
         raise

@@ -20,6 +20,7 @@ from nodes.engine.embedding_queue import EmbeddingQueue, IntArray, Step
 from nodes.engine.engine_thread import FAULTS_MAX
 from nodes.engine.errors import EngineFault
 from nodes.engine.pooling import FloatArray
+from nodes.engine.priority import make_way
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ class EmbeddingThread:
             self.wake.notify()
 
     def _run(self, deliver: Callable[[Done], None], fail: Callable[[], None]) -> None:
+        make_way()
         try:
             while (step := self._next_step()) is not None:
                 self.step_began = self._now()

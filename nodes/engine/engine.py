@@ -14,7 +14,7 @@ from typing import Literal
 
 import trio
 
-from nodes.engine.engine_statistics import FAILED, LOADING, READY, STUCK, EngineStatistics, KvRows, State
+from nodes.engine.engine_statistics import EngineStatistics, KvRows
 from nodes.engine.engine_thread import EngineThread, Tick
 from nodes.engine.errors import EngineError, EngineFault, EngineStopped, PromptTooLong, QueueFull, TokenUnknown
 from nodes.engine.estimate import FirstTokenEstimate, estimate_first_token
@@ -26,27 +26,17 @@ from nodes.engine.sampling import GrammarSpec, Matcher, SamplingParams
 from nodes.engine.scheduler import Failed, Outcome, Scheduler, text_fault
 from nodes.engine.sequence import Sequence
 from nodes.engine.session import Provider, load_session
+from nodes.engine.step_watch import StepWatch
 from nodes.engine.stream import EngineStream
 
 logger = logging.getLogger(__name__)
 
 Resume = Literal["auto", "prefill", "replay"]
 
-# How long run() waits for the step in progress when it is cancelled; a step on a loaded CPU takes up to seconds.
-STOP_TIMEOUT_S = 10.0
 # An answer's length until answers have been seen, for retry_after_s.
 ANSWER_TOKENS_DEFAULT = 256
 RETRY_AFTER_MIN_S = 1.0
 RETRY_AFTER_MAX_S = 60.0
-# A step is stuck when it takes this many times the median, and at least the first bound; before there is a median,
-# the second one, since a device may compile its kernels in the first step.
-STUCK_STEPS = 20
-STUCK_MIN_S = 10.0  # steps that share their cores with other work take seconds now and then
-STUCK_FIRST_S = 60.0
-WATCH_INTERVAL_S = 0.5
-# A watch that comes so much too late says that the whole process stood still, as a suspended machine does, and that a
-# step began before that cannot be judged by the clock.
-PAUSE_S = 1.0
 
 
 def load_engine(
@@ -103,8 +93,6 @@ class Engine:
         self._session = session
         self._queue_limit = queue_limit
         self._load_time_s = load_time_s
-        self._state: State = LOADING
-        self._is_running = False
         self._streams: dict[Sequence, EngineStream] = {}  # at most slots + what the scheduler lets wait
         self._estimates: dict[Sequence, tuple[float, float]] = {}  # until the first token: when submitted, estimate
         self._answer_tokens = float(ANSWER_TOKENS_DEFAULT)
@@ -113,6 +101,9 @@ class Engine:
         self._wake = self._thread.wake  # its lock guards the scheduler, and is held for bookkeeping only
         self._grammars = GrammarCompiler(model.tokenizer.to_json(), session.vocabulary_size, model.eos_ids)
         self._meter = Meter()
+        self._watch = StepWatch(
+            self._thread, median_step_s=self._meter.median_step_s, now=now, on_stuck=self._end_stuck
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -131,23 +122,9 @@ class Engine:
         return: the state is then `stuck`.
         """
         self._thread.start(self._deliver, self._fail)
-        self._state, self._is_running = READY, True
-        task_status.started()
         try:
-            watched_from = self.now()
-            while True:
-                due = trio.current_time() + WATCH_INTERVAL_S
-                await trio.sleep_until(due)
-                if trio.current_time() - due > PAUSE_S:
-                    watched_from = self.now()
-                self._watch(watched_from)
+            await self._watch.run(task_status=task_status)
         finally:
-            self._is_running = False
-            self._thread.stop()
-            with trio.move_on_after(STOP_TIMEOUT_S, shield=True) as scope:
-                await self._thread.ended.wait()
-            if scope.cancelled_caught:
-                logger.error("a step of the engine did not end; its thread is left behind")
             self._end_streams(EngineStopped("the engine was stopped before the answer was complete"))
 
     def submit(
@@ -175,12 +152,7 @@ class Engine:
         Raises PromptTooLong, TokenUnknown, QueueFull, EngineFault when it has failed or is stuck, EngineStopped while
         run() does not run; nothing was queued then.
         """
-        if self._state is FAILED:
-            raise EngineFault("the engine has failed; the log says why")
-        if self._state is STUCK:
-            raise EngineFault("a step of the engine does not return")
-        if not self._is_running:
-            raise EngineStopped("the engine is not running")
+        self._watch.check()
         if len(prompt_ids) >= self.context_length or len(prompt_ids) + len(generated_ids) > self.context_length:
             raise PromptTooLong(len(prompt_ids) + len(generated_ids), self.context_length - 1)
         for ids in (prompt_ids, generated_ids):
@@ -245,7 +217,7 @@ class Engine:
         with self._wake:
             load, meter = self._scheduler.load(), self._meter
             return EngineStatistics(
-                state=self._state,
+                state=self._watch.state,
                 slots=self._session.slots,
                 active=load.active,
                 queued=load.queued,
@@ -355,28 +327,15 @@ class Engine:
         for stream in streams.values():
             stream.end(error)
 
-    def _watch(self, watched_from: float) -> None:
-        """Say when a step does not return, and when it has after all. Time before watched_from does not count."""
-        began = self._thread.step_began
-        median_s = self._meter.median_step_s()
-        limit_s = max(STUCK_MIN_S, STUCK_STEPS * median_s) if median_s else STUCK_FIRST_S
-        is_stuck = began is not None and self.now() - max(began, watched_from) > limit_s
-        if is_stuck and self._state is READY:
-            self._state = STUCK
-            logger.error(
-                "a step of the engine does not return; its requests end, and it takes none until it does",
-                extra={"stack": self._thread.stack()},
-            )
-            for sequence, stream in list(self._streams.items()):
-                self._close(sequence)
-                stream.end(EngineFault("a step of the engine does not return"))  # another engine can go on
-        elif not is_stuck and self._state is STUCK:
-            self._state = READY
-            logger.warning("the step of the engine has returned; the engine is ready again")
+    def _end_stuck(self, error: EngineFault) -> None:
+        """End everything, and leave the scheduler to the thread, which may go on."""
+        for sequence, stream in list(self._streams.items()):
+            self._close(sequence)
+            stream.end(error)
 
     def _fail(self) -> None:
         """What the engine thread posts as it ends with a fault."""
-        self._state = FAILED
+        self._watch.fail()
         self._end_streams(EngineFault("the engine failed in the middle of the answer"))
 
 

@@ -291,14 +291,14 @@ async def test_a_step_that_does_not_return_ends_its_requests_until_it_does() -> 
         await outcomes.start("first", [1])
         await until_steps(session, 1)
         clock.now += 1_000
-        engine._watch(0.0)
+        engine._watch.look(0.0)
         assert engine.statistics().state is STUCK
         with pytest.raises(EngineFault, match="does not return"):
             await embed(engine, [1])
         session.allow(5)
         while engine._thread.step_began is not None:
             await trio.sleep(0.001)
-        engine._watch(0.0)
+        engine._watch.look(0.0)
         assert engine.statistics().state is READY
         assert (await embed(engine, [7])).tolist() == [expected([7])]
     assert isinstance(outcomes.found["first"], EngineFault)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from nodes.engine import engine as engine_module
+from nodes.engine import step_watch
 from nodes.engine import stream as stream_module
 from nodes.engine.engine import Engine, Resume, load_engine
 from nodes.engine.engine_statistics import FAILED, LOADING, READY, STUCK
@@ -261,8 +261,8 @@ async def test_a_request_past_its_deadline_ends_with_an_error(is_running: bool) 
 
 
 async def test_a_machine_that_stood_still_has_no_stuck_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "WATCH_INTERVAL_S", 0.001)
-    monkeypatch.setattr(engine_module, "PAUSE_S", -1.0)  # every watch comes too late
+    monkeypatch.setattr(step_watch, "WATCH_INTERVAL_S", 0.001)
+    monkeypatch.setattr(step_watch, "PAUSE_S", -1.0)  # every watch comes too late
     clock = Clock()
     engine, session = fake_engine(clock=clock)
     async with running(engine):
@@ -361,7 +361,7 @@ async def test_an_engine_whose_steps_break_one_after_the_other_gives_up(caplog: 
 async def test_a_step_that_does_not_return_makes_the_engine_stuck_until_it_does(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "WATCH_INTERVAL_S", 0.001)
+    monkeypatch.setattr(step_watch, "WATCH_INTERVAL_S", 0.001)
     clock = Clock()
     engine, session = fake_engine(clock=clock)
     async with running(engine):
@@ -370,7 +370,7 @@ async def test_a_step_that_does_not_return_makes_the_engine_stuck_until_it_does(
         begun = session.entered
         stream = engine.submit(PROMPTS[0], greedy(3), FAR)
         await until_entered(session, begun + 1)
-        clock.now += engine_module.STUCK_MIN_S
+        clock.now += step_watch.STUCK_MIN_S
         await trio.sleep(0.01)
         assert engine.statistics().state == READY
         clock.now += 0.1
