@@ -18,6 +18,7 @@ import numpy as np
 import onnxruntime
 import trio
 
+from nodes import garbage
 from nodes.engine.engine import Engine, load_engine
 from nodes.engine.model_loader import read_model_folder
 from nodes.engine.sampling import SamplingParams
@@ -234,6 +235,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
+    garbage.settle()  # as a node does
     trio.run(serve_engine, options.model, options.threads, claim_stdout())
 
 
