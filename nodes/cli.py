@@ -225,11 +225,13 @@ def chat(
 
 @config_app.command("check")
 def config_check(config: Annotated[Path | None, typer.Argument(help="TOML file", metavar="[FILE]")] = None) -> None:
-    """Check a configuration file together with the environment, and print what a node would use."""
+    """Check a configuration file together with the environment and the files that both name, as serve does at its
+    start, and print what a node would use. Starts and changes nothing; a node that runs may have them in use."""
+    from nodes.config_check import check_start  # imports the engine and the server, which the other commands do without
+
     try:
         checked = load_config(config, os.environ, {})
-        checked.cluster_key()
-        checked.models()
+        check_start(checked)
     except ConfigInvalid as exc:
         print(f"ai-cluster: {exc}", file=sys.stderr)
         raise typer.Exit(EXIT_USAGE) from exc

@@ -83,19 +83,34 @@ def load_keyring(folder: Path, config: NodeConfig) -> KeyringFile:
     A configured key that the file does not know is added, not used; one that was removed is not taken back. Raises
     ConfigInvalid."""
     file = folder / FILE_NAME
-    stored = _read(file)
+    stored, configured = _stored_and_configured(file, config)
     if stored is None:
         return KeyringFile(Keyring([config.cluster_key()], config.cluster_name), (), file)
+    ring = Keyring(stored.keys, config.cluster_name)
+    if configured is not None and key_id(configured) not in ring:
+        _take_configured(configured, ring, stored, file)
+    return KeyringFile(ring, stored.removed, file)
+
+
+def check_keyring(folder: Path, config: NodeConfig) -> None:
+    """Raises ConfigInvalid where load_keyring() would; changes nothing."""
+    stored, _ = _stored_and_configured(folder / FILE_NAME, config)
+    if stored is None:
+        config.cluster_key()
+
+
+def _stored_and_configured(file: Path, config: NodeConfig) -> tuple[_Stored | None, bytes | None]:
+    """What the file holds, and the configured key. Raises ConfigInvalid for what no node may start with."""
+    stored = _read(file)
+    if stored is None:
+        return None, config.configured_key()
     ring = Keyring(stored.keys, config.cluster_name)
     if key_id(DEVELOPMENT_KEY) in ring and not is_loopback(config.mesh.host):
         raise ConfigInvalid(
             f"mesh address {config.mesh} is off loopback, and {file} holds the public development key; start once on "
             f"loopback and remove key {key_id(DEVELOPMENT_KEY).hex()}, or delete the file and pass --cluster-key-file"
         )
-    configured = config.configured_key()
-    if configured is not None and key_id(configured) not in ring:
-        _take_configured(configured, ring, stored, file)
-    return KeyringFile(ring, stored.removed, file)
+    return stored, config.configured_key()
 
 
 def _take_configured(configured: bytes, ring: Keyring, stored: _Stored, file: Path) -> None:
