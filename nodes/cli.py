@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel
 
 from nodes import cli_keys, cli_mesh
 from nodes.cli_models import models_app
+from nodes.cli_options import DEFAULT_URL, CaFile, Url
 from nodes.config import SECRET_KEYS, ConfigInvalid, load_config
 
 EXIT_USAGE = 2  # a fault of configuration or environment that starting again does not mend
@@ -32,14 +34,25 @@ app.add_typer(models_app, name="models")
 cli_mesh.register(app)
 cli_keys.register(app)
 
-Url = Annotated[
-    str, typer.Option("--url", envvar="AI_CLUSTER_URL", help="HTTP address of any node of the mesh", metavar="URL")
-]
-DEFAULT_URL = "http://127.0.0.1:8080"
 ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", help="TOML file with the same keys (dashes become underscores)", metavar="FILE"),
 ]
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"ai-cluster {version('ai-cluster')}")
+        raise typer.Exit
+
+
+@app.callback()
+def ai_cluster(
+    _: Annotated[
+        bool, typer.Option("--version", help="print the version, and end", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command(
@@ -179,25 +192,27 @@ def up(
 @app.command()
 def status(
     url: Url = DEFAULT_URL,
+    ca_file: CaFile = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="follow it until Ctrl-C, as top does")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="the node's answer as it is")] = False,
 ) -> None:
     """Show every node of the mesh as one of them sees it."""
     from nodes.watching import show_status
 
-    raise typer.Exit(show_status(url, watch=watch, as_json=as_json))
+    raise typer.Exit(show_status(url, ca_file, watch=watch, as_json=as_json))
 
 
 @app.command()
 def top(
     url: Url = DEFAULT_URL,
+    ca_file: CaFile = None,
     once: Annotated[bool, typer.Option("--once", help="print it once, and end")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="a line of JSON for each status and event")] = False,
 ) -> None:
     """Follow the mesh: load, speed and queue of each node, and what happens, until Ctrl-C."""
-    from nodes.watching import follow
+    from nodes.watching import follow_mesh
 
-    raise typer.Exit(follow(url, as_json=as_json, once=once))
+    raise typer.Exit(follow_mesh(url, ca_file, as_json=as_json, once=once))
 
 
 @app.command()
@@ -206,6 +221,7 @@ def chat(
         list[str] | None, typer.Argument(help="the question; without it, one is read from stdin")
     ] = None,
     url: Url = DEFAULT_URL,
+    ca_file: CaFile = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="model name [the first one served]")] = None,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0: always the likeliest token")] = 0.0,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="longest answer")] = None,
@@ -219,7 +235,7 @@ def chat(
         print('ai-cluster: no question; try: ai-cluster chat "How do I add a node?"', file=sys.stderr)
         raise typer.Exit(EXIT_USAGE)
     raise typer.Exit(
-        stream_chat(url, text, model=model, temperature=temperature, max_tokens=max_tokens, api_key=api_key)
+        stream_chat(url, ca_file, text, model=model, temperature=temperature, max_tokens=max_tokens, api_key=api_key)
     )
 
 

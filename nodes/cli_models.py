@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar, get_args
 
 import typer
 
+from nodes.cli_options import DEFAULT_URL, CaFile, Url
+
 if TYPE_CHECKING:
     from nodes.engine.devices import Provider as EngineProvider
     from nodes.model_tools.inspect_folder import FolderFacts
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
 
 EXIT_NETWORK = 1  # the same command may do later
 EXIT_USAGE = 2  # something here has to change first
-DEFAULT_URL = "http://127.0.0.1:8080"
 DEFAULT_FOLDER = Path("models")
 TEXT_CHARS_SHOWN = 100
 PIPE_COLUMNS = 240  # a pipe has no width; there nothing may be cut off
@@ -53,9 +54,8 @@ def _reported() -> Iterator[None]:
 
 @models_app.command("list")
 def models_list(
-    url: Annotated[
-        str, typer.Option("--url", envvar="AI_CLUSTER_URL", help="HTTP address of any node of the mesh", metavar="URL")
-    ] = DEFAULT_URL,
+    url: Url = DEFAULT_URL,
+    ca_file: CaFile = None,
     directory: Annotated[
         Path | None, typer.Option("--dir", metavar="DIR", help="list the model folders below DIR instead")
     ] = None,
@@ -65,7 +65,7 @@ def models_list(
     if directory is None:
         from nodes.client import list_models
 
-        raise typer.Exit(list_models(url, api_key))
+        raise typer.Exit(list_models(url, ca_file, api_key))
     with _reported():
         _list_folders(directory)
 

@@ -1,4 +1,5 @@
 import inspect
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,8 @@ def test_an_empty_question_is_a_usage_error() -> None:
     result = runner.invoke(cli.app, ["chat"], input="\n")
     assert result.exit_code == 2
     assert "no question" in result.stderr
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    result = runner.invoke(cli.app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"ai-cluster {version('ai-cluster')}\n")
