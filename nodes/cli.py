@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from nodes.cli_models import models_app
 from nodes.cli_options import DEFAULT_URL, CaFile, Url
 from nodes.config import SECRET_KEYS, ConfigInvalid, load_config
 
+EXIT_OUTPUT = 1  # what was asked may have been done
 EXIT_USAGE = 2  # a fault of configuration or environment that starting again does not mend
 
 app = typer.Typer(
@@ -268,8 +270,31 @@ def _toml(value: object) -> str:
 
 
 def main() -> None:
-    """The script's entry point."""
-    app()
+    """The script's entry point. Output that cannot be written is one line and exit code 1; a reader that has gone, as
+    of `| head`, is no line at all."""
+    try:
+        try:
+            app()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, and not by the interpreter's exit, which would print a traceback
+    except OSError as exc:
+        if not _is_output_broken():
+            raise
+        with suppress(OSError):
+            if not isinstance(exc, BrokenPipeError):
+                print(f"ai-cluster: the output cannot be written: {exc.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left in its buffer
+        sys.exit(EXIT_OUTPUT)
+
+
+def _is_output_broken() -> bool:
+    """Tells a fault of writing the output from others: it happens again."""
+    try:
+        print(flush=True)
+    except OSError:
+        return True
+    return False
 
 
 if __name__ == "__main__":
