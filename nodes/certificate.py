@@ -16,6 +16,7 @@ import trio
 from cryptography import x509
 
 from nodes.config import ConfigInvalid, NodeConfig
+from nodes.iso_time import iso_time
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,9 @@ class Certificate:
                 "the new certificate cannot be used; the former one stays in use", extra={"error.message": str(exc)}
             )
         else:
-            logger.info("took a new certificate", extra={"file": str(self._files[0]), "expires_at": self.expires_at})
+            logger.info(
+                "took a new certificate", extra={"file": str(self._files[0]), "expires_at": iso_time(self.expires_at)}
+            )
 
     # In a worker thread.
 
