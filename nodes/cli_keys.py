@@ -152,9 +152,17 @@ def keys_rotate(
 
 
 @keys_app.command("revoke", epilog=_EPILOG)
-def keys_revoke(key: Key, url: Url = DEFAULT_URL, ca_file: CaFile = None, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
+def keys_revoke(
+    key: Key,
+    everyone: Annotated[
+        bool, typer.Option("--all", help="every key of that name, or of that id's family: after a rotation, two")
+    ] = False,
+    url: Url = DEFAULT_URL,
+    ca_file: CaFile = None,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+) -> None:
     """Make a key useless for ever, whichever node comes back with whatever data."""
-    raise typer.Exit(_edit(url, ca_file, data_dir, "DELETE", _path(key), None))
+    raise typer.Exit(_edit(url, ca_file, data_dir, "DELETE", _path(key) + ("?all=true" if everyone else ""), None))
 
 
 def usage(
@@ -222,6 +230,15 @@ def _edit(
         key = answer["key"]
         verb = {"DELETE": "revoked", "PATCH": "changed"}.get(method, "created")
         print(f"{verb} the key sk-{key['id']} ({key['name']})")
+        for other in answer["also_revoked"]:
+            print(f"revoked the key sk-{other}")
+        for other in answer["others"]:
+            until = f" until {other['expires_at']}" if other["expires_at"] else ""
+            what = {"PATCH": "was not changed, and works", "DELETE": "still works"}.get(method, "works too")
+            fix = f"; to end it: ai-cluster keys revoke sk-{other['id']}" if method != "PATCH" else ""
+            print(f"sk-{other['id']} ({other['name']}) {what}{until}{fix}", file=sys.stderr)
+        for model in answer["unserved_models"] if method != "DELETE" else ():
+            print(f"no node serves {model!r} now, which this key may use; see: ai-cluster models list", file=sys.stderr)
         for node, reason in answer["untold"].items():
             print(f"{node}  was not told yet ({reason}); it learns it when it answers again", file=sys.stderr)
         if token := answer.get("token"):

@@ -270,8 +270,10 @@ def _run(
 
 
 def _tell_fault(line: Line) -> None:
-    """A node that failed or was not asked, or the summary of a command that was not done."""
-    if "skipped" in line:
+    """A node that failed or was not asked, a warning, or the summary of a command that was not done."""
+    if "warning" in line:
+        print(f"{line['node']}  {line['warning']}", file=sys.stderr, flush=True)
+    elif "skipped" in line:
         print(f"{line['node']}  {line['skipped']}", file=sys.stderr)
     elif "node" in line:
         print(f"{line['node']}  failed: {line['error']}", file=sys.stderr)

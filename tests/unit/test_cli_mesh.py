@@ -45,6 +45,9 @@ class ScriptedNode:
             def do_GET(self) -> None:
                 self.do_POST()
 
+            def do_DELETE(self) -> None:
+                self.do_POST()
+
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
                 node.requests.append((self.command, self.path, json.loads(body) if body else None))
@@ -88,6 +91,12 @@ def belief(name: str, membership: str = "alive", *, is_self: bool = False) -> di
         "age_s": 0.52, "mesh": "10.0.0.1:7946", "http": "", "version": "0.1", "generation": 3, "state_version": 99,
         "models": ["demo"],
     }  # fmt: skip
+
+
+def test_a_warning_goes_to_stderr_and_the_command_is_done(node: ScriptedNode, data_dir: Path) -> None:
+    node.lines = [{"node": "b", "warning": "is the last"}, {"node": "b", "ok": True, "state": "none runs"}, SUMMARY]
+    result = run(node, data_dir, "drain", "b")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "b  ok  none runs\nall done\n", "b  is the last\n")
 
 
 def test_each_node_is_a_line_and_failures_go_to_stderr_with_exit_code_1(node: ScriptedNode, data_dir: Path) -> None:
