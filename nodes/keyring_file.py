@@ -117,24 +117,25 @@ def _take_configured(configured: bytes, ring: Keyring, stored: _Stored, file: Pa
     name, primary = key_id(configured).hex(), ring.primary_id.hex()
     if key_id(configured) in stored.removed:
         logger.warning(
-            "the configured cluster key %s was removed from this node's keyring and is not taken back; put key %s into "
-            "cluster_key_file, or leave that out: %s is what this node uses",
-            name, primary, file,
-        )  # fmt: skip
+            "the configured cluster key was removed from this node's keyring, which is what it uses, and is not taken "
+            "back; put the primary key into cluster_key_file, or leave that out",
+            extra={"cluster_key_id": name, "primary": primary, "file": str(file)},
+        )
         return
     try:
         ring.install(configured)
     except KeyRefused as exc:
-        logger.warning("the configured cluster key %s is not taken: %s", name, exc)
+        logger.warning("the configured cluster key is not taken", extra={"cluster_key_id": name, "reason": str(exc)})
         return
     try:
         _write(file, _Stored(ring.keys, stored.removed))
     except OSError as exc:
         raise ConfigInvalid(f"{file}: {exc.strerror}; give a writable folder with --data-dir") from exc
     logger.info(
-        "the configured cluster key %s is accepted from now on; this node goes on to seal with key %s (ai-cluster "
-        "keyring use)", name, primary,
-    )  # fmt: skip
+        "the configured cluster key is accepted from now on; this node goes on to seal with the primary key "
+        "(ai-cluster keyring use)",
+        extra={"cluster_key_id": name, "primary": primary},
+    )
 
 
 def _removed_after(removed: tuple[bytes, ...], before: Keyring, after: Keyring) -> tuple[bytes, ...]:

@@ -173,7 +173,7 @@ class KeyAdmin:
     async def _commit(self, drafts: Sequence[Record], what: str, key: ApiKey) -> dict[str, str]:
         with trio.CancelScope(shield=True):  # bounded by the store's and the peers' timeouts: never half of it
             untold = await self._sync.commit(drafts)
-        logger.info("%s", what, extra={"key_id": key.label, "untold": sorted(untold)})
+        logger.info(what, extra={"key_id": key.label, "untold": sorted(untold)})
         return untold
 
 
