@@ -99,8 +99,9 @@ def drain(
     ca_file: CaFile = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
-    """Let a node take no new requests, and finish its streams or hand them over. It stays a member and goes on running;
-    members shows it as draining. Waits until nothing runs there, at most 45 s."""
+    """Let a node generate nothing new, and finish its streams or hand them over. It stays a member and goes on running,
+    as an entry: who asks it is answered by other nodes. members shows it as draining. Waits until nothing runs there,
+    at most 45 s; warns of a model that no other node serves."""
     raise typer.Exit(_change(url, ca_file, data_dir, "/admin/drain", {"node_id": node, "undo": undo}))
 
 

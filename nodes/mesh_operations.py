@@ -294,7 +294,10 @@ class MeshOperations:
                         "one is",
                     )
                 await self._await_drained(report, member)
-            back = f"it comes back with: ai-cluster drain --undo {member.node_id}, or a restart"
+            back = (
+                f"{member.node_id} goes on as a member and an entry: who asks it is answered by other nodes; it comes "
+                f"back with: ai-cluster drain --undo {member.node_id}, or a restart"
+            )
             await self._end(report, "" if is_undone else back)
 
         return operation

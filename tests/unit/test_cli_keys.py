@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from nodes import cli
 from tests.unit.test_cli_mesh import ScriptedNode, run
 
 KEY: dict[str, object] = {"id": "bbbb", "name": "alice", "expires_at": None}
@@ -59,3 +61,10 @@ def test_a_refused_command_fails_with_the_reason_alone_on_stderr(node: ScriptedN
         result = run(node, data_dir, *command)
         assert (result.exit_code, result.stdout) == (1, "")
         assert result.stderr == "ai-cluster: the key 'typo' is not known here\n"
+
+
+@pytest.mark.parametrize("command", ["create", "change"])
+def test_help_says_what_a_limit_means_over_several_nodes(command: str) -> None:
+    words = " ".join(CliRunner().invoke(cli.app, ["keys", command, "--help"]).output.split())
+    assert "in any 60 seconds over all nodes together" in words
+    assert "docs/limits.md" in words
