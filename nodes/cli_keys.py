@@ -29,7 +29,7 @@ _LIMITS_EPILOG = (
     "Limits per minute hold in any 60 seconds over all nodes together, however requests are spread: a node admits only "
     "its share of what is left until the others have heard. The most that 60 seconds can hold beyond a limit is one "
     "request for each node but one, and what nodes take of the same rest in the instant before they hear of each other "
-    "(measured at ten times the limit over four nodes: below 1 %). In a network that is cut, each side keeps its nodes' "
+    "(measured at ten times the limit over four nodes: below 1 %). In a network that is cut each side keeps its nodes' "
     f"share. docs/limits.md has the bound. {_EPILOG}"
 )
 

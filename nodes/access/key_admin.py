@@ -142,11 +142,17 @@ class KeyAdmin:
                 families = {key.family for key in meant}
                 keys = [key for key in self._book.keys if key in meant or key.family in families]
             else:
-                keys = [self.find(name)]
+                keys = [self._one_to_revoke(name)]
             drafts = [draft for key in keys for draft in self._book.revoke(key.public_id)]
             newest = keys[-1]
             untold = await self._commit(drafts, "revoked an API key", newest)
             return Edited(newest, "", untold, self._others(newest), keys[:-1])
+
+    def _one_to_revoke(self, name: str) -> ApiKey:
+        try:
+            return self.find(name)
+        except KeyAmbiguous as exc:
+            raise KeyAmbiguous(f"{exc}; or revoke them all with --all (over HTTP: ?all=true)") from exc
 
     async def usage(self, first_day: int, last_day: int, name: str | None) -> list[UsageSum]:
         """Days since 1970, UTC. name: of a key, or the id of one that was revoked. Raises KeyUnknown, StoreFailed."""

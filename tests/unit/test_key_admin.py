@@ -44,6 +44,7 @@ async def test_during_the_grace_of_a_rotation_a_name_means_two_keys_which_are_de
     assert [key.public_id for key in rotated.others] == [first.public_id]
     with pytest.raises(KeyAmbiguous) as ambiguous:
         await access.admin.revoke("alice")
+    assert "with --all" in str(ambiguous.value)
     assert f"sk-{first.public_id} (made 2024-10-04T00:01:40Z, works until 2024-10-04T01:01:40Z)" in str(ambiguous.value)
     assert f"sk-{rotated.key.public_id} (made 2024-10-04T00:01:40Z)" in str(ambiguous.value)
     revoked = await access.admin.revoke(f"sk-{first.family}")  # as logs show both; it is the id of the first
