@@ -72,7 +72,7 @@ def describe_fault(node: NodeAddress, url: str, fault: Exception) -> str:
     if is_unlike and not isinstance(fault, ConnectionRefusedError):
         if node.tls is None and _speaks_tls(node.url):
             return f"{node.url} speaks HTTPS, not plain HTTP; try --url https{node.url.removeprefix('http')}"
-        if isinstance(fault, ssl.SSLError) and _speaks_http(node.url):
+        if node.tls is not None and _speaks_http(node.url):
             return f"{node.url} speaks plain HTTP, not HTTPS; try --url http{node.url.removeprefix('https')}"
     if isinstance(fault, ssl.SSLError):
         return f"no TLS with {node.url}: {fault.reason or fault}; is it an AI Cluster node?"
