@@ -16,10 +16,15 @@ from collections import deque
 from collections.abc import Hashable
 
 RETRY_AFTER_MIN_S = 1.0
-RETRY_AFTER_MAX_S = 60.0
+# Clients that are told a minute or more (the Vercel AI SDK; openai-python at two) do not believe it, come back within
+# seconds, and give up. One that waits for this long is told the little that is left.
+RETRY_AFTER_MAX_S = 59.0
 PROMISES_MAX = 4096  # of one model; who comes later is promised the maximum, and not remembered
 # How much before its time a client that comes back is known again; clocks and rounding differ by less.
 EARLY_S = 0.25
+# How long before its turn a place is held for a client. Without it new ones take what those whose turns are next are
+# coming for, and one after the other finds the queue full again.
+HELD_AHEAD_S = 1.0
 # How long a promised place is held. HTTP tells whole seconds, rounded up, and clients add some jitter.
 GRACE_S = 3.0
 
@@ -64,7 +69,7 @@ class RetryQueue:
         if promise is not None and promise.due <= now + EARLY_S:
             self._end(promise)
             return True
-        return places > min(self._due(now, places), held_max)
+        return places > min(self._due(now + HELD_AHEAD_S, places, now), held_max)
 
     def refuse(self, key: Hashable, rate_per_s: float, now: float, *, is_next: bool = False) -> float:
         """Seconds until the request may come back. rate_per_s: of places. is_next: its turn had come already, but the
@@ -77,7 +82,7 @@ class RetryQueue:
             promise = self._promise(key, due, is_first=False)
         elif promise.due <= now + EARLY_S:
             # So many before it, the places held for them being late.
-            promise.due = now + (self._due(now, PROMISES_MAX) + 1) / rate_per_s
+            promise.due = now + (self._due(now, PROMISES_MAX, now) + 1) / rate_per_s
         if promise is None:
             return RETRY_AFTER_MAX_S
         return promise.tell(now)
@@ -108,13 +113,13 @@ class RetryQueue:
                 return None
         return None
 
-    def _due(self, now: float, enough: int) -> int:
-        """Of those whose turn it is, how many are still expected; counted up to `enough`."""
+    def _due(self, until: float, enough: int, now: float) -> int:
+        """Of those whose turn it is until then, how many are still expected; counted up to `enough`."""
         due = 0
         while self._order and self._order[0].is_over:
             self._order.popleft()
         for promise in self._order:
-            if promise.due > now or due >= enough:
+            if promise.due > until or due >= enough:
                 break
             if promise.is_over:
                 continue

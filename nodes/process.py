@@ -13,6 +13,7 @@ from pathlib import Path
 
 import trio
 
+from nodes import garbage
 from nodes.certificate import configured_certificate
 from nodes.config import ConfigInvalid, NodeConfig, is_loopback
 from nodes.data_directory import DataDirectory
@@ -67,6 +68,7 @@ def run_node(config: NodeConfig) -> None:
                 await nursery.start(_watch_signals, stop)
                 if config.stop_with_stdin:
                     nursery.start_soon(_watch_stdin, stop)
+                garbage.settle()
                 await node.run(stop)
                 nursery.cancel_scope.cancel()
 

@@ -10,14 +10,11 @@ from http import HTTPStatus
 from werkzeug.exceptions import HTTPException
 
 from mesh.errors import ModelUnknown, NoCapacity, PeerUnavailable
+from mesh.retry_after import RETRY_AFTER_MAX_S
 from nodes.access.gate import Forbidden, LimitReached, Unauthorized
 from nodes.access.limits import Kind, Remaining
 from nodes.api.limit_headers import limit_headers
 from nodes.generation import DeadlineExceeded, GenerationFailed, RequestInvalid
-
-# Clients that are told a minute or more (the Vercel AI SDK; openai-python at two) do not believe it, come back within
-# seconds, and give up. One that waits for this long is told the little that is left.
-RETRY_AFTER_MAX_S = 59.0
 
 
 @dataclass(frozen=True, slots=True)

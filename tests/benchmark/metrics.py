@@ -32,6 +32,7 @@ from mesh.view import (
     NodeProfile,
     Readiness,
 )
+from nodes import garbage
 from observability.collectors import MESH_FAMILIES, KeyLimit, Snapshot
 from observability.families import LABEL_VALUES_MAX, Figure
 from observability.metrics import STATUSES, Exposition, Metrics
@@ -198,6 +199,7 @@ async def measure(bench: Bench, accept: str, accept_encoding: str) -> dict[str, 
 
 async def main() -> int:
     bench = Bench()
+    garbage.settle()  # as a node does it
     results = {name: await measure(bench, *headers) for name, headers in HEADERS.items()}
     is_met = is_quiet = True
     for result in results.values():

@@ -36,6 +36,7 @@ from typing import Any
 
 import trio
 
+from nodes import garbage
 from tests.cluster.disturber import Disturber, Harm
 from tests.cluster.figures import finish, free_after_s, law, progress, quantile, quantiles
 from tests.cluster.mesh import Mesh, NodeProcess
@@ -433,6 +434,7 @@ def main() -> None:
         edge=given.edge,
     )
     progress(f"seed {options.seed}")
+    garbage.settle()  # this client's own pauses would look like the mesh's
     with tempfile.TemporaryDirectory() as folder:
         report = trio.run(run, Path(folder), options)
     finish(report.figures, report.violations)

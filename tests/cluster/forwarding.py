@@ -27,6 +27,7 @@ from typing import Any
 
 import trio
 
+from nodes import garbage
 from tests.cluster.figures import cpu_s, finish, law, main_thread_cpu_s, progress, quantile, quantiles, rss_mib
 from tests.cluster.mesh import Mesh, NodeProcess
 from tests.cluster.stream_client import Answer, ask
@@ -205,6 +206,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7, help="of the order within pairs")
     options = Options(**vars(parser.parse_args()))
     progress(f"seed {options.seed}")
+    garbage.settle()  # this client's own pauses would look like the mesh's
     with tempfile.TemporaryDirectory() as folder:
         figures = trio.run(run, Path(folder), options)
     finish(figures)

@@ -333,7 +333,7 @@ class _Run:
             await trio.sleep(POLITE_INTERVAL_S)
 
     def figures(self, seconds: float) -> dict[str, Any]:
-        log = (self.node.folder / "logs" / "combined.log").read_text()
+        log = "".join(path.read_text() for path in (self.node.folder / "logs").glob("combined.log*"))
         errors = [line for line in log.splitlines() if '"level": "error"' in line or '"level":"error"' in line]
         errors += [line for line in log.splitlines() if "Traceback" in line]
         errors += [line for line in self.node.stderr().splitlines() if "Traceback" in line]

@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 import trio
 
+from nodes import garbage
 from tests.cluster.mesh import Mesh, NodeProcess
 
 REQUEST_TIMEOUT_S = 60.0
@@ -158,6 +159,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="at least; every node is restarted once")
     parser.add_argument("--keep", type=Path, help="keep the nodes' logs here")
     given = parser.parse_args()
+    garbage.settle()  # this client's own pauses would look like the mesh's
     with tempfile.TemporaryDirectory() as folder:
         mesh = Mesh(given.keep or Path(folder))
         try:

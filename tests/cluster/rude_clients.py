@@ -28,6 +28,7 @@ from typing import Any
 
 import trio
 
+from nodes import garbage
 from tests.cluster.figures import finish, free_after_s, law, progress, quantile, quantiles, rss_mib
 from tests.cluster.mesh import Mesh, NodeProcess
 from tests.cluster.stream_client import POLITE, Answer, Manners, ask
@@ -256,6 +257,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     options = Options(**vars(parser.parse_args()))
     progress(f"seed {options.seed}")
+    garbage.settle()  # this client's own pauses would look like the mesh's
     with tempfile.TemporaryDirectory() as folder:
         figures = trio.run(run, Path(folder), options)
     finish(figures)
