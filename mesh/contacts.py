@@ -15,6 +15,8 @@ from mesh.outbox import Outbox
 from mesh.view import Address, MemberStatus
 
 CALLS_MAX = 128  # unanswered calls remembered; an answer to an older one is taken for a stranger's
+# Nodes that are started together bind within it; a seed that is silent for longer is a wrong one, or down.
+SEED_PATIENCE_S = 5.0
 SEEDS_ADDED_MAX = 32  # while running, each called every few seconds for as long as nobody answers there
 
 
@@ -26,6 +28,8 @@ class Seed:
     called_at: float = float("-inf")
     join_sequence: int = 0  # of the last call, 0 once it was answered
     unanswered: int = 0  # calls since the last answer
+    silent_since: float = 0.0  # the first of those calls
+    is_lasting: bool = False  # told that this silence lasts
     node_id: str = ""  # who answered
 
 
@@ -57,15 +61,21 @@ class Contacts:
         return min(self._dead_at, min((self._due(seed) for seed in self._seeds), default=float("inf")))
 
     def call(self, outbox: Outbox, now: float) -> None:
-        """Call whoever is due, and report the seeds that did not answer the call before: the 1st, 2nd, 4th, … time."""
+        """Call whoever is due, and report the seeds that did not answer the call before: the 1st, 2nd, 4th, … time,
+        and once that it lasts."""
         for seed in [s for s in self._seeds if now >= self._due(s)]:
-            seed.called_at = now
+            before, seed.called_at = seed.called_at, now
             member = self._table.members.get(seed.node_id)
             if member is not None and member.is_live:
                 continue  # looked at again after the next interval
             if seed.join_sequence:
                 seed.unanswered += 1
-                if seed.unanswered & (seed.unanswered - 1) == 0:
+                if seed.unanswered == 1:
+                    seed.silent_since = before
+                if not seed.is_lasting and now - seed.silent_since >= SEED_PATIENCE_S:
+                    seed.is_lasting = True
+                    outbox.emit(SeedUnanswered(seed.address, seed.unanswered, is_lasting=True))
+                elif seed.unanswered & (seed.unanswered - 1) == 0:
                     outbox.emit(SeedUnanswered(seed.address, seed.unanswered))
             seed.join_sequence = self._new_call(seed.address)
             outbox.send_join(seed.address, seed.join_sequence, now, None)
@@ -78,6 +88,7 @@ class Contacts:
         for seed in self._seeds:
             if join_sequence and seed.join_sequence == join_sequence:
                 seed.join_sequence = seed.unanswered = 0
+                seed.is_lasting = False
                 seed.node_id = node_id
                 return True
         return False

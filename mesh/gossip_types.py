@@ -142,10 +142,13 @@ class Fenced:
 
 @dataclass(frozen=True, slots=True)
 class SeedUnanswered:
-    """A seed has not answered `attempts` calls in a row; it is called again. Told at attempts 1, 2, 4, 8, …"""
+    """A seed has not answered `attempts` calls in a row; it is called again. Told at attempts 1, 2, 4, 8, …
+
+    is_lasting: it has been silent for longer than nodes that start together take; told once in a silence."""
 
     address: Address
     attempts: int
+    is_lasting: bool = False
 
 
 @dataclass(frozen=True, slots=True)

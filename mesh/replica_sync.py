@@ -18,6 +18,7 @@ from typing import Any
 import msgpack
 
 from mesh.errors import MalformedDatagram
+from mesh.packed_arrays import field, items, unpack, unpack_array
 from mesh.replica import (
     BUCKETS,
     DIGEST_BYTES,
@@ -57,17 +58,17 @@ def give(records: Sequence[Record]) -> bytes:
 
 def answer(replica: Replica, request: bytes) -> Answer:
     """What to answer a request of give() or of an Asker. Raises MalformedDatagram; nothing has changed then."""
-    fields = _unpack(request)
+    fields = _array(unpack_array(request, MESSAGE_BYTES_MAX))
     kind = count(fields[0])
     if kind == _COMPARE:
-        if _binary(_field(fields, 1), DIGEST_BYTES) == replica.digest():
+        if _binary(field(fields, 1), DIGEST_BYTES) == replica.digest():
             return Answer(_pack(_DONE), [])
         return Answer(_pack(_BUCKETS, replica.bucket_digests()), [])
     if kind == _LIST:
-        buckets = [count(bucket, BUCKETS - 1) for bucket in _items(fields, 1, BUCKETS)]
-        return Answer(_pack(_LISTING, _listing(replica, buckets, _text_or_empty(_field(fields, 2)))), [])
+        buckets = [count(bucket, BUCKETS - 1) for bucket in items(fields, 1, BUCKETS)]
+        return Answer(_pack(_LISTING, _listing(replica, buckets, _text_or_empty(field(fields, 2)))), [])
     if kind == _FETCH:
-        ids = [text(record_id, RECORD_ID_BYTES_MAX) for record_id in _items(fields, 1, RECORDS_PER_MESSAGE)]
+        ids = [text(record_id, RECORD_ID_BYTES_MAX) for record_id in items(fields, 1, RECORDS_PER_MESSAGE)]
         found = [replica.records[record_id] for record_id in ids if record_id in replica.records]
         return Answer(_pack(_RECORDS, [encode_record(record) for record in found]), [])
     if kind == _GIVE:
@@ -100,13 +101,13 @@ class Asker:
 
     def receive(self, message: bytes) -> Step:
         """Raises MalformedDatagram: the comparison is over, and this message has changed nothing."""
-        fields = _unpack(message)
+        fields = _array(unpack_array(message, MESSAGE_BYTES_MAX))
         kind = count(fields[0])
         if kind not in self._expected:
             raise MalformedDatagram(f"{kind} answers nothing that was asked")
         changed: list[Record] = []
         if kind == _BUCKETS:
-            digests = [_binary(digest, DIGEST_BYTES) for digest in _items(fields, 1, BUCKETS)]
+            digests = [_binary(digest, DIGEST_BYTES) for digest in items(fields, 1, BUCKETS)]
             if len(digests) != BUCKETS:
                 raise MalformedDatagram(f"{len(digests)} digests of {BUCKETS} buckets")
             ours = self._replica.bucket_digests()
@@ -231,7 +232,7 @@ def _encode_entry(record: Record) -> bytes:
 
 
 def _read_entry(encoded: Any) -> _Entry:
-    fields = _array(_unpack_nested(encoded))
+    fields = _array(unpack(encoded))
     record_id = text(fields[0], RECORD_ID_BYTES_MAX)
     if len(fields) == 1:
         return _Entry(record_id, (True, 0, "", 0), b"")
@@ -243,17 +244,17 @@ def _read_entry(encoded: Any) -> _Entry:
 
 def _chunks(fields: list[Any]) -> list[_Chunk]:
     chunks = []
-    for item in _items(fields, 1, BUCKETS):
+    for item in items(fields, 1, BUCKETS):
         chunk = _array(item)
-        if type(_field(chunk, 1)) is not bool:
+        if type(field(chunk, 1)) is not bool:
             raise MalformedDatagram("a chunk that does not say if it is whole")
-        entries = [_read_entry(entry) for entry in _items(chunk, 2, MESSAGE_BYTES_MAX)]
+        entries = [_read_entry(entry) for entry in items(chunk, 2, MESSAGE_BYTES_MAX)]
         chunks.append(_Chunk(count(chunk[0], BUCKETS - 1), chunk[1], entries))
     return chunks
 
 
 def _records(fields: list[Any]) -> list[Record]:
-    return [read_record(_unpack_nested(item)) for item in _items(fields, 1, RECORDS_PER_MESSAGE)]
+    return [read_record(unpack(item)) for item in items(fields, 1, RECORDS_PER_MESSAGE)]
 
 
 def _pack(*fields: object) -> bytes:
@@ -262,37 +263,9 @@ def _pack(*fields: object) -> bytes:
     return message
 
 
-def _unpack(message: bytes) -> list[Any]:
-    if len(message) > MESSAGE_BYTES_MAX:
-        raise MalformedDatagram(f"a message of {len(message)} bytes exceeds {MESSAGE_BYTES_MAX}")
-    return _array(_unpack_nested(message))
-
-
-def _unpack_nested(encoded: Any) -> Any:
-    if not isinstance(encoded, bytes):
-        raise MalformedDatagram(f"expected packed bytes, got a {type(encoded).__name__}")
-    try:
-        return msgpack.unpackb(encoded)
-    except ValueError as exc:  # msgpack's errors for one complete buffer, bad UTF-8 included
-        raise MalformedDatagram(f"{len(encoded)} bytes are no msgpack: {exc!r}") from exc
-
-
 def _array(value: Any) -> list[Any]:
     if not isinstance(value, list) or not value:
         raise MalformedDatagram(f"expected an array, got a {type(value).__name__}")
-    return value
-
-
-def _field(fields: list[Any], index: int) -> Any:
-    if len(fields) <= index:
-        raise MalformedDatagram(f"a message of {len(fields)} fields where at least {index + 1} are needed")
-    return fields[index]
-
-
-def _items(fields: list[Any], index: int, length_max: int) -> list[Any]:
-    value = _field(fields, index)
-    if not isinstance(value, list) or len(value) > length_max:
-        raise MalformedDatagram(f"expected an array of at most {length_max}, got a {type(value).__name__}")
     return value
 
 

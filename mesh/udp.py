@@ -212,13 +212,14 @@ class GossipSocket:
                 case Fenced(address):
                     if self._on_fenced is not None:
                         self._on_fenced(address)
-                case SeedUnanswered(address, attempts):
+                case SeedUnanswered():
                     if self._on_seed_unanswered is not None:
-                        self._on_seed_unanswered(address)
-                    logger.warning("seed %s has not answered; it is called again (call %d)", address, attempts)
+                        self._on_seed_unanswered(effect.address)
+                    _log_seed(effect)
                 case DuplicateNode(node_id, address):
                     logger.error(
-                        "another process at %s uses the name %s: give each node a --name of its own", address, node_id
+                        "two processes use one name: give each node a --name of its own",
+                        extra={"peer": node_id, "address": str(address)},
                     )
                 case _:
                     assert_never(effect)
@@ -255,7 +256,7 @@ class GossipSocket:
             try:
                 await self._ping_link(node_id, address)
             except (MeshError, OSError) as exc:
-                logger.debug("no answer from %s over the peer link: %s", node_id, exc)
+                logger.debug("no answer over the peer link", extra={"peer": node_id, "reason": str(exc)})
                 return
             self._gossip.link_answered(node_id, self._clock())
 
@@ -264,7 +265,7 @@ class GossipSocket:
             try:
                 answer = await self._ask_link(node_id, address, question)
             except (MeshError, OSError) as exc:
-                logger.debug("no answer from %s over the peer link: %s", node_id, exc)
+                logger.debug("no answer over the peer link", extra={"peer": node_id, "reason": str(exc)})
             else:
                 self._perform(self._gossip.take_exchange(node_id, answer, self._clock()))
                 self.wake()
@@ -280,20 +281,36 @@ def _is_numeric(host: str) -> bool:
     return True
 
 
+def _log_seed(silence: SeedUnanswered) -> None:
+    facts = {"address": str(silence.address), "attempts": silence.attempts}
+    if silence.is_lasting:
+        logger.warning(
+            "a seed does not answer: see that a node runs there, that --join names its mesh port, and that UDP gets "
+            "through; it is called on",
+            extra=facts,
+        )
+    else:
+        logger.info("a seed has not answered yet; it is called again", extra=facts)
+
+
 def _log_change(change: MemberChanged) -> None:
     before, after = change.before, change.after
+    facts: dict[str, object] = {"peer": after.node_id, "address": str(after.address)}
     if before is None:
         if after.status is MemberStatus.ALIVE:
-            logger.info("member %s joined at %s", after.node_id, after.address)
+            logger.info("a member joined", extra=facts)
         return
     is_restarted = after.generation != before.generation
     if after.status is before.status and not is_restarted:
         return
+    silent = facts | {"silent_s": round(after.age_s, 1)}
     if after.status is MemberStatus.SUSPECT:
-        logger.warning("member %s is suspect: nothing heard for %.1f s", after.node_id, after.age_s)
+        logger.warning("a member is suspect: nothing is heard of it", extra=silent)
     elif after.status is MemberStatus.DEAD:
-        logger.warning("member %s is dead: nothing heard for %.1f s", after.node_id, after.age_s)
+        logger.warning("a member is dead: nothing is heard of it", extra=silent)
     elif after.status is MemberStatus.LEFT:
-        logger.info("member %s left", after.node_id)
+        logger.info("a member left", extra=facts)
+    elif is_restarted:
+        logger.info("a member is back, restarted", extra=facts)
     else:
-        logger.info("member %s is back%s", after.node_id, ", restarted" if is_restarted else "")
+        logger.info("a member is back", extra=facts)

@@ -145,6 +145,10 @@ class MemberView:
     bulk: bytes = b""  # what its owner published beside load and profile, and at which version
     bulk_version: int = 0
 
+    @property
+    def is_live(self) -> bool:
+        return self.status in (MemberStatus.ALIVE, MemberStatus.SUSPECT)
+
     def model(self, name: str) -> ModelInfo | None:
         return next((m for m in self.profile.models if m.name == name), None)
 

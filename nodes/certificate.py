@@ -15,7 +15,8 @@ from typing import Literal
 import trio
 from cryptography import x509
 
-from nodes.config import ConfigInvalid
+from nodes.config import ConfigInvalid, NodeConfig
+from nodes.iso_time import iso_time
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,16 @@ _MINIMUM = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
 class CertificateInvalid(Exception):
     """Files that no server can use. One line: which, why, and the fix."""
+
+
+def configured_certificate(config: NodeConfig) -> Certificate | None:
+    """None for plain HTTP. Raises ConfigInvalid."""
+    cert_file, key_file = config.tls_cert_file, config.tls_key_file
+    if (cert_file is None) != (key_file is None):
+        raise ConfigInvalid("tls_cert_file and tls_key_file belong together; give both for HTTPS, or neither")
+    if cert_file is None or key_file is None:
+        return None
+    return Certificate(cert_file, key_file, config.tls_min)
 
 
 class Certificate:
@@ -67,7 +78,9 @@ class Certificate:
                 "the new certificate cannot be used; the former one stays in use", extra={"error.message": str(exc)}
             )
         else:
-            logger.info("took a new certificate", extra={"file": str(self._files[0]), "expires_at": self.expires_at})
+            logger.info(
+                "took a new certificate", extra={"file": str(self._files[0]), "expires_at": iso_time(self.expires_at)}
+            )
 
     # In a worker thread.
 

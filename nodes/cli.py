@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,8 +15,10 @@ from pydantic import BaseModel
 
 from nodes import cli_keys, cli_mesh
 from nodes.cli_models import models_app
+from nodes.cli_options import DEFAULT_URL, CaFile, Url
 from nodes.config import SECRET_KEYS, ConfigInvalid, load_config
 
+EXIT_OUTPUT = 1  # what was asked may have been done
 EXIT_USAGE = 2  # a fault of configuration or environment that starting again does not mend
 
 app = typer.Typer(
@@ -32,14 +36,25 @@ app.add_typer(models_app, name="models")
 cli_mesh.register(app)
 cli_keys.register(app)
 
-Url = Annotated[
-    str, typer.Option("--url", envvar="AI_CLUSTER_URL", help="HTTP address of any node of the mesh", metavar="URL")
-]
-DEFAULT_URL = "http://127.0.0.1:8080"
 ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", help="TOML file with the same keys (dashes become underscores)", metavar="FILE"),
 ]
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"ai-cluster {version('ai-cluster')}")
+        raise typer.Exit
+
+
+@app.callback()
+def ai_cluster(
+    _: Annotated[
+        bool, typer.Option("--version", help="print the version, and end", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command(
@@ -179,25 +194,27 @@ def up(
 @app.command()
 def status(
     url: Url = DEFAULT_URL,
+    ca_file: CaFile = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="follow it until Ctrl-C, as top does")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="the node's answer as it is")] = False,
 ) -> None:
     """Show every node of the mesh as one of them sees it."""
     from nodes.watching import show_status
 
-    raise typer.Exit(show_status(url, watch=watch, as_json=as_json))
+    raise typer.Exit(show_status(url, ca_file, watch=watch, as_json=as_json))
 
 
 @app.command()
 def top(
     url: Url = DEFAULT_URL,
+    ca_file: CaFile = None,
     once: Annotated[bool, typer.Option("--once", help="print it once, and end")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="a line of JSON for each status and event")] = False,
 ) -> None:
     """Follow the mesh: load, speed and queue of each node, and what happens, until Ctrl-C."""
-    from nodes.watching import follow
+    from nodes.watching import follow_mesh
 
-    raise typer.Exit(follow(url, as_json=as_json, once=once))
+    raise typer.Exit(follow_mesh(url, ca_file, as_json=as_json, once=once))
 
 
 @app.command()
@@ -206,6 +223,7 @@ def chat(
         list[str] | None, typer.Argument(help="the question; without it, one is read from stdin")
     ] = None,
     url: Url = DEFAULT_URL,
+    ca_file: CaFile = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="model name [the first one served]")] = None,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0: always the likeliest token")] = 0.0,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="longest answer")] = None,
@@ -219,17 +237,19 @@ def chat(
         print('ai-cluster: no question; try: ai-cluster chat "How do I add a node?"', file=sys.stderr)
         raise typer.Exit(EXIT_USAGE)
     raise typer.Exit(
-        stream_chat(url, text, model=model, temperature=temperature, max_tokens=max_tokens, api_key=api_key)
+        stream_chat(url, ca_file, text, model=model, temperature=temperature, max_tokens=max_tokens, api_key=api_key)
     )
 
 
 @config_app.command("check")
 def config_check(config: Annotated[Path | None, typer.Argument(help="TOML file", metavar="[FILE]")] = None) -> None:
-    """Check a configuration file together with the environment, and print what a node would use."""
+    """Check a configuration file together with the environment and the files that both name, as serve does at its
+    start, and print what a node would use. Starts and changes nothing; a node that runs may have them in use."""
+    from nodes.config_check import check_start  # imports the engine and the server, which the other commands do without
+
     try:
         checked = load_config(config, os.environ, {})
-        checked.cluster_key()
-        checked.models()
+        check_start(checked)
     except ConfigInvalid as exc:
         print(f"ai-cluster: {exc}", file=sys.stderr)
         raise typer.Exit(EXIT_USAGE) from exc
@@ -250,8 +270,31 @@ def _toml(value: object) -> str:
 
 
 def main() -> None:
-    """The script's entry point."""
-    app()
+    """The script's entry point. Output that cannot be written is one line and exit code 1; a reader that has gone, as
+    of `| head`, is no line at all."""
+    try:
+        try:
+            app()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, and not by the interpreter's exit, which would print a traceback
+    except OSError as exc:
+        if not _is_output_broken():
+            raise
+        with suppress(OSError):
+            if not isinstance(exc, BrokenPipeError):
+                print(f"ai-cluster: the output cannot be written: {exc.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left in its buffer
+        sys.exit(EXIT_OUTPUT)
+
+
+def _is_output_broken() -> bool:
+    """Tells a fault of writing the output from others: it happens again."""
+    try:
+        print(flush=True)
+    except OSError:
+        return True
+    return False
 
 
 if __name__ == "__main__":

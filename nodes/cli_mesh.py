@@ -15,25 +15,14 @@ from urllib.parse import quote
 import typer
 
 from mesh.seal import new_key, parse_key
+from nodes.cli_options import DEFAULT_DATA_DIR, DEFAULT_URL, AsJson, CaFile, DataDir, Url
 from nodes.config import ConfigInvalid
 
 EXIT_FAILED = 1  # some node did not do it; the line names it and the fix
 EXIT_USAGE = 2
-DEFAULT_URL = "http://127.0.0.1:8080"
-DEFAULT_DATA_DIR = Path("data")
 EVERYONE = "*"
 
 Line = dict[str, Any]
-Url = Annotated[
-    str, typer.Option("--url", envvar="AI_CLUSTER_URL", help="HTTP address of any node of the mesh", metavar="URL")
-]
-DataDir = Annotated[
-    Path,
-    typer.Option(
-        "--data-dir", envvar="AI_CLUSTER_DATA_DIR", help="where the node at URL keeps its admin token", metavar="DIR"
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="the node's answer as it is, one JSON object a line")]
 Force = Annotated[bool, typer.Option("--force", help="also where it cuts members off from each other")]
 Here = Annotated[bool, typer.Option("--here", help="change the node at URL alone, not the mesh")]
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="8 hex digits, as keyring list shows them")]
@@ -70,6 +59,7 @@ def members(
     ] = False,
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
+    ca_file: CaFile = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Show what a node believes of every member, and how old that is."""
@@ -89,45 +79,50 @@ def members(
         for answer in () if everyone else answers:
             make_console().print(members_table(answer))
 
-    raise typer.Exit(_show(url, data_dir, path, as_json, show))
+    raise typer.Exit(_show(url, ca_file, data_dir, path, as_json, show))
 
 
 def join(
     address: Annotated[str, typer.Argument(metavar="ADDRESS", help="mesh HOST:PORT of a node of the other mesh")],
     url: Url = DEFAULT_URL,
+    ca_file: CaFile = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Let the node at URL join the mesh at ADDRESS, as serve --join does at a start."""
-    raise typer.Exit(_change(url, data_dir, "/admin/join", {"address": address}))
+    raise typer.Exit(_change(url, ca_file, data_dir, "/admin/join", {"address": address}))
 
 
 def drain(
     node: Annotated[str | None, typer.Argument(metavar="[NODE]", help="which node (default: the one at URL)")] = None,
     undo: Annotated[bool, typer.Option("--undo", help="take requests again")] = False,
     url: Url = DEFAULT_URL,
+    ca_file: CaFile = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
-    """Let a node take no new requests, and finish its streams or hand them over. It stays a member and goes on running;
-    members shows it as draining. Waits until nothing runs there, at most 45 s."""
-    raise typer.Exit(_change(url, data_dir, "/admin/drain", {"node_id": node, "undo": undo}))
+    """Let a node generate nothing new, and finish its streams or hand them over. It stays a member and goes on running,
+    as an entry: who asks it is answered by other nodes. members shows it as draining. Waits until nothing runs there,
+    at most 45 s; warns of a model that no other node serves."""
+    raise typer.Exit(_change(url, ca_file, data_dir, "/admin/drain", {"node_id": node, "undo": undo}))
 
 
 def leave(
     node: Annotated[str | None, typer.Argument(metavar="[NODE]", help="which node (default: the one at URL)")] = None,
     url: Url = DEFAULT_URL,
+    ca_file: CaFile = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Let a node finish its streams, say farewell and end. A supervisor may start it again."""
-    raise typer.Exit(_change(url, data_dir, "/admin/leave", {"node_id": node}))
+    raise typer.Exit(_change(url, ca_file, data_dir, "/admin/leave", {"node_id": node}))
 
 
 def forget(
     node: Annotated[str, typer.Argument(metavar="NODE", help="a member that is dead and will not come back")],
     url: Url = DEFAULT_URL,
+    ca_file: CaFile = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Take a dead member off every node's list: it no longer counts as offline and is not called any more."""
-    raise typer.Exit(_change(url, data_dir, "/admin/forget", {"node_id": node}))
+    raise typer.Exit(_change(url, ca_file, data_dir, "/admin/forget", {"node_id": node}))
 
 
 @keyring_app.command("new")
@@ -137,13 +132,17 @@ def keyring_new() -> None:
 
 
 @keyring_app.command("list", epilog=_EPILOG)
-def keyring_list(as_json: AsJson = False, url: Url = DEFAULT_URL, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
+def keyring_list(
+    as_json: AsJson = False, url: Url = DEFAULT_URL, ca_file: CaFile = None, data_dir: DataDir = DEFAULT_DATA_DIR
+) -> None:
     """Show which keys each node holds and which one it seals with; ids, never the keys."""
     from nodes.client import make_console
     from nodes.operator_tables import keys_table
 
     raise typer.Exit(
-        _show(url, data_dir, "/admin/keyring", as_json, lambda answers: make_console().print(keys_table(answers)))
+        _show(
+            url, ca_file, data_dir, "/admin/keyring", as_json, lambda answers: make_console().print(keys_table(answers))
+        )
     )
 
 
@@ -152,6 +151,7 @@ def keyring_install(
     file: Annotated[str, typer.Argument(metavar="FILE|-", help="a key of keyring new; -: from standard input")],
     here: Here = False,
     url: Url = DEFAULT_URL,
+    ca_file: CaFile = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Step 1 of a rotation: every node accepts the key. It travels under the present one."""
@@ -162,7 +162,7 @@ def keyring_install(
         _refuse(f"{file}: {exc.strerror}; make a key with: ai-cluster keyring new > {file}")
     except ValueError as exc:  # no text is one too
         _refuse(f"{'standard input' if file == '-' else file}: {exc}")
-    raise typer.Exit(_change(url, data_dir, "/admin/keyring/install", {"key": key, "here": here}))
+    raise typer.Exit(_change(url, ca_file, data_dir, "/admin/keyring/install", {"key": key, "here": here}))
 
 
 @keyring_app.command("use", epilog=_EPILOG)
@@ -171,11 +171,12 @@ def keyring_use(
     force: Force = False,
     here: Here = False,
     url: Url = DEFAULT_URL,
+    ca_file: CaFile = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Step 2 of a rotation: every node seals with the key. Refused while a live member lacks it."""
     body = {"key_id": _key_id(key_id), "force": force, "here": here}
-    raise typer.Exit(_change(url, data_dir, "/admin/keyring/use", body))
+    raise typer.Exit(_change(url, ca_file, data_dir, "/admin/keyring/use", body))
 
 
 @keyring_app.command("remove", epilog=_EPILOG)
@@ -184,11 +185,12 @@ def keyring_remove(
     force: Force = False,
     here: Here = False,
     url: Url = DEFAULT_URL,
+    ca_file: CaFile = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Step 3 of a rotation: no node accepts the key any more. Refused while a live member seals with it."""
     body = {"key_id": _key_id(key_id), "force": force, "here": here}
-    raise typer.Exit(_change(url, data_dir, "/admin/keyring/remove", body))
+    raise typer.Exit(_change(url, ca_file, data_dir, "/admin/keyring/remove", body))
 
 
 def _key_id(text: str) -> str:
@@ -202,7 +204,9 @@ def _refuse(message: str) -> NoReturn:
     raise typer.Exit(EXIT_USAGE)
 
 
-def _show(url: str, data_dir: Path, path: str, as_json: bool, show: Callable[[list[Line]], None]) -> int:
+def _show(
+    url: str, ca_file: Path | None, data_dir: Path, path: str, as_json: bool, show: Callable[[list[Line]], None]
+) -> int:
     """Ask, then show the answers of the nodes that gave one; the others are named on stderr."""
     answers: list[Line] = []
 
@@ -218,10 +222,10 @@ def _show(url: str, data_dir: Path, path: str, as_json: bool, show: Callable[[li
         if answers:
             show(answers)
 
-    return _run(url, data_dir, path, None, handle, end)
+    return _run(url, ca_file, data_dir, path, None, handle, end)
 
 
-def _change(url: str, data_dir: Path, path: str, body: Mapping[str, object]) -> int:
+def _change(url: str, ca_file: Path | None, data_dir: Path, path: str, body: Mapping[str, object]) -> int:
     """Ask, and print a line for each node as it answers."""
 
     def handle(line: Line) -> None:
@@ -233,23 +237,25 @@ def _change(url: str, data_dir: Path, path: str, body: Mapping[str, object]) -> 
         else:
             _tell_fault(line)
 
-    return _run(url, data_dir, path, body, handle, lambda: None)
+    return _run(url, ca_file, data_dir, path, body, handle, lambda: None)
 
 
 def _run(
     url: str,
+    ca_file: Path | None,
     data_dir: Path,
     path: str,
     body: Mapping[str, object] | None,
     handle: Callable[[Line], None],
     end: Callable[[], None],
 ) -> int:
-    from nodes.admin_client import ask, find_token
-    from nodes.client import NodeAnswered
+    from nodes.admin_client import ask, token_for
+    from nodes.node_address import NodeAnswered, parse_url
 
     is_done = False
     try:
-        for line in ask(url, find_token(url, data_dir, os.environ), path, body):
+        node = parse_url(url, ca_file)
+        for line in ask(node, token_for(node, data_dir, os.environ), path, body):
             is_done = bool(line.get("done"))
             handle(line)
         end()
@@ -265,8 +271,10 @@ def _run(
 
 
 def _tell_fault(line: Line) -> None:
-    """A node that failed or was not asked, or the summary of a command that was not done."""
-    if "skipped" in line:
+    """A node that failed or was not asked, a warning, or the summary of a command that was not done."""
+    if "warning" in line:
+        print(f"{line['node']}  {line['warning']}", file=sys.stderr, flush=True)
+    elif "skipped" in line:
         print(f"{line['node']}  {line['skipped']}", file=sys.stderr)
     elif "node" in line:
         print(f"{line['node']}  failed: {line['error']}", file=sys.stderr)

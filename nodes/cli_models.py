@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar, get_args
 
 import typer
 
+from nodes.cli_options import DEFAULT_URL, CaFile, Url
+
 if TYPE_CHECKING:
     from nodes.engine.devices import Provider as EngineProvider
     from nodes.model_tools.inspect_folder import FolderFacts
-    from nodes.model_tools.llama_onnx import Precision
+    from nodes.model_tools.onnx_writer import Progress
 
 EXIT_NETWORK = 1  # the same command may do later
 EXIT_USAGE = 2  # something here has to change first
-DEFAULT_URL = "http://127.0.0.1:8080"
 DEFAULT_FOLDER = Path("models")
 TEXT_CHARS_SHOWN = 100
 PIPE_COLUMNS = 240  # a pipe has no width; there nothing may be cut off
@@ -53,9 +54,8 @@ def _reported() -> Iterator[None]:
 
 @models_app.command("list")
 def models_list(
-    url: Annotated[
-        str, typer.Option("--url", envvar="AI_CLUSTER_URL", help="HTTP address of any node of the mesh", metavar="URL")
-    ] = DEFAULT_URL,
+    url: Url = DEFAULT_URL,
+    ca_file: CaFile = None,
     directory: Annotated[
         Path | None, typer.Option("--dir", metavar="DIR", help="list the model folders below DIR instead")
     ] = None,
@@ -65,7 +65,7 @@ def models_list(
     if directory is None:
         from nodes.client import list_models
 
-        raise typer.Exit(list_models(url, api_key))
+        raise typer.Exit(list_models(url, ca_file, api_key))
     with _reported():
         _list_folders(directory)
 
@@ -276,7 +276,9 @@ def models_build(
     epilog="Example: ai-cluster models random llama:200m --precision int4 --block-size 128 --out models/bench",
 )
 def models_random(
-    shape: Annotated[str, typer.Argument(metavar="SHAPE", help="llama:tiny, llama:200m, llama:1b, llama:7b")],
+    shape: Annotated[
+        str, typer.Argument(metavar="SHAPE", help="llama:tiny, :200m, :1b, :7b; embeddings: bert:tiny, :22m")
+    ],
     precision: Annotated[
         str, typer.Option(metavar="fp32|fp16|int4|int4-fp16", help="int4-fp16: the rest in halves, for GPUs")
     ] = "fp32",
@@ -284,54 +286,68 @@ def models_random(
     seed: Annotated[int, typer.Option(help="the same seed gives the same bytes")] = 7,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="folder to make [models/SHAPE-PRECISION]")] = None,
 ) -> None:
-    """Make a model of a given shape with random weights, for benchmarks: it answers noise at a real model's speed."""
+    """Make a model of a given shape with random weights, for benchmarks and trials without a download: it answers noise
+    at a real model's speed. bert: an embedding model."""
     from nodes.model_tools.errors import ModelToolError
     from nodes.model_tools.llama_onnx import PRECISIONS
     from nodes.model_tools.quantise import BLOCK_SIZES
-    from nodes.model_tools.random_llama import SIZES
+    from nodes.model_tools.random_encoder import ENCODER_SIZES, write_random_encoder
+    from nodes.model_tools.random_llama import SIZES, write_random_llama
 
     with _reported():
-        size = _one_of("SHAPE", shape, [f"llama:{size}" for size in SIZES]).removeprefix("llama:")
-        kind = _one_of("--precision", precision, PRECISIONS)
+        shapes = [*(f"llama:{size}" for size in SIZES), *(f"bert:{size}" for size in ENCODER_SIZES)]
+        kind, _, size = _one_of("SHAPE", shape, shapes).partition(":")
+        precision = _one_of("--precision", precision, PRECISIONS)
         _one_of("--block-size", block_size, BLOCK_SIZES)
+        if kind == "bert" and precision != "fp32":
+            raise ModelToolError(f"{shape} is made in fp32 alone; leave --precision {precision} out")
         folder = out or DEFAULT_FOLDER / f"{shape.replace(':', '-')}-{precision}"
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ModelToolError(f"{folder} is there already; give another folder with --out, or remove it")
-        _make_random(folder, size, seed, kind, block_size)
-        weight_bytes = sum(file.stat().st_size for file in folder.iterdir())
-        print(f"{folder}: {SIZES[size].parameter_count() / 1e6:,.1f} million parameters, {_size(weight_bytes)}")
+        if kind == "bert":
+            _make_random(folder, shape, lambda scratch, _: write_random_encoder(scratch, ENCODER_SIZES[size], seed))
+            print(f"{folder}: {_size(_folder_bytes(folder))}")
+        else:
+
+            def write(scratch: Path, progress: Progress) -> None:
+                write_random_llama(scratch, size, seed, precision=precision, block_size=block_size, progress=progress)
+
+            _make_random(folder, f"{shape} in {precision}", write)
+            parameters = SIZES[size].parameter_count() / 1e6
+            print(f"{folder}: {parameters:,.1f} million parameters, {_size(_folder_bytes(folder))}")
         _next_steps(folder)
 
 
-def _make_random(folder: Path, size: str, seed: int, precision: Precision, block_size: int) -> None:
+def _folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _make_random(folder: Path, what: str, write: Callable[[Path, Progress], object]) -> None:
     """The folder appears whole or not at all; it must not exist or be empty. Raises ModelToolError."""
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from nodes.model_tools.errors import ModelToolError
-    from nodes.model_tools.random_llama import write_random_llama
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.DownloadColumn(),
+        bars.TimeRemainingColumn(),
+    )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (
             tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch,
-            Progress(*columns, console=Console(stderr=True), transient=True) as progress,
+            bars.Progress(*columns, console=Console(stderr=True), transient=True) as shown,
         ):
-            task = progress.add_task(f"llama:{size} in {precision}", total=None)
-            write_random_llama(
-                Path(scratch) / "model",
-                size,
-                seed,
-                precision=precision,
-                block_size=block_size,
-                progress=lambda written, total: progress.update(task, completed=written, total=total),
-            )
+            task = shown.add_task(what, total=None)
+            write(Path(scratch) / "model", lambda written, total: shown.update(task, completed=written, total=total))
             if folder.exists():
                 folder.rmdir()
             (Path(scratch) / "model").rename(folder)
     except MemoryError as exc:
-        raise ModelToolError(f"llama:{size} needs more memory than is free; make a smaller one") from exc
+        raise ModelToolError(f"{what} needs more memory than is free; make a smaller one") from exc
     except OSError as exc:
         raise ModelToolError(f"{exc.filename or folder}: {exc.strerror}; give a writable folder with --out") from exc
 

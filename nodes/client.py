@@ -9,9 +9,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+
+from nodes.node_address import NodeAddress, NodeAnswered, NodeUnreachable, describe_fault, parse_url
 
 TIMEOUT_S = 10.0
 # A stream is silent for as long as its request waits in a queue; keep-alives come each 5 s.
@@ -19,18 +22,14 @@ STREAM_TIMEOUT_S = 60.0
 PIPE_COLUMNS = 240
 
 
-class NodeAnswered(Exception):
-    """The node refused, or could not be reached. The message is one line for the terminal."""
-
-
 def make_console() -> Console:
     """For tables. A pipe has no width; there nothing may be cut off."""
     return Console() if sys.stdout.isatty() else Console(width=PIPE_COLUMNS)
 
 
-def list_models(url: str, api_key: str | None) -> int:
+def list_models(url: str, ca_file: Path | None, api_key: str | None) -> int:
     try:
-        for model in get_json(url, "/v1/models", api_key)["data"]:
+        for model in get_json(parse_url(url, ca_file), "/v1/models", api_key)["data"]:
             print(model["id"])
     except NodeAnswered as exc:
         print(f"ai-cluster: {exc}", file=sys.stderr)
@@ -39,13 +38,21 @@ def list_models(url: str, api_key: str | None) -> int:
 
 
 def stream_chat(
-    url: str, question: str, *, model: str | None, temperature: float, max_tokens: int | None, api_key: str | None
+    url: str,
+    ca_file: Path | None,
+    question: str,
+    *,
+    model: str | None,
+    temperature: float,
+    max_tokens: int | None,
+    api_key: str | None,
 ) -> int:
     """Print the answer token by token. 1 when it could not be had whole."""
     newline = ""  # once part of an answer is on the line
     try:
+        node = parse_url(url, ca_file)
         if model is None:
-            served = get_json(url, "/v1/models", api_key)["data"]
+            served = get_json(node, "/v1/models", api_key)["data"]
             names = [entry["id"] for entry in served if entry.get("kind", "generation") == "generation"]
             if not names:
                 raise NodeAnswered("no node of this mesh serves a language model yet; see: ai-cluster status")
@@ -58,7 +65,7 @@ def stream_chat(
         }
         if max_tokens is not None:
             body["max_tokens"] = max_tokens
-        for text in _stream(url, body, api_key):
+        for text in _stream(node, body, api_key):
             print(text, end="", flush=True)
             newline = "\n"
         print()
@@ -71,9 +78,9 @@ def stream_chat(
     return 0
 
 
-def _stream(url: str, body: dict[str, Any], api_key: str | None) -> Iterator[str]:
-    request = request_for(url, "/v1/chat/completions", api_key, json.dumps(body).encode())
-    with open_answer(request, STREAM_TIMEOUT_S) as response:
+def _stream(node: NodeAddress, body: dict[str, Any], api_key: str | None) -> Iterator[str]:
+    request = request_for(node, "/v1/chat/completions", api_key, json.dumps(body).encode())
+    with open_answer(node, request, STREAM_TIMEOUT_S) as response:
         try:
             for line in response:
                 if not line.startswith(b"data: "):
@@ -86,55 +93,57 @@ def _stream(url: str, body: dict[str, Any], api_key: str | None) -> Iterator[str
                 for choice in event["choices"]:
                     yield choice["delta"].get("content") or ""
         except (OSError, http.client.HTTPException) as exc:
-            raise NodeAnswered(f"the connection to {url} broke: {exc}") from exc
-    raise NodeAnswered(f"{url} ended the answer before it was complete")
+            raise NodeAnswered(f"the connection to {node} broke: {exc}") from exc
+    raise NodeAnswered(f"{node} ended the answer before it was complete")
 
 
-def get_json(url: str, path: str, api_key: str | None = None) -> dict[str, Any]:
+def get_json(node: NodeAddress, path: str, api_key: str | None = None) -> dict[str, Any]:
     """The one object of the answer. Raises NodeAnswered."""
-    with open_answer(request_for(url, path, api_key), TIMEOUT_S) as response:
+    with open_answer(node, request_for(node, path, api_key), TIMEOUT_S) as response:
         try:
             answer: dict[str, Any] = json.load(response)
         except (OSError, ValueError) as exc:
-            raise NodeAnswered(f"{url}{path} answered something that is no JSON; is it an AI Cluster node?") from exc
+            raise NodeAnswered(f"{node}{path} answered something that is no JSON; is it an AI Cluster node?") from exc
     return answer
 
 
-def ask_json(url: str, method: str, path: str, bearer: str, body: bytes | None) -> dict[str, Any]:
+def ask_json(node: NodeAddress, method: str, path: str, bearer: str, body: bytes | None) -> dict[str, Any]:
     """The one object of the answer. Raises NodeAnswered."""
-    request = request_for(url, path, bearer, body)
+    request = request_for(node, path, bearer, body)
     request.method = method
     try:
-        with open_answer(request, TIMEOUT_S) as response:
+        with open_answer(node, request, TIMEOUT_S) as response:
             answer = json.load(response)
     except (OSError, http.client.HTTPException) as exc:
-        raise NodeAnswered(f"the connection to {url} broke: {exc}; see what was done before you repeat it") from exc
+        raise NodeAnswered(f"the connection to {node} broke: {exc}; see what was done before you repeat it") from exc
     except ValueError as exc:
-        raise NodeAnswered(f"{url}{path} answered something that is no JSON; is it an AI Cluster node?") from exc
+        raise NodeAnswered(f"{node}{path} answered something that is no JSON; is it an AI Cluster node?") from exc
     return dict(answer)
 
 
-def request_for(url: str, path: str, bearer: str | None, body: bytes | None = None) -> urllib.request.Request:
-    """A POST where there is a body, else a GET. Raises NodeAnswered for what is no URL."""
-    if not url.startswith(("http://", "https://")):
-        raise NodeAnswered(f"{url!r} is no URL; try --url http://127.0.0.1:8080")
+def request_for(node: NodeAddress, path: str, bearer: str | None, body: bytes | None = None) -> urllib.request.Request:
+    """A POST where there is a body, else a GET. Raises NodeAnswered for a key that no header can carry."""
     headers = {"content-type": "application/json"} if body is not None else {}
     if bearer:
         if not (bearer.isascii() and bearer.isprintable()):
             raise NodeAnswered("the key has a character that no key has, such as a line's end; read it anew")
         headers["authorization"] = f"Bearer {bearer}"
-    return urllib.request.Request(url.rstrip("/") + path, data=body, headers=headers)  # noqa: S310 (checked above)
+    return urllib.request.Request(node.url + path, data=body, headers=headers)  # noqa: S310 (http or https: NodeAddress)
 
 
-def open_answer(request: urllib.request.Request, timeout_s: float) -> http.client.HTTPResponse:
-    """Raises NodeAnswered when nobody answers, or with what the node gives as its reason to refuse."""
+def open_answer(node: NodeAddress, request: urllib.request.Request, timeout_s: float) -> http.client.HTTPResponse:
+    """Raises NodeUnreachable when nobody answers, NodeAnswered with what the node gives as its reason to refuse."""
     try:
-        response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=timeout_s)  # noqa: S310
+        response: http.client.HTTPResponse = urllib.request.urlopen(  # noqa: S310
+            request, timeout=timeout_s, context=node.tls
+        )
     except urllib.error.HTTPError as exc:
         raise NodeAnswered(_refusal(exc)) from exc
-    except (urllib.error.URLError, OSError) as exc:
-        reason = getattr(exc, "reason", exc)
-        raise NodeAnswered(f"no node answers at {request.full_url}: {reason}; is one running? (ai-cluster up)") from exc
+    except (OSError, http.client.HTTPException) as exc:  # a URLError is an OSError
+        fault = exc.reason if isinstance(exc, urllib.error.URLError) else exc
+        if not isinstance(fault, Exception):
+            fault = exc
+        raise NodeUnreachable(describe_fault(node, request.full_url, fault)) from exc
     return response
 
 

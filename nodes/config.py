@@ -23,7 +23,7 @@ from nodes.gossip_settings import GossipSettings
 
 ENV_PREFIX = "AI_CLUSTER_"
 # Variables of this prefix that other commands read; a node does not refuse them.
-ENV_OF_OTHERS = {"URL"}
+ENV_OF_OTHERS = {"URL", "CA_FILE"}
 SECRET_KEYS = {"key", "admin_token"}  # never shown, and no flags: other users see command lines
 ADMIN_TOKEN_CHARS_MIN = 16  # fewer could be guessed over HTTP
 # What gossip tells of a node's models fits one section of a datagram.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from pathlib import Path
@@ -35,9 +36,7 @@ class DataDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = open(self.path / "lock", "a+")
         except OSError as exc:
-            raise ConfigInvalid(
-                f"data_dir {self.path}: {exc.strerror}; give a writable folder with --data-dir"
-            ) from exc
+            raise self._unusable(exc) from exc
         try:
             if fcntl is not None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,34 +59,60 @@ class DataDirectory:
         if self._lock is not None:
             self._lock.close()  # and with it the lock
 
+    def check(self) -> None:
+        """Raises ConfigInvalid where entering would, and makes nothing. Whether a process has it is not looked at."""
+        try:
+            check_writable(self.path)
+        except OSError as exc:
+            raise self._unusable(exc) from exc
+
+    def _unusable(self, fault: OSError) -> ConfigInvalid:
+        return ConfigInvalid(f"data_dir {self.path}: {fault.strerror}; give a writable folder with --data-dir")
+
     def next_generation(self) -> int:
-        """One more than at any earlier start from this folder. On disk before it returns, so no two lives share one."""
+        """One more than at any earlier start from this folder. On disk before it returns, so no two lives share one.
+
+        Raises ConfigInvalid."""
+        generation = self.last_generation() + 1
+        self.keep_generation(generation)
+        return generation
+
+    def last_generation(self) -> int:
+        """Of the latest start from this folder; 0 before the first. Raises ConfigInvalid."""
         file = self.path / "generation"
         try:
             last = int(file.read_text())
             if not 0 <= last < GENERATION_MAX:
                 raise ValueError
         except FileNotFoundError:
-            last = 0
+            return 0
+        except OSError as exc:
+            raise ConfigInvalid(f"{file} cannot be read: {exc.strerror}; give this node's user its --data-dir") from exc
         except ValueError as exc:
             raise ConfigInvalid(
                 f"{file} holds no generation number; delete it, peers will tell this node its generation"
             ) from exc
-        self.keep_generation(last + 1)
-        return last + 1
+        return last
 
     def keep_generation(self, generation: int) -> None:
         """Remember a generation: the next start's is higher. On disk before it returns."""
         write_durably(self.path / "generation", f"{generation}\n")
 
     def admin_token(self) -> str:
-        """What opens this node's /admin: made at the first start, readable by this user alone."""
+        """What opens this node's /admin: made at the first start, readable by this user alone. Raises ConfigInvalid."""
+        token = self.kept_admin_token()
+        if token is None:
+            token = secrets.token_urlsafe(ADMIN_TOKEN_BYTES)
+            write_durably(self.path / ADMIN_TOKEN_FILE, f"{token}\n", mode=SECRET_MODE)
+        return token
+
+    def kept_admin_token(self) -> str | None:
+        """That of an earlier start; None before the first. Raises ConfigInvalid."""
         file = self.path / ADMIN_TOKEN_FILE
         try:
             token = file.read_text().strip()
         except FileNotFoundError:
-            token = secrets.token_urlsafe(ADMIN_TOKEN_BYTES)
-            write_durably(file, f"{token}\n", mode=SECRET_MODE)
+            return None
         except (OSError, UnicodeDecodeError) as exc:
             raise ConfigInvalid(f"{file} cannot be read: {exc}; delete it, and the next start makes a new one") from exc
         if len(token) < ADMIN_TOKEN_CHARS_MIN:
@@ -96,6 +121,20 @@ class DataDirectory:
                 "delete it, and the next start makes a new one"
             )
         return token
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError where the folder could not be made, or takes no files; makes nothing."""
+    if folder.is_dir():
+        nearest = folder
+    elif folder.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    else:
+        nearest = next(parent for parent in folder.absolute().parents if parent.exists())
+        if not nearest.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def write_durably(file: Path, text: str, *, mode: int = 0o644) -> None:

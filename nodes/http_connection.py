@@ -25,6 +25,8 @@ from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hyperframe.exceptions import HyperframeError
 
+from nodes.strict_headers import refusal, with_strict_headers
+
 logger = logging.getLogger(__name__)
 
 # A client that takes nothing for this long is closed.
@@ -49,7 +51,7 @@ CLOSE_REASONS = (SLOW_HEAD, NOT_READING, LIMIT, FAULT, HANDSHAKE)
 SCOPE_STATE_KEY = "ai_cluster.connection"
 
 _RESET_AT_CLOSE = struct.pack("ii", 1, 0)
-_SLOW_HEAD_ANSWER = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+_SLOW_HEAD_ANSWER = refusal(b"408 Request Timeout", b"")
 # HTTP/2's graceful GOAWAY: no new streams, and all that were begun are answered (RFC 9113, 6.8).
 _GOAWAY = b"\x00\x00\x08\x07\x00" + bytes(4) + b"\x7f\xff\xff\xff" + bytes(4)
 
@@ -225,6 +227,8 @@ class Connection(TCPServer):
             await self.protocol_send(RawData(_GOAWAY))
 
     async def protocol_send(self, event: Event) -> None:
+        if isinstance(event, RawData) and isinstance(self._protocol(), H11Protocol):
+            event = RawData(with_strict_headers(event.data))
         if not isinstance(event, Updated):
             await super().protocol_send(event)
             return

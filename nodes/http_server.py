@@ -40,6 +40,7 @@ from nodes.http_connection import (
 )
 from nodes.http_tls import TlsStream
 from nodes.sockets import HTTP_BACKLOG
+from nodes.strict_headers import refusal
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +70,10 @@ _ERROR = {
     "param": None,
     "code": "too_many_connections",
 }
-_REFUSAL_BODY = json.dumps({"error": _ERROR}).encode()
-_REFUSAL = (
-    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-type: application/json\r\nconnection: close\r\n"
-    b"x-content-type-options: nosniff\r\ncontent-length: %d\r\n\r\n%s" % (len(_REFUSAL_BODY), _REFUSAL_BODY)
+_REFUSAL = refusal(
+    b"503 Service Unavailable",
+    b"retry-after: 1\r\ncontent-type: application/json\r\n",
+    json.dumps({"error": _ERROR}).encode(),
 )
 _OUT_OF_DESCRIPTORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 

@@ -83,43 +83,59 @@ def load_keyring(folder: Path, config: NodeConfig) -> KeyringFile:
     A configured key that the file does not know is added, not used; one that was removed is not taken back. Raises
     ConfigInvalid."""
     file = folder / FILE_NAME
-    stored = _read(file)
+    stored, configured = _stored_and_configured(file, config)
     if stored is None:
         return KeyringFile(Keyring([config.cluster_key()], config.cluster_name), (), file)
+    ring = Keyring(stored.keys, config.cluster_name)
+    if configured is not None and key_id(configured) not in ring:
+        _take_configured(configured, ring, stored, file)
+    return KeyringFile(ring, stored.removed, file)
+
+
+def check_keyring(folder: Path, config: NodeConfig) -> None:
+    """Raises ConfigInvalid where load_keyring() would; changes nothing."""
+    stored, _ = _stored_and_configured(folder / FILE_NAME, config)
+    if stored is None:
+        config.cluster_key()
+
+
+def _stored_and_configured(file: Path, config: NodeConfig) -> tuple[_Stored | None, bytes | None]:
+    """What the file holds, and the configured key. Raises ConfigInvalid for what no node may start with."""
+    stored = _read(file)
+    if stored is None:
+        return None, config.configured_key()
     ring = Keyring(stored.keys, config.cluster_name)
     if key_id(DEVELOPMENT_KEY) in ring and not is_loopback(config.mesh.host):
         raise ConfigInvalid(
             f"mesh address {config.mesh} is off loopback, and {file} holds the public development key; start once on "
             f"loopback and remove key {key_id(DEVELOPMENT_KEY).hex()}, or delete the file and pass --cluster-key-file"
         )
-    configured = config.configured_key()
-    if configured is not None and key_id(configured) not in ring:
-        _take_configured(configured, ring, stored, file)
-    return KeyringFile(ring, stored.removed, file)
+    return stored, config.configured_key()
 
 
 def _take_configured(configured: bytes, ring: Keyring, stored: _Stored, file: Path) -> None:
     name, primary = key_id(configured).hex(), ring.primary_id.hex()
     if key_id(configured) in stored.removed:
         logger.warning(
-            "the configured cluster key %s was removed from this node's keyring and is not taken back; put key %s into "
-            "cluster_key_file, or leave that out: %s is what this node uses",
-            name, primary, file,
-        )  # fmt: skip
+            "the configured cluster key was removed from this node's keyring, which is what it uses, and is not taken "
+            "back; put the primary key into cluster_key_file, or leave that out",
+            extra={"cluster_key_id": name, "primary": primary, "file": str(file)},
+        )
         return
     try:
         ring.install(configured)
     except KeyRefused as exc:
-        logger.warning("the configured cluster key %s is not taken: %s", name, exc)
+        logger.warning("the configured cluster key is not taken", extra={"cluster_key_id": name, "reason": str(exc)})
         return
     try:
         _write(file, _Stored(ring.keys, stored.removed))
     except OSError as exc:
         raise ConfigInvalid(f"{file}: {exc.strerror}; give a writable folder with --data-dir") from exc
     logger.info(
-        "the configured cluster key %s is accepted from now on; this node goes on to seal with key %s (ai-cluster "
-        "keyring use)", name, primary,
-    )  # fmt: skip
+        "the configured cluster key is accepted from now on; this node goes on to seal with the primary key "
+        "(ai-cluster keyring use)",
+        extra={"cluster_key_id": name, "primary": primary},
+    )
 
 
 def _removed_after(removed: tuple[bytes, ...], before: Keyring, after: Keyring) -> tuple[bytes, ...]:

@@ -15,7 +15,7 @@ import trio
 
 from mesh.errors import HandshakeRefused, NoCapacity, PeerUnavailable
 from mesh.seal import key_id as id_of_key
-from mesh.view import Address, ClusterView, MemberStatus, MemberView
+from mesh.view import Address, ClusterView, MemberStatus, MemberView, Readiness
 from nodes import node_operations as names
 from nodes.peer_operations import Answer, Arguments, Handler, OperationFailed
 
@@ -42,8 +42,8 @@ Line = Mapping[str, object]
 class Report:
     """One operation's progress: a line for each node, then one summary.
 
-    {"node", "ok": true, ...}, {"node", "ok": false, "error"} or {"node", "skipped"}; at the end {"summary": {"ok",
-    "failed", "skipped"}, "done", "message"}, where done says that all was done as asked."""
+    {"node", "ok": true, ...}, {"node", "ok": false, "error"}, {"node", "skipped"} or {"node", "warning"}; at the end
+    {"summary": {"ok", "failed", "skipped"}, "done", "message"}, where done says that all was done as asked."""
 
     lines: trio.MemorySendChannel[Line]
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("ok", "failed", "skipped"), 0))
@@ -53,6 +53,10 @@ class Report:
 
     async def failed(self, node_id: str, error: str) -> None:
         await self._tell("failed", {"node": node_id, "ok": False, "error": error})
+
+    async def warn(self, node_id: str, warning: str) -> None:
+        """What is done all the same."""
+        await self.lines.send({"node": node_id, "warning": warning})
 
     async def skipped(self, node_id: str, reason: str) -> None:
         await self._tell("skipped", {"node": node_id, "skipped": reason})
@@ -283,11 +287,28 @@ class MeshOperations:
             if is_undone:
                 await self._at(report, member, names.UNDO_DRAIN, {})
             else:
+                if alone := self._served_alone(member):
+                    await report.warn(
+                        member.node_id,
+                        f"is the last node ready to serve {', '.join(alone)}: requests are refused (503) until another "
+                        "one is",
+                    )
                 await self._await_drained(report, member)
-            back = f"it comes back with: ai-cluster drain --undo {member.node_id}, or a restart"
+            back = (
+                f"{member.node_id} goes on as a member and an entry: who asks it is answered by other nodes; it comes "
+                f"back with: ai-cluster drain --undo {member.node_id}, or a restart"
+            )
             await self._end(report, "" if is_undone else back)
 
         return operation
+
+    def _served_alone(self, member: MemberView) -> list[str]:
+        """Its models that no other member is ready to serve; none for one that serves nothing itself at present."""
+        ready = [m for m in self._view().members.values() if m.is_live and m.load.readiness is Readiness.READY]
+        if all(m.node_id != member.node_id for m in ready):
+            return []
+        others = [m for m in ready if m.node_id != member.node_id]
+        return [model.name for model in member.profile.models if not any(m.model(model.name) for m in others)]
 
     async def _await_drained(self, report: Report, member: MemberView) -> None:
         deadline = trio.current_time() + DRAIN_WAIT_S

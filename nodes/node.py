@@ -443,7 +443,7 @@ class Node:
                 if is_start:
                     raise ConfigInvalid(message)
                 if message != told:
-                    logger.error("%s", message)
+                    logger.error("every seed that answers refuses this node", extra={"reason": message})
                 told = message
             is_start = False
             await trio.sleep(SEED_CHECK_INTERVAL_S)

@@ -110,7 +110,7 @@ class NodeOperations:
         if self._keyring.ring.key_ids != before:
             changed = argument if len(argument) == KEY_ID_BYTES else key_id(argument)
             ring = [identity.hex() for identity in self._keyring.ring.key_ids]
-            logger.info("%s", what, extra={"cluster_key": changed.hex(), "keyring": ring})
+            logger.info(what, extra={"cluster_key_id": changed.hex(), "keyring": ring})
             self._keyring_changed()
         return self._keys()
 

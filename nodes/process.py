@@ -14,7 +14,7 @@ from pathlib import Path
 import trio
 
 from nodes import garbage
-from nodes.certificate import Certificate
+from nodes.certificate import configured_certificate
 from nodes.config import ConfigInvalid, NodeConfig, is_loopback
 from nodes.data_directory import DataDirectory
 from nodes.engine.model_folder import ModelFolderInvalid
@@ -45,7 +45,7 @@ def run_node(config: NodeConfig) -> None:
         keyring = load_keyring(config.data_dir, config)
         admin_token = config.admin_token or data.admin_token()
         generation = data.next_generation()
-        certificate = _certificate(config)
+        certificate = configured_certificate(config)
         _warn_of_exposure(config)
 
         async def main() -> None:
@@ -83,6 +83,9 @@ def _warn_of_exposure(config: NodeConfig) -> None:
     key_file = config.cluster_key_file
     if key_file is not None and os.name == "posix" and key_file.stat().st_mode & 0o077:
         logger.warning("other users may read the cluster key; chmod 600 it", extra={"file": str(key_file)})
+    tls_key_file = config.tls_key_file
+    if tls_key_file is not None and os.name == "posix" and tls_key_file.stat().st_mode & 0o007:
+        logger.warning("all users may read the TLS key; chmod 640 it", extra={"file": str(tls_key_file)})
     if not is_loopback(config.http.host):
         v1 = "open to everyone, while no API key was ever created" if config.open else "refused without an API key"
         reason = f"/v1 is {v1}; health, metrics and status are open"
@@ -93,18 +96,6 @@ def _warn_of_exposure(config: NodeConfig) -> None:
                 "--tls-key-file, or put a proxy with TLS before it",
                 extra={"address": str(config.http)},
             )
-
-
-def _certificate(config: NodeConfig) -> Certificate | None:
-    """Raises ConfigInvalid."""
-    cert_file, key_file = config.tls_cert_file, config.tls_key_file
-    if (cert_file is None) != (key_file is None):
-        raise ConfigInvalid("tls_cert_file and tls_key_file belong together; give both for HTTPS, or neither")
-    if cert_file is None or key_file is None:
-        return None
-    if os.name == "posix" and key_file.exists() and key_file.stat().st_mode & 0o007:
-        logger.warning("all users may read the TLS key; chmod 640 it", extra={"file": str(key_file)})
-    return Certificate(cert_file, key_file, config.tls_min)
 
 
 def _enter_logging(stack: ExitStack, config: NodeConfig) -> WriterThread[logging.LogRecord]:

@@ -7,10 +7,11 @@ again what is there changes nothing. SQLite runs in a worker thread, one call at
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -292,6 +293,19 @@ def _usage_row(row: UsageRow) -> tuple[int, str, str, str, int, int, int, int]:
     return (*row.identity, totals.requests, totals.prompt_tokens, totals.completion_tokens)
 
 
+def check_store(folder: Path) -> None:
+    """Raises ConfigInvalid where open_store() would; changes nothing, and a running node may have it open."""
+    file = folder / FILE_NAME
+    if not file.exists():
+        return
+    if not os.access(file, os.R_OK | os.W_OK):
+        raise ConfigInvalid(f"{file}: {os.strerror(errno.EACCES)}; give a writable folder with --data-dir")
+    address = f"{file.absolute().as_uri()}?mode=ro"
+    with _naming(file), closing(sqlite3.connect(address, timeout=BUSY_TIMEOUT_S, uri=True)) as connection:
+        _check_ours(connection, file)
+        _check_whole(connection, file)
+
+
 def _open(file: Path, pages_max: int) -> sqlite3.Connection:
     try:
         os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))  # hashes of keys are nobody else's business
@@ -310,6 +324,17 @@ def _open(file: Path, pages_max: int) -> sqlite3.Connection:
 
 def _prepare(connection: sqlite3.Connection, file: Path, pages_max: int) -> None:
     """Raises ConfigInvalid; a file that is not ours is as it was."""
+    schema_version = _check_ours(connection, file)
+    _pragma(connection, "journal_mode = WAL")  # where the file system has none, a rollback journal is as durable
+    _pragma(connection, "synchronous = FULL")
+    _pragma(connection, f"max_page_count = {pages_max}")
+    if schema_version == 0:
+        connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+    _check_whole(connection, file)
+
+
+def _check_ours(connection: sqlite3.Connection, file: Path) -> object:
+    """The version of its schema, 0 for a new file. Raises ConfigInvalid."""
     application_id = _pragma(connection, "application_id")
     has_tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] > 0
     if application_id != APPLICATION_ID and (has_tables or application_id):
@@ -319,11 +344,11 @@ def _prepare(connection: sqlite3.Connection, file: Path, pages_max: int) -> None
         raise ConfigInvalid(
             f"{file} has schema version {schema_version}, this AI Cluster knows {SCHEMA_VERSION}; run the later one"
         )
-    _pragma(connection, "journal_mode = WAL")  # where the file system has none, a rollback journal is as durable
-    _pragma(connection, "synchronous = FULL")
-    _pragma(connection, f"max_page_count = {pages_max}")
-    if schema_version == 0:
-        connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+    return schema_version
+
+
+def _check_whole(connection: sqlite3.Connection, file: Path) -> None:
+    """Raises ConfigInvalid for a damaged file."""
     if (damage := _pragma(connection, "quick_check(1)")) != "ok":
         raise ConfigInvalid(_damaged(file, " ".join(str(damage).split())))
 

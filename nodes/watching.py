@@ -8,11 +8,13 @@ import sys
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from rich.live import Live
 
-from nodes.client import TIMEOUT_S, NodeAnswered, get_json, make_console, open_answer, request_for
+from nodes.client import TIMEOUT_S, get_json, make_console, open_answer, request_for
+from nodes.node_address import NodeAddress, NodeAnswered, parse_url
 from nodes.terminal_view import mesh_view, nodes_table
 
 EVENTS_KEPT = 100
@@ -23,12 +25,12 @@ Json = dict[str, Any]
 Message = tuple[str, Json]  # "status" or "cluster", and its object
 
 
-def show_status(url: str, *, watch: bool, as_json: bool) -> int:
+def show_status(url: str, ca_file: Path | None, *, watch: bool, as_json: bool) -> int:
     """Print the member table; 0 when all members are healthy, 1 when some are not or the node is out of reach."""
     if watch:
-        return follow(url, as_json=as_json, once=False)
+        return follow_mesh(url, ca_file, as_json=as_json, once=False)
     try:
-        status = get_json(url, "/cluster/status")
+        status = get_json(parse_url(url, ca_file), "/cluster/status")
     except NodeAnswered as exc:
         print(f"ai-cluster: {exc}", file=sys.stderr)
         return 1
@@ -39,19 +41,20 @@ def show_status(url: str, *, watch: bool, as_json: bool) -> int:
     return _exit_code(status)
 
 
-def follow(url: str, *, as_json: bool, once: bool) -> int:
+def follow_mesh(url: str, ca_file: Path | None, *, as_json: bool, once: bool) -> int:
     """Show nodes and events until Ctrl-C; once: what is known now. as_json: an object a line. On a pipe, where nothing
     can be drawn over, a table each second."""
     try:
-        with closing(_messages(url)) as messages:
+        node = parse_url(url, ca_file)
+        with closing(_messages(node)) as messages:
             status, events = _first(messages)
             if once:
                 _print(status, events, as_json=as_json)
                 return _exit_code(status)
             if as_json:
-                _print_lines(url, messages, status, events)
+                _print_lines(node, messages, status, events)
             else:
-                _draw(url, messages, status, events)
+                _draw(node, messages, status, events)
     except NodeAnswered as exc:
         print(f"ai-cluster: {exc}", file=sys.stderr)
         return 1
@@ -71,16 +74,16 @@ def _print(status: Json, events: dict[str, Json], *, as_json: bool) -> None:
         make_console().print(mesh_view(status, list(events.values())))
 
 
-def _print_lines(url: str, messages: Iterator[Message], status: Json, events: dict[str, Json]) -> None:
+def _print_lines(node: NodeAddress, messages: Iterator[Message], status: Json, events: dict[str, Json]) -> None:
     for event in events.values():
         print(json.dumps({"event": event}))
     print(json.dumps({"status": status}), flush=True)
     for name, message in messages:
         print(json.dumps({"status" if name == "status" else "event": message}), flush=True)
-    raise NodeAnswered(f"{url} ended the stream of events; it was stopped, or its connection broke")
+    raise NodeAnswered(f"{node} ended the stream of events; it was stopped, or its connection broke")
 
 
-def _draw(url: str, messages: Iterator[Message], status: Json, events: dict[str, Json]) -> None:
+def _draw(node: NodeAddress, messages: Iterator[Message], status: Json, events: dict[str, Json]) -> None:
     """Until Ctrl-C. The node may come back: the last picture stays, with the reason below it."""
     console = make_console()
     if not console.is_terminal:
@@ -89,10 +92,10 @@ def _draw(url: str, messages: Iterator[Message], status: Json, events: dict[str,
             if name == "status":
                 console.print(nodes_table(message))
                 sys.stdout.flush()
-        raise NodeAnswered(f"{url} ended the stream of events; it was stopped, or its connection broke")
+        raise NodeAnswered(f"{node} ended the stream of events; it was stopped, or its connection broke")
     with Live(mesh_view(status, list(events.values())), console=console, auto_refresh=False) as live:
         while True:
-            fault = f"{url} does not answer; it is tried again"
+            fault = f"{node} does not answer; it is tried again"
             try:
                 for name, message in messages:
                     if name == "status":
@@ -104,7 +107,7 @@ def _draw(url: str, messages: Iterator[Message], status: Json, events: dict[str,
                 fault = str(exc)
             live.update(mesh_view(status, list(events.values()), fault), refresh=True)
             time.sleep(AGAIN_S)
-            messages = _messages(url)
+            messages = _messages(node)
 
 
 def _first(messages: Iterator[Message]) -> tuple[Json, dict[str, Json]]:
@@ -130,9 +133,9 @@ def _keep(events: dict[str, Json], event: Json) -> None:
         del events[next(iter(events))]
 
 
-def _messages(url: str) -> Generator[Message, None, None]:
+def _messages(node: NodeAddress) -> Generator[Message, None, None]:
     """Until the stream ends or breaks. Raises NodeAnswered at its beginning."""
-    with open_answer(request_for(url, EVENTS_PATH, None), TIMEOUT_S) as response:
+    with open_answer(node, request_for(node, EVENTS_PATH, None), TIMEOUT_S) as response:
         name = ""
         try:
             for line in response:

@@ -30,6 +30,10 @@ class KeyUnknown(MeshError):
     """No key of that id, or it is revoked."""
 
 
+class KeyAmbiguous(KeyUnknown):
+    """Several keys are meant; the message has their ids."""
+
+
 @dataclass(frozen=True, slots=True)
 class NewKey:
     """drafts: to be committed, all or none; the key works from then on. token: to be shown once."""

@@ -16,6 +16,7 @@ import trio
 
 from mesh.counters_wire import NO_TOTALS, TOTAL_MAX, Totals
 from mesh.errors import MalformedDatagram, MeshError, PeerUnavailable
+from mesh.packed_arrays import field, items, unpack_array
 from mesh.view import ClusterView, MemberStatus, MemberView
 from mesh.wire import GENERATION_MAX, NODE_ID_BYTES_MAX, count, text
 from nodes.store import DAY_MAX, TEXT_BYTES_MAX, DayDigest, Store, StoreFailed, UsageRow
@@ -107,22 +108,22 @@ class UsageLog:
     async def answer(self, request: bytes) -> bytes:
         """What a peer asks. Raises MalformedDatagram, and PeerUnavailable where this node's disk does not answer."""
         try:
-            return await self._answer(_unpack(request))
+            return await self._answer(unpack_array(request, MESSAGE_BYTES_MAX))
         except StoreFailed as exc:
             logger.error("usage cannot be read", extra={"error.message": str(exc)})
             raise PeerUnavailable("this node cannot read its usage; its log says why") from exc
 
     async def _answer(self, fields: list[Any]) -> bytes:
-        kind = count(fields[0])
+        kind = count(field(fields, 0))
         if kind == _GIVE:
             first_day = self._first_day_kept()
-            await self._put([row for row in _rows(fields) if row.day >= first_day])
+            await self._put([row for row in _rows(fields, 1) if row.day >= first_day])
             return _pack([])
         if kind == _DIGESTS:
             digests = await self._store.usage_digests(self._first_day_kept())
             return _pack([[digest.day, digest.rows, digest.requests, digest.tokens] for digest in digests])
         if kind == _FETCH:
-            day, after = count(_field(fields, 1), DAY_MAX), _field(fields, 2)
+            day, after = count(field(fields, 1), DAY_MAX), field(fields, 2)
             rows = await self._store.usage_rows(day, None if after is None else _position(after), ROWS_PER_MESSAGE)
             return _pack([[_fields(row) for row in rows]])
         raise MalformedDatagram(f"{kind} is no question about usage")
@@ -166,7 +167,7 @@ class UsageLog:
         """What it has and this node has not. The peer fetches what it lacks itself, at its own time."""
         try:
             with trio.fail_after(PEER_TIMEOUT_S):
-                answer = _unpack(await self._ask(peer, _pack([_DIGESTS])))
+                answer = unpack_array(await self._ask(peer, _pack([_DIGESTS])), MESSAGE_BYTES_MAX)
             own = {digest.day: digest for digest in await self._store.usage_digests(self._first_day_kept())}
             for row in answer:
                 theirs = _digest(row)
@@ -183,7 +184,7 @@ class UsageLog:
         after: tuple[str, str, str, int] | None = None
         while True:
             with trio.fail_after(PEER_TIMEOUT_S):
-                rows = _rows(["", *_unpack(await self._ask(peer, _pack([_FETCH, day, after])))])
+                rows = _rows(unpack_array(await self._ask(peer, _pack([_FETCH, day, after])), MESSAGE_BYTES_MAX), 0)
             await self._put(rows)
             if len(rows) < ROWS_PER_MESSAGE or (after is not None and rows[-1].identity[1:] <= after):
                 return
@@ -229,12 +230,9 @@ def _fields(row: UsageRow) -> list[object]:
     return [*row.identity, totals.requests, totals.prompt_tokens, totals.completion_tokens]
 
 
-def _rows(fields: Sequence[Any]) -> list[UsageRow]:
+def _rows(fields: Sequence[Any], index: int) -> list[UsageRow]:
     """Raises MalformedDatagram."""
-    rows = _field(fields, 1)
-    if not isinstance(rows, list) or len(rows) > ROWS_PER_MESSAGE:
-        raise MalformedDatagram(f"expected at most {ROWS_PER_MESSAGE} rows of usage")
-    return [_row(row) for row in rows]
+    return [_row(row) for row in items(fields, index, ROWS_PER_MESSAGE)]
 
 
 def _row(fields: Any) -> UsageRow:
@@ -267,24 +265,6 @@ def _text(value: Any) -> str:
     return "" if value == "" else text(value, TEXT_BYTES_MAX)
 
 
-def _field(fields: Sequence[Any], index: int) -> Any:
-    if len(fields) <= index:
-        raise MalformedDatagram(f"a message of {len(fields)} fields where at least {index + 1} are needed")
-    return fields[index]
-
-
 def _pack(fields: Sequence[object]) -> bytes:
     message: bytes = msgpack.packb(fields)
     return message
-
-
-def _unpack(message: bytes) -> list[Any]:
-    if len(message) > MESSAGE_BYTES_MAX:
-        raise MalformedDatagram(f"a message of {len(message)} bytes exceeds {MESSAGE_BYTES_MAX}")
-    try:
-        fields = msgpack.unpackb(message)
-    except ValueError as exc:
-        raise MalformedDatagram(f"{len(message)} bytes are no msgpack: {exc!r}") from exc
-    if not isinstance(fields, list):
-        raise MalformedDatagram("a message is an array")
-    return fields

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, Callable
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import trio
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema
 from quart import Quart, Response, request
 
 from mesh.seal import parse_key
 from mesh.view import Address
 from nodes.api.accounting import exchange_of
-from nodes.api.request_body import read_body
+from nodes.api.operator_body import OperatorBody, read_operator_body
 from nodes.api.services import Services
 from nodes.api.sse import EventStreamBody
 from nodes.config import parse_address
@@ -39,18 +39,14 @@ Key = Annotated[bytes, BeforeValidator(_parse_key), WithJsonSchema({"type": "str
 NodeId = Annotated[str, Field(min_length=1, max_length=64)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, hide_input_in_errors=True)
-
-
-class InstallBody(_Body):
+class InstallBody(OperatorBody):
     """here: at the node asked alone."""
 
     key: Key
     here: bool = False
 
 
-class KeyBody(_Body):
+class KeyBody(OperatorBody):
     """force: also where it cuts members off."""
 
     key_id: KeyId
@@ -58,28 +54,25 @@ class KeyBody(_Body):
     here: bool = False
 
 
-class JoinBody(_Body):
+class JoinBody(OperatorBody):
     address: Annotated[Address, BeforeValidator(parse_address), WithJsonSchema({"type": "string"})]
 
 
-class LeaveBody(_Body):
+class LeaveBody(OperatorBody):
     """node_id None: the node asked."""
 
     node_id: NodeId | None = None
 
 
-class DrainBody(_Body):
+class DrainBody(OperatorBody):
     """node_id None: the node asked. undo: it takes requests again."""
 
     node_id: NodeId | None = None
     undo: bool = False
 
 
-class ForgetBody(_Body):
+class ForgetBody(OperatorBody):
     node_id: NodeId
-
-
-BodyModel = TypeVar("BodyModel", bound=_Body)
 
 
 def register(app: Quart, services: Services) -> None:
@@ -105,18 +98,18 @@ def register(app: Quart, services: Services) -> None:
 
     @app.post("/admin/keyring/install")
     async def install() -> Response:
-        body = await _body(InstallBody)
+        body = await read_operator_body(request, InstallBody)
         return begin(operations.install(body.key, is_here_only=body.here))
 
     @app.post("/admin/keyring/use")
     async def use() -> Response:
-        body = await _body(KeyBody)
+        body = await read_operator_body(request, KeyBody)
         key_id = bytes.fromhex(body.key_id)
         return begin(operations.use(key_id, is_forced=body.force, is_here_only=body.here))
 
     @app.post("/admin/keyring/remove")
     async def remove() -> Response:
-        body = await _body(KeyBody)
+        body = await read_operator_body(request, KeyBody)
         key_id = bytes.fromhex(body.key_id)
         return begin(operations.remove(key_id, is_forced=body.force, is_here_only=body.here))
 
@@ -126,21 +119,21 @@ def register(app: Quart, services: Services) -> None:
 
     @app.post("/admin/join")
     async def join() -> Response:
-        return begin(operations.join((await _body(JoinBody)).address))
+        return begin(operations.join((await read_operator_body(request, JoinBody)).address))
 
     @app.post("/admin/leave")
     async def leave() -> Response:
-        body = await _body(LeaveBody)
+        body = await read_operator_body(request, LeaveBody)
         return begin(_known(lambda: operations.leave(body.node_id)))
 
     @app.post("/admin/drain")
     async def drain() -> Response:
-        body = await _body(DrainBody)
+        body = await read_operator_body(request, DrainBody)
         return begin(_known(lambda: operations.drain(body.node_id, is_undone=body.undo)))
 
     @app.post("/admin/forget")
     async def forget() -> Response:
-        body = await _body(ForgetBody)
+        body = await read_operator_body(request, ForgetBody)
         return begin(_known(lambda: operations.forget(body.node_id)))
 
 
@@ -149,17 +142,6 @@ def _known(make: Callable[[], Operation]) -> Operation:
         return make()
     except OperationFailed as exc:
         raise RequestInvalid(str(exc), param="node_id", status=409) from exc
-
-
-async def _body(model: type[BodyModel]) -> BodyModel:
-    """Raises RequestInvalid, which never quotes what was sent: it may be a key."""
-    try:
-        return model.model_validate_json(await read_body(request) or b"{}")
-    except ValidationError as exc:
-        fault = exc.errors(include_input=False, include_url=False)[0]
-        param = ".".join(str(part) for part in fault["loc"]) or None
-        reason = str(fault.get("ctx", {}).get("error", "")) or fault["msg"]
-        raise RequestInvalid(f"{param or 'the body'}: {reason}", param=param) from exc
 
 
 async def _encoded(lines: trio.MemoryReceiveChannel[Line]) -> AsyncGenerator[bytes, None]:

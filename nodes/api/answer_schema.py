@@ -243,6 +243,9 @@ class KeyList(Answer):
 
 class EditedKey(Answer):
     key: KeyObject
+    also_revoked: list[str] = Field(description="Ids of those that were revoked with it")
+    others: list[KeyObject] = Field(description="Keys of its name or family that this did not change, and that work")
+    unserved_models: list[str] = Field(description="Of the models it may use, those that no live node serves now")
     untold: dict[str, str] = Field(description="Members that could not be told yet, and why; they learn it when back")
     token: str | None = Field(None, description="Of a new key: shown this once")
 

@@ -64,7 +64,7 @@ def build_app(services: Services) -> Accounting:
     cluster.register(app, services)
     cluster_events.register(app, services, status)
     admin.register(app, services)
-    keys.register(app, services.key_admin)
+    keys.register(app, services)
     openapi.register(app, services)
     web.register(app)
     return Accounting(ResponseHeaders(app, services.cors_origins), services.metrics)

@@ -7,16 +7,18 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 import trio
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field
 from quart import Quart, Response, jsonify, request
 
 from mesh.replica import EditRefused
 from nodes.access.api_key import ApiKey, KeyMalformed, KeySettings
 from nodes.access.key_admin import Edited, KeyAdmin
-from nodes.access.key_book import KeyUnknown
+from nodes.access.key_book import KeyAmbiguous, KeyUnknown
 from nodes.access.usage import DAY_S
-from nodes.api.request_body import read_body
+from nodes.api.operator_body import OperatorBody, read_operator_body
+from nodes.api.services import Services
 from nodes.generation import PRIORITY_DEFAULT, RequestInvalid
+from nodes.iso_time import iso_time
 from nodes.store import StoreFailed
 
 USAGE_DAYS_DEFAULT = 30
@@ -45,11 +47,7 @@ Time = Annotated[int | None, BeforeValidator(_time, json_schema_input_type=int |
 Models = Annotated[tuple[str, ...], AfterValidator(_models)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class CreateBody(_Body):
+class CreateBody(OperatorBody):
     name: str
     requests_per_minute: Limit = None
     tokens_per_minute: Limit = None
@@ -60,7 +58,7 @@ class CreateBody(_Body):
     enabled: bool = True
 
 
-class ChangeBody(_Body):
+class ChangeBody(OperatorBody):
     """What is left out stays; null takes a limit away."""
 
     name: str | None = None
@@ -73,13 +71,34 @@ class ChangeBody(_Body):
     enabled: bool = True
 
 
-class RotateBody(_Body):
+class RotateBody(OperatorBody):
     """grace_s: how long the old key goes on working."""
 
     grace_s: int = Field(0, ge=0, le=GRACE_S_MAX)
 
 
-def register(app: Quart, admin: KeyAdmin) -> None:
+def register(app: Quart, services: Services) -> None:
+    admin = services.key_admin
+
+    def unserved(key: ApiKey) -> list[str]:
+        """Of the models that it may use, those that no live node has: a typing error, or a node that is away."""
+        live = [member for member in services.view().members.values() if member.is_live]
+        return [name for name in key.settings.models if not any(member.model(name) for member in live)]
+
+    def answer(edited: Edited) -> Response:
+        body: dict[str, Any] = {
+            "key": _shown(edited.key, admin),
+            "also_revoked": [key.public_id for key in edited.also_revoked],
+            "others": [_shown(key, admin) for key in edited.others],
+            "unserved_models": unserved(edited.key),
+            "untold": dict(edited.untold),
+        }
+        if edited.token:
+            body["token"] = edited.token
+        response = jsonify(body)
+        response.headers["cache-control"] = "no-store"
+        return response
+
     @app.get("/admin/keys")
     async def list_api_keys() -> Response:
         keys = []
@@ -91,8 +110,8 @@ def register(app: Quart, admin: KeyAdmin) -> None:
 
     @app.post("/admin/keys")
     async def create_api_key() -> Response:
-        settings = _settings(await _body(CreateBody))
-        return _answer(await _done(lambda: admin.create(settings)), admin)
+        settings = _settings(await read_operator_body(request, CreateBody))
+        return answer(await _done(lambda: admin.create(settings)))
 
     @app.get("/admin/keys/<name>")
     async def show_api_key(name: str) -> Response:
@@ -100,30 +119,35 @@ def register(app: Quart, admin: KeyAdmin) -> None:
 
     @app.patch("/admin/keys/<name>")
     async def change_api_key(name: str) -> Response:
-        body = await _body(ChangeBody)
+        body = await read_operator_body(request, ChangeBody)
         changes = {field: getattr(body, field) for field in body.model_fields_set}
         if "enabled" in changes:
             changes["is_enabled"] = changes.pop("enabled")
         if changes.get("name", "") is None:
             raise RequestInvalid("name: a key has one", param="name")
-        return _answer(await _done(lambda: admin.change(name, changes)), admin)
+        return answer(await _done(lambda: admin.change(name, changes)))
 
     @app.post("/admin/keys/<name>/rotate")
     async def rotate_api_key(name: str) -> Response:
-        body = await _body(RotateBody)
-        return _answer(await _done(lambda: admin.rotate(name, body.grace_s)), admin)
+        body = await read_operator_body(request, RotateBody)
+        return answer(await _done(lambda: admin.rotate(name, body.grace_s)))
 
     @app.delete("/admin/keys/<name>")
     async def revoke_api_key(name: str) -> Response:
-        return _answer(await _done(lambda: admin.revoke(name)), admin)
+        is_all = _flag("all")
+        return answer(await _done(lambda: admin.revoke(name, is_all=is_all)))
 
     @app.get("/admin/usage")
     async def usage() -> Response:
         today = datetime.now(UTC).date()
         last = _day("to", today.isoformat())
         first = _day("from", (today - timedelta(days=USAGE_DAYS_DEFAULT - 1)).isoformat())
+        if first > last:
+            raise RequestInvalid("from: this day is after the last one", param="from")
         try:
             sums = await admin.usage(first, last, request.args.get("key"))
+        except KeyUnknown as exc:
+            raise _not_found(exc) from exc
         except StoreFailed as exc:
             raise RequestInvalid(str(exc), code="not_read", status=503) from exc
         names = admin.names()
@@ -152,6 +176,14 @@ def _day(argument: str, default: str) -> int:
         raise RequestInvalid(f"{argument}: a day such as 2026-11-27", param=argument) from exc
 
 
+def _flag(argument: str) -> bool:
+    """Raises RequestInvalid."""
+    value = request.args.get(argument, "false")
+    if value not in ("true", "false"):
+        raise RequestInvalid(f"{argument}: true or false", param=argument)
+    return value == "true"
+
+
 def _settings(body: CreateBody) -> KeySettings:
     fields = body.model_dump()
     fields["is_enabled"] = fields.pop("enabled")
@@ -162,14 +194,20 @@ def _found(admin: KeyAdmin, name: str) -> ApiKey:
     try:
         return admin.find(name)
     except KeyUnknown as exc:
-        raise RequestInvalid(str(exc), code="key_not_found", status=404) from exc
+        raise _not_found(exc) from exc
+
+
+def _not_found(fault: KeyUnknown) -> RequestInvalid:
+    if isinstance(fault, KeyAmbiguous):
+        return RequestInvalid(str(fault), code="key_ambiguous", status=409)
+    return RequestInvalid(str(fault), code="key_not_found", status=404)
 
 
 async def _done(edit: Callable[[], Awaitable[Edited]]) -> Edited:
     try:
         return await edit()
     except KeyUnknown as exc:
-        raise RequestInvalid(str(exc), code="key_not_found", status=404) from exc
+        raise _not_found(exc) from exc
     except KeyMalformed as exc:
         raise RequestInvalid(str(exc), param=str(exc).partition(":")[0]) from exc
     except EditRefused as exc:
@@ -178,23 +216,14 @@ async def _done(edit: Callable[[], Awaitable[Edited]]) -> Edited:
         raise RequestInvalid(str(exc), code="not_kept", status=507) from exc
 
 
-def _answer(edited: Edited, admin: KeyAdmin) -> Response:
-    body: dict[str, Any] = {"key": _shown(edited.key, admin), "untold": dict(edited.untold)}
-    if edited.token:
-        body["token"] = edited.token
-    response = jsonify(body)
-    response.headers["cache-control"] = "no-store"
-    return response
-
-
 def _shown(key: ApiKey, admin: KeyAdmin) -> dict[str, Any]:
     settings = key.settings
     return {
         "id": key.public_id,
         "name": settings.name,
         "enabled": settings.is_enabled,
-        "created_at": _iso(key.created_at),
-        "expires_at": None if settings.expires_at is None else _iso(settings.expires_at),
+        "created_at": iso_time(key.created_at),
+        "expires_at": None if settings.expires_at is None else iso_time(settings.expires_at),
         "models": list(settings.models),
         "requests_per_minute": settings.requests_per_minute,
         "tokens_per_minute": settings.tokens_per_minute,
@@ -203,18 +232,3 @@ def _shown(key: ApiKey, admin: KeyAdmin) -> dict[str, Any]:
         "family": key.family,
         "remaining": admin.use(key),
     }
-
-
-def _iso(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
-
-
-async def _body(model: type[Any]) -> Any:
-    """Raises RequestInvalid."""
-    try:
-        return model.model_validate_json(await read_body(request) or b"{}")
-    except ValidationError as exc:
-        fault = exc.errors(include_input=False, include_url=False)[0]
-        param = ".".join(str(part) for part in fault["loc"]) or None
-        reason = str(fault.get("ctx", {}).get("error", "")) or fault["msg"]
-        raise RequestInvalid(f"{param or 'the body'}: {reason}", param=param) from exc

@@ -178,9 +178,17 @@ ROUTES = (
         for method, path, summary, body, kind, errors, query in (
             ("get", "/admin/keys", "All API keys that are not revoked", None, KeyList, (401, 429, 500), ()),
             ("post", "/admin/keys", "Make an API key", keys.CreateBody, EditedKey, (*CHANGING, 507), ()),
-            ("get", "/admin/keys/{name}", "One key, by id or name", None, KeyObject, (401, 404, 429, 500), ()),
+            ("get", "/admin/keys/{name}", "One key, by id or name", None, KeyObject, (401, 404, 409, 429, 500), ()),
             ("patch", "/admin/keys/{name}", "Change a key", keys.ChangeBody, EditedKey, (*CHANGING, 404, 507), ()),
-            ("delete", "/admin/keys/{name}", "Revoke a key", None, EditedKey, (401, 404, 429, 500, 507), ()),
+            (
+                "delete",
+                "/admin/keys/{name}",
+                "Revoke a key, or with all=true every one of that name or family",
+                None,
+                EditedKey,
+                (400, 401, 404, 409, 429, 500, 507),
+                ("all",),
+            ),
             (
                 "post",
                 "/admin/keys/{name}/rotate",
@@ -196,7 +204,7 @@ ROUTES = (
                 "What keys used",
                 None,
                 UsageAnswer,
-                (400, 401, 429, 500, 503),
+                (400, 401, 404, 409, 429, 500, 503),
                 ("from", "to", "key"),
             ),
         )

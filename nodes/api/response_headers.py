@@ -14,17 +14,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from nodes.api.accounting import exchange_of
+from nodes.strict_headers import SAME_ORIGIN, STRICT
 
 HEADERS_MAX = 100  # of one request; clients of the API send some ten
 PREFLIGHT_AGE_S = 600
-# Values that an answer has of its own are kept: the page of /docs, answers that may not be stored.
-STRICT = {
-    b"x-content-type-options": b"nosniff",
-    b"x-frame-options": b"DENY",
-    b"referrer-policy": b"no-referrer",
-    b"content-security-policy": b"default-src 'none'; frame-ancestors 'none'",
-    b"cache-control": b"no-store",
-}
 EXPOSED = (
     b"x-request-id, openai-processing-ms, retry-after, retry-after-ms, x-ai-cluster-node, x-ratelimit-limit-requests, "
     b"x-ratelimit-remaining-requests, x-ratelimit-reset-requests, x-ratelimit-limit-tokens, "
@@ -91,13 +84,14 @@ def _has_path(target: str) -> bool:
 
 
 def _missing(present: Any, allowed: bytes) -> list[tuple[bytes, bytes]]:
+    """Values that an answer has of its own are kept: the page of /docs, answers that may not be stored."""
     names = {bytes(name).lower() for name, _ in present}
     found = [(name, value) for name, value in STRICT.items() if name not in names]
     if allowed:
         found += [(b"access-control-allow-origin", allowed), (b"access-control-expose-headers", EXPOSED)]
         found += [(b"vary", b"origin")]
     else:
-        found.append((b"cross-origin-resource-policy", b"same-origin"))
+        found.append(SAME_ORIGIN)
     return found
 
 

@@ -21,7 +21,10 @@ class ToolFunction(Body):
     name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="JSON Schema of an object")
-    strict: bool | None = Field(None, description="Calls that tool_choice forces always follow the schema.")
+    strict: bool | None = Field(
+        None,
+        description="Calls that tool_choice forces follow the schema either way; under auto nothing does.",
+    )
 
 
 class Tool(Body):

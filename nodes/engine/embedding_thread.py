@@ -98,7 +98,7 @@ class EmbeddingThread:
                     self._courier.post(partial(deliver, done))
                 self.step_began = None
                 if self._faults >= FAULTS_MAX:
-                    logger.error("the embedding engine has failed: %d steps broke one after the other", self._faults)
+                    logger.error("the embedding engine has failed", extra={"broken_steps": self._faults})
                     self._courier.post(fail)
                     return
         except BaseException:  # those who wait must not do so for ever, whatever broke

@@ -94,7 +94,7 @@ class EngineThread:
             while (tick := self._tick()) is not None:
                 self._courier.post(partial(deliver, tick))
         except BaseException:  # panics of Rust code are no Exception: readers must not wait for ever, whatever broke
-            logger.exception("the engine has failed: %d steps broke one after the other", self._faults)
+            logger.exception("the engine has failed", extra={"broken_steps": self._faults})
             self._courier.post(fail)
         finally:
             self._executor.close()

@@ -1,4 +1,4 @@
-"""A folder of an embedding model with random weights, for tests: an encoder as sentence-transformers models are.
+"""A folder of an embedding model with random weights, for tests and trials: an encoder as sentence-transformers' are.
 
 A small BERT (Devlin et al. 2018) in float32: learned positions, attention in both directions, layers normalised after
 each sum. What it says of texts means nothing, but it depends on every token and on their order.
@@ -38,6 +38,13 @@ class EncoderShape:
     ffn: int = 64
     vocab: int = 512
     context: int = 64
+
+
+# 22m has the shape of the public all-MiniLM-L6-v2.
+ENCODER_SIZES = {
+    "tiny": EncoderShape(context=512),
+    "22m": EncoderShape(hidden=384, layers=6, heads=12, ffn=1536, vocab=30_522, context=512),
+}
 
 
 def write_random_encoder(

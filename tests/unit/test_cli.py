@@ -1,4 +1,8 @@
 import inspect
+import os
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -73,3 +77,34 @@ def test_an_empty_question_is_a_usage_error() -> None:
     result = runner.invoke(cli.app, ["chat"], input="\n")
     assert result.exit_code == 2
     assert "no question" in result.stderr
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    result = runner.invoke(cli.app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"ai-cluster {version('ai-cluster')}\n")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", [["keyring", "new"], ["config", "check"]], ids=" ".join)
+def test_output_that_cannot_be_written_is_one_line(command: list[str], unbuffered: str) -> None:
+    with open("/dev/full", "w") as full:
+        ended = _run(command, unbuffered, full.fileno())
+    assert (ended.returncode, ended.stderr) == (
+        1,
+        b"ai-cluster: the output cannot be written: No space left on device\n",
+    )
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_gone_is_no_line(unbuffered: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = _run(["config", "check"], unbuffered, writer)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, b"")
+
+
+def _run(command: list[str], unbuffered: str, output: int) -> subprocess.CompletedProcess[bytes]:
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    arguments = [sys.executable, "-m", "nodes", *command]
+    return subprocess.run(arguments, stdout=output, stderr=subprocess.PIPE, env=environment, timeout=60)

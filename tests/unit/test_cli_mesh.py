@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from nodes import cli
 from nodes.admin_client import find_token
 from nodes.config import ConfigInvalid
+from nodes.node_address import parse_url
 from nodes.operator_tables import MATRIX_OBSERVERS_MAX, disputed_members, matrix_table
 
 TOKEN = "a token of a node"
@@ -42,6 +43,9 @@ class ScriptedNode:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                self.do_POST()
+
+            def do_DELETE(self) -> None:
                 self.do_POST()
 
             def do_POST(self) -> None:
@@ -87,6 +91,12 @@ def belief(name: str, membership: str = "alive", *, is_self: bool = False) -> di
         "age_s": 0.52, "mesh": "10.0.0.1:7946", "http": "", "version": "0.1", "generation": 3, "state_version": 99,
         "models": ["demo"],
     }  # fmt: skip
+
+
+def test_a_warning_goes_to_stderr_and_the_command_is_done(node: ScriptedNode, data_dir: Path) -> None:
+    node.lines = [{"node": "b", "warning": "is the last"}, {"node": "b", "ok": True, "state": "none runs"}, SUMMARY]
+    result = run(node, data_dir, "drain", "b")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "b  ok  none runs\nall done\n", "b  is the last\n")
 
 
 def test_each_node_is_a_line_and_failures_go_to_stderr_with_exit_code_1(node: ScriptedNode, data_dir: Path) -> None:
@@ -226,12 +236,12 @@ def test_the_token_is_that_of_the_node_at_the_url(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "admin-token").write_text(f"of {name}\n")
         (tmp_path / name / "node.json").write_text(json.dumps({"http": f"127.0.0.1:{port}"}))
-    assert find_token("http://127.0.0.1:8081", tmp_path, {}) == "of node-2"
-    assert find_token("http://localhost:8080/", tmp_path, {}) == "of node-1"
+    assert find_token(parse_url("http://127.0.0.1:8081"), tmp_path, {}) == "of node-2"
+    assert find_token(parse_url("http://localhost:8080/"), tmp_path, {}) == "of node-1"
     (tmp_path / "admin-token").write_text("of the folder\n")
-    assert find_token("http://127.0.0.1:9", tmp_path, {}) == "of the folder"
+    assert find_token(parse_url("http://127.0.0.1:9"), tmp_path, {}) == "of the folder"
     assert (
-        find_token("http://127.0.0.1:8081", tmp_path, {"AI_CLUSTER_ADMIN_TOKEN": "of the variable"})
+        find_token(parse_url("http://127.0.0.1:8081"), tmp_path, {"AI_CLUSTER_ADMIN_TOKEN": "of the variable"})
         == "of the variable"
     )
 
@@ -239,9 +249,9 @@ def test_the_token_is_that_of_the_node_at_the_url(tmp_path: Path) -> None:
 def test_a_token_that_is_not_there_is_named_with_the_fix(tmp_path: Path) -> None:
     (tmp_path / "node-1").mkdir()
     (tmp_path / "node-1" / "node.json").write_text("[]")
-    for url, folder in (("http://a:8080", tmp_path), ("http://a", tmp_path / "absent"), ("http://a:port", tmp_path)):
+    for url, folder in (("http://a:8080", tmp_path), ("http://a", tmp_path / "absent")):
         with pytest.raises(ConfigInvalid, match=r"--data-dir.*AI_CLUSTER_ADMIN_TOKEN"):
-            find_token(url, folder, {})
+            find_token(parse_url(url), folder, {})
 
 
 @pytest.mark.parametrize(

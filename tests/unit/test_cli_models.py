@@ -157,10 +157,22 @@ def test_random_makes_a_folder_that_check_takes(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
+def test_random_makes_an_embedding_model_that_check_takes(tmp_path: Path) -> None:
+    out = tmp_path / "made"
+    result = models("random", "bert:tiny", "--out", str(out))
+    assert result.exit_code == 0, result.stderr
+    assert f"serve it: ai-cluster serve --model {out}" in result.stdout
+    checked = models("check", str(out), "--provider", "cpu", "--threads", "1").stdout
+    assert "format       embedding, model.onnx" in checked
+    assert "context      512 tokens" in checked
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["llama:9b"], "SHAPE llama:9b is none of llama:tiny, llama:200m, llama:1b, llama:7b"),
+        (["llama:9b"], "SHAPE llama:9b is none of llama:tiny, llama:200m, llama:1b, llama:7b, bert:tiny, bert:22m"),
+        (["bert:tiny", "--precision", "int4"], "bert:tiny is made in fp32 alone; leave --precision int4 out"),
         (["llama:tiny", "--precision", "int3"], "--precision int3 is none of"),
         (["llama:tiny", "--block-size", "48"], "--block-size 48 is none of 32, 128"),
     ],

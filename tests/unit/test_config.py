@@ -180,3 +180,8 @@ def test_a_bad_gossip_key_is_named(tmp_path: Path, table: str, words: list[str])
     with pytest.raises(ConfigInvalid) as caught:
         load_config(file, {}, {})
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("name", ["URL", "CA_FILE"])
+def test_variables_of_the_commands_are_none_of_a_nodes(name: str) -> None:
+    load_config(None, {f"AI_CLUSTER_{name}": "what commands read"}, {})

@@ -354,7 +354,7 @@ async def test_an_engine_whose_steps_break_one_after_the_other_gives_up(caplog: 
             engine.submit(PROMPTS[0], greedy(), FAR)
         await streams[0].aclose()
     assert [record.message[:28] for record in caplog.records] == ["a step of the engine failed;"] * 2 + [
-        "the engine has failed: 3 ste"
+        "the engine has failed"
     ]
 
 

@@ -28,6 +28,7 @@ from nodes.http_server import (
     connections_max,
 )
 from nodes.sockets import bind_http
+from nodes.strict_headers import LINES, with_strict_headers
 
 GET = b"GET /short HTTP/1.1\r\nhost: test\r\n\r\n"
 # Real time without anything happening before the clock jumps: more than loopback takes from one socket to the other.
@@ -169,6 +170,7 @@ async def test_a_head_that_trickles_is_refused_after_a_fixed_time(clock: trio.te
                 part = await client.receive_some()
                 answer += part
         assert answer.startswith(b"HTTP/1.1 408 ")
+        assert LINES in answer
         assert trio.current_time() - started < HEAD_TIMEOUT_S + 3
         await wait_until(lambda: not served.connections)
         assert served.closed == {"slow_head": 1}
@@ -293,8 +295,12 @@ def test_the_maximum_follows_the_file_descriptors_there_are(monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     "data",
-    [b"\x00\x01\x02 nonsense\r\n\r\n", b"GET / HTTP/1.1\r\ncontent-length: x\r\n\r\n"],
-    ids=["nonsense", "length"],
+    [
+        b"\x00\x01\x02 nonsense\r\n\r\n",
+        b"GET / HTTP/1.1\r\ncontent-length: x\r\n\r\n",
+        b"GET /%s HTTP/1.1\r\n\r\n" % (b"x" * 20_000),
+    ],
+    ids=["nonsense", "length", "too long"],
 )
 async def test_bytes_that_are_no_http_are_answered_400_and_the_connection_ends(
     data: bytes, clock: trio.testing.MockClock
@@ -302,9 +308,18 @@ async def test_bytes_that_are_no_http_are_answered_400_and_the_connection_ends(
     async with serving() as served:
         client = await served.connect()
         await client.send_all(data)
-        assert (await read_to_end(client)).startswith(b"HTTP/1.1 4")
+        answer = await read_to_end(client)
+        assert answer.startswith(b"HTTP/1.1 4")
+        assert answer.count(LINES) == 1
         await client.aclose()
         await wait_until(lambda: not served.connections)
+
+
+def test_only_a_bare_refusal_gets_headers() -> None:
+    bare = b"HTTP/1.1 431 \r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+    assert with_strict_headers(bare) == bare[:-2] + LINES + b"\r\n"
+    for other in (with_strict_headers(bare), bare + b"a body", b"HTTP/1.1 400 is what the text says", b""):
+        assert with_strict_headers(other) == other
 
 
 async def test_what_hypercorn_does_not_expect_ends_one_connection_and_not_the_node(
@@ -544,7 +559,9 @@ async def test_a_websocket_is_refused_and_its_connection_goes_on_to_be_bounded(c
         await client.send_all(
             b"GET /short HTTP/1.1\r\nhost: a\r\n%ssec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n" % upgrade
         )
-        assert (await client.receive_some()).startswith(b"HTTP/1.1 403")
+        answer = await client.receive_some()
+        assert answer.startswith(b"HTTP/1.1 403")
+        assert LINES in answer
         await wait_until(lambda: served.connections == 0)
         assert served.application.ended == []
         assert served.closed == {}

@@ -209,3 +209,38 @@ async def test_models_that_a_key_may_not_use_are_not_listed() -> None:
         headers = {"authorization": f"Bearer {token}"}
         assert (await api.client.get("/v1/models", headers=headers)).json()["data"] == []
         assert (await api.client.get("/v1/models/demo", headers=headers)).status_code == 404
+
+
+async def test_a_model_that_no_node_serves_is_told_and_the_key_made() -> None:
+    api = Api(ScriptedDispatch())
+    async with api.client:
+        made = EditedKey.model_validate_json(
+            (await admin(api, "POST", "keys", name="alice", models=["demo", "demoo"])).content
+        )
+        assert (made.key.models, made.unserved_models) == (["demo", "demoo"], ["demoo"])
+        changed = EditedKey.model_validate_json((await admin(api, "PATCH", "keys/alice", models=["demo"])).content)
+        assert changed.unserved_models == []
+
+
+async def test_a_name_of_two_keys_is_a_conflict_and_all_of_them_can_be_revoked() -> None:
+    api = Api(ScriptedDispatch())
+    async with api.client:
+        first = EditedKey.model_validate_json((await admin(api, "POST", "keys", name="alice")).content)
+        rotated = await admin(api, "POST", "keys/alice/rotate", grace_s=3600)
+        second = EditedKey.model_validate_json(rotated.content)
+        assert [key.id for key in second.others] == [first.key.id]
+        for refused in (await admin(api, "DELETE", "keys/alice"), await admin(api, "GET", "keys/alice")):
+            assert (refused.status_code, refused.json()["error"]["code"]) == (409, "key_ambiguous")
+        assert (await admin(api, "DELETE", "keys/alice?all=yes")).json()["error"]["param"] == "all"
+        revoked = EditedKey.model_validate_json((await admin(api, "DELETE", "keys/alice?all=true")).content)
+        assert {revoked.key.id, *revoked.also_revoked} == {first.key.id, second.key.id}
+        assert (await admin(api, "GET", "keys")).json()["keys"] == []
+
+
+async def test_usage_of_a_key_that_never_was_and_of_days_the_wrong_way_round_is_refused() -> None:
+    api = Api(ScriptedDispatch())
+    async with api.client:
+        unknown = await admin(api, "GET", "usage?key=typo")
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "key_not_found")
+        turned = await admin(api, "GET", "usage?from=2026-11-02&to=2026-11-01")
+        assert (turned.status_code, turned.json()["error"]["param"]) == (400, "from")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from types import MappingProxyType
 
 import pytest
@@ -12,7 +13,7 @@ import trio.testing
 
 from mesh.errors import HandshakeRefused, NoCapacity, PeerUnavailable
 from mesh.seal import DEVELOPMENT_KEY, Keyring, key_id
-from mesh.view import Address, ClusterView, MemberStatus, MemberView, NodeLoad, NodeProfile
+from mesh.view import Address, ClusterView, MemberStatus, MemberView, ModelInfo, NodeLoad, NodeProfile, Readiness
 from nodes.mesh_operations import (
     EVERYONE,
     LINES_MAX,
@@ -35,6 +36,11 @@ def member(name: str, status: MemberStatus = MemberStatus.ALIVE, generation: int
     return MemberView(
         name, Address("10.0.0.1", 7946), status, generation, 7, NodeLoad(), NodeProfile(), 0.4, is_self=name == "a"
     )
+
+
+def serving(name: str, *models: str) -> MemberView:
+    infos = tuple(ModelInfo(model, "f", 1024, slots=8) for model in models)
+    return replace(member(name), load=NodeLoad(readiness=Readiness.READY), profile=NodeProfile("", "", infos))
 
 
 class KeyringInMemory:
@@ -390,13 +396,30 @@ async def test_a_node_is_drained_until_nothing_runs_there_and_taken_back(
         mesh.running = 0
         told = [line async for line in channel]
         assert told[0] == {"node": name, "ok": True, "state": "takes no requests, and none runs"}
-        assert told[1]["message"] == f"it comes back with: ai-cluster drain --undo {name}, or a restart"
+        assert f"{name} goes on as a member and an entry" in str(told[1]["message"])
+        assert f"it comes back with: ai-cluster drain --undo {name}, or a restart" in str(told[1]["message"])
         assert trio.current_time() < 11
         for _ in range(2):  # it can be repeated
             told = await mesh.lines(mesh.operations.drain(name, is_undone=True))
             assert told[0] == {"node": name, "ok": True, "state": "takes requests again"}
             assert (told[1]["done"], told[1]["message"]) == (True, "")
         assert mesh.draining == []
+
+
+async def test_the_last_node_that_serves_a_model_is_drained_with_a_warning(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with running(FakeMesh("b", "c")) as mesh:
+        mesh.members["a"] = serving("a", "x")
+        mesh.members["b"] = serving("b", "x", "y", "z")
+        mesh.members["c"] = replace(serving("c", "y"), load=NodeLoad(readiness=Readiness.DRAINING))
+        warned, drained, summary = await mesh.lines(mesh.operations.drain("b", is_undone=False))
+        assert (warned["node"], "last node ready to serve y, z:" in str(warned["warning"])) == ("b", True)
+        assert (drained["ok"], summary["done"], mesh.draining) == (True, True, ["b"])
+        lines = await mesh.lines(mesh.operations.drain("a", is_undone=False))
+        assert all("warning" not in line for line in lines)  # b serves x
+        lines = await mesh.lines(mesh.operations.drain("c", is_undone=False))
+        assert all("warning" not in line for line in lines)  # it served nothing before
 
 
 async def test_a_drain_that_takes_long_is_not_waited_for_to_the_end(autojump_clock: trio.testing.MockClock) -> None:

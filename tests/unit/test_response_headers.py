@@ -8,7 +8,8 @@ import httpx
 import pytest
 import trio
 
-from nodes.api.response_headers import HEADERS_MAX, STRICT
+from nodes.api.response_headers import HEADERS_MAX
+from nodes.strict_headers import STRICT
 from tests.unit.scripted_api import ANSWER, BODY, Api, ScriptedDispatch
 
 PAGE = "https://app.example"

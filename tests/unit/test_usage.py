@@ -205,6 +205,7 @@ async def test_days_that_are_too_old_are_deleted_and_not_taken_from_peers_again(
     [
         b"",
         b"\xc1",
+        msgpack.packb([]),
         msgpack.packb([9]),
         msgpack.packb([1]),
         msgpack.packb([1, [[1, 2]]]),

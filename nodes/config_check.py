@@ -1,0 +1,46 @@
+"""What `serve` would refuse at its start, found without starting: `ai-cluster config check`.
+
+Each check is the one that the start makes, in its order and with its message; nothing is made, locked or bound, so the
+node may be running meanwhile. What only running shows is not looked at: ports in use, a graph that cannot be loaded.
+"""
+
+from __future__ import annotations
+
+from nodes.certificate import configured_certificate
+from nodes.config import ConfigInvalid, NodeConfig
+from nodes.data_directory import DataDirectory, check_writable
+from nodes.engine.model_kinds import read_folder
+from nodes.engine.model_loader import ModelFolderInvalid
+from nodes.http_server import connections_max
+from nodes.keyring_file import check_keyring
+from nodes.sockets import advertised_address
+from nodes.store import check_store
+
+
+def check_start(config: NodeConfig) -> None:
+    """Raises ConfigInvalid for the first thing at which a start would end."""
+    for _, path in config.models():
+        try:
+            read_folder(path, config.variant, config.provider)
+        except ModelFolderInvalid as exc:
+            raise ConfigInvalid(str(exc)) from exc
+    data = DataDirectory(config.data_dir)
+    data.check()
+    _check_log_dir(config)
+    check_keyring(config.data_dir, config)
+    if config.admin_token is None:
+        data.kept_admin_token()
+    data.last_generation()
+    configured_certificate(config)
+    check_store(config.data_dir)
+    advertised_address(config, config.mesh)
+    connections_max(config.http_connections_max)
+
+
+def _check_log_dir(config: NodeConfig) -> None:
+    if config.log_console == "json":
+        return  # no files are written
+    try:
+        check_writable(config.log_dir)
+    except OSError as exc:
+        raise ConfigInvalid(f"log_dir {config.log_dir}: {exc.strerror}; give a writable folder with --log-dir") from exc
