@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import logging
-import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import numpy as np
-import trio
 
-from nodes.engine.courier import Courier
 from nodes.engine.embedding_queue import EmbeddingQueue, IntArray, Step
-from nodes.engine.engine_thread import FAULTS_MAX
 from nodes.engine.errors import EngineFault
 from nodes.engine.pooling import FloatArray
-from nodes.engine.priority import make_way
+from nodes.engine.step_thread import FAULTS_MAX, StepThread
 
 logger = logging.getLogger(__name__)
 
@@ -50,63 +43,24 @@ class Done:
     ended: float
 
 
-class EmbeddingThread:
-    """Made, started and stopped by the trio thread, once.
-
-    wake: its lock guards the queue and is held for bookkeeping only; notify it when something was queued.
-    """
+class EmbeddingThread(StepThread[Done]):
+    """Of one session; notify `wake` when something was put into the queue."""
 
     def __init__(self, session: EmbeddingSession, queue: EmbeddingQueue, now: Callable[[], float]) -> None:
         """now: the engine's clock."""
+        super().__init__("embedding engine", now)
         self.queue = queue
-        self.wake = threading.Condition()
-        self.ended = trio.Event()
-        # The thread writes these, and only it.
-        self.step_began: float | None = None  # on the engine's clock, None between steps
-        self.faults_total = 0
-        self._faults = 0  # since a step went well
         self._session = session
-        self._courier = Courier()
-        self._now = now
-        self._is_stopping = False
-        self._thread: threading.Thread | None = None
 
-    def start(self, deliver: Callable[[Done], None], fail: Callable[[], None]) -> None:
-        """From a trio task. In trio's thread deliver is called for each step, and fail where the thread ends with a
-        fault: FAULTS_MAX steps broke one after the other and a single token did after each, or something else broke."""
-        self._courier.start(trio.lowlevel.current_trio_token())
-        self._thread = threading.Thread(target=self._run, args=(deliver, fail), name="embedding", daemon=True)
-        self._thread.start()
-
-    def stack(self) -> str:
-        """Where the thread is, in Python's words; empty where it does not run. For the log of what went wrong."""
-        frame = sys._current_frames().get(self._thread.ident or 0) if self._thread is not None else None
-        return "" if frame is None else "".join(traceback.format_stack(frame))
-
-    def stop(self) -> None:
-        """Have the thread end after the step in progress; `ended` says when it has."""
-        with self.wake:
-            self._is_stopping = True
-            self.wake.notify()
-
-    def _run(self, deliver: Callable[[Done], None], fail: Callable[[], None]) -> None:
-        make_way()
-        try:
-            while (step := self._next_step()) is not None:
-                self.step_began = self._now()
-                for done in self._execute(step):
-                    self._courier.post(partial(deliver, done))
-                self.step_began = None
-                if self._faults >= FAULTS_MAX:
-                    logger.error("the embedding engine has failed", extra={"broken_steps": self._faults})
-                    self._courier.post(fail)
-                    return
-        except BaseException:  # those who wait must not do so for ever, whatever broke
-            logger.exception("the embedding engine has failed")
-            self._courier.post(fail)
-        finally:
-            self._courier.post(self.ended.set)
-            self._courier.close()
+    def _work(self, post: Callable[[Done], None]) -> None:
+        """Gives up where FAULTS_MAX steps broke one after the other, and a single token did after each."""
+        while (step := self._next_step()) is not None:
+            self.step_began = self._now()
+            for done in self._execute(step):
+                post(done)
+            self.step_began = None
+            if self._faults >= FAULTS_MAX:
+                raise EngineFault("steps broke one after the other")
 
     def _next_step(self) -> Step | None:
         """Wait until there is one. None once the thread is to stop."""

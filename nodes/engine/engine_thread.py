@@ -9,27 +9,17 @@ is posted, while the model runs again.
 from __future__ import annotations
 
 import logging
-import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
-from functools import partial
 
-import trio
-
-from nodes.engine.courier import Courier
 from nodes.engine.errors import EngineFault
 from nodes.engine.executor import Execution, Executor, Session
-from nodes.engine.priority import make_way
 from nodes.engine.scheduler import Outcome, Plan, Scheduler
+from nodes.engine.step_thread import FAULTS_MAX, StepThread
 
 logger = logging.getLogger(__name__)
-
-# Steps that break one after the other until the engine gives up: what is left of a device after that is not worth it.
-FAULTS_MAX = 3
 
 
 @dataclass(slots=True)
@@ -48,58 +38,22 @@ class Tick:
     prefill_s: float = 0.0
 
 
-class EngineThread:
-    """Made, started and stopped by the trio thread, once.
-
-    wake: its lock guards the scheduler and is held for bookkeeping only; notify it when there may be something to do.
-    """
+class EngineThread(StepThread[Tick]):
+    """Of one session; `wake` guards the scheduler."""
 
     def __init__(self, session: Session, scheduler: Scheduler, now: Callable[[], float]) -> None:
         """now: the clock of deadlines."""
+        super().__init__("engine", now)
         self.scheduler = scheduler
-        self.wake = threading.Condition()
-        self.ended = trio.Event()
-        # The engine thread writes these, and only it.
-        self.step_began: float | None = None  # on the engine's clock, None between steps
-        self.faults_total = 0
-        self._faults = 0  # since a step went well
         self._session = session
         self._executor = Executor(session)
-        self._courier = Courier()
-        self._now = now
-        self._is_stopping = False
-        self._thread: threading.Thread | None = None
 
-    def start(self, deliver: Callable[[Tick], None], fail: Callable[[], None]) -> None:
-        """From a trio task. In trio's thread deliver is called for each tick, and fail where the thread ends with a
-        fault: FAULTS_MAX steps broke one after the other, or something else did."""
-        self._courier.start(trio.lowlevel.current_trio_token())
-        self._thread = threading.Thread(target=self._run, args=(deliver, fail), name="engine", daemon=True)
-        self._thread.start()
+    def _work(self, post: Callable[[Tick], None]) -> None:
+        while (tick := self._tick()) is not None:
+            post(tick)
 
-    def stack(self) -> str:
-        """Where the thread is, in Python's words; empty where it does not run. For the log of what went wrong."""
-        frame = sys._current_frames().get(self._thread.ident or 0) if self._thread is not None else None
-        return "" if frame is None else "".join(traceback.format_stack(frame))
-
-    def stop(self) -> None:
-        """Have the thread end after the step in progress; `ended` says when it has."""
-        with self.wake:
-            self._is_stopping = True
-            self.wake.notify()
-
-    def _run(self, deliver: Callable[[Tick], None], fail: Callable[[], None]) -> None:
-        make_way()
-        try:
-            while (tick := self._tick()) is not None:
-                self._courier.post(partial(deliver, tick))
-        except BaseException:  # panics of Rust code are no Exception: readers must not wait for ever, whatever broke
-            logger.exception("the engine has failed", extra={"broken_steps": self._faults})
-            self._courier.post(fail)
-        finally:
-            self._executor.close()
-            self._courier.post(self.ended.set)
-            self._courier.close()
+    def _close(self) -> None:
+        self._executor.close()
 
     def _tick(self) -> Tick | None:
         """Wait until there is something to do and do one tick of it. None once the thread is to stop."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any
 
 import trio
 
 from nodes.engine.engine_statistics import FAILED, LOADING, READY, STUCK, State
 from nodes.engine.errors import EngineFault, EngineStopped
+from nodes.engine.step_thread import StepThread
 
 logger = logging.getLogger(__name__)
 
@@ -26,16 +27,6 @@ WATCH_INTERVAL_S = 0.5
 PAUSE_S = 1.0
 
 
-class WatchedThread(Protocol):
-    """As engine_thread and embedding_thread have it. step_began: on the engine's clock, None between steps."""
-
-    ended: trio.Event
-    step_began: float | None
-
-    def stack(self) -> str: ...
-    def stop(self) -> None: ...
-
-
 class StepWatch:
     """The state of one engine. The trio thread's.
 
@@ -44,7 +35,7 @@ class StepWatch:
 
     def __init__(
         self,
-        thread: WatchedThread,
+        thread: StepThread[Any],
         *,
         median_step_s: Callable[[], float],
         now: Callable[[], float],

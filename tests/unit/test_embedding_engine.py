@@ -16,9 +16,9 @@ from nodes.engine.embedding_engine import EmbeddingEngine
 from nodes.engine.embedding_folder import LoadedEmbeddingModel
 from nodes.engine.embedding_queue import IntArray
 from nodes.engine.engine_statistics import FAILED, LOADING, READY, STUCK
-from nodes.engine.engine_thread import FAULTS_MAX
 from nodes.engine.errors import DeadlinePassed, EngineFault, EngineStopped, InputTooLong, QueueFull, TokenUnknown
 from nodes.engine.pooling import FloatArray
+from nodes.engine.step_thread import FAULTS_MAX
 from nodes.engine.tokenizer import Tokenizer
 from nodes.model_tools.random_llama import small_tokenizer
 from tests.unit.fake_session import Clock
