@@ -97,6 +97,7 @@ class Router:
         self._traffic: dict[str, _Traffic] = {}
         self._matches: tuple[tuple[int, ...], dict[str, int]] = ((), {})  # of the latest request ranked
         self._now = 0.0
+        self.latest_estimate_s = 0.0  # to its first token, of the node that the latest rank() put first
 
     def rank(self, view: ClusterView, request: RouteRequest, now: float) -> list[str]:
         """Node ids that may take the request, soonest first; never empty. Witnessed nodes are among them only where
@@ -128,7 +129,10 @@ class Router:
         matches = self._match(view, request, owners)
         prompt_tokens = self._traffic_of(request.model, tokens_of(request.prompt_bytes)).prompt_tokens
         unseen = self._unseen_arrivals(view, request.model, placeable)
-        return self._order(_candidates(placeable, request.prompt_bytes, matches, prompt_tokens), unseen)
+        candidates = _candidates(placeable, request.prompt_bytes, matches, prompt_tokens)
+        order = self._order(candidates, unseen)
+        self.latest_estimate_s = next(c.estimate_s for c in candidates if c.node_id == order[0])
+        return order
 
     def dispatched(
         self,

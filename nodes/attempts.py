@@ -6,7 +6,7 @@ What is to be done when one fails is decided by its caller.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -18,6 +18,8 @@ from mesh.view import ClusterView, MemberView
 from nodes.failover_budget import FailoverBudget
 from nodes.generation import GenerateEvent, GenerateRequest, GenerationError, GenerationFailed, Generator
 from nodes.witness import Witness
+from observability.trace_context import TraceContext
+from observability.tracing import Span, Tracer, Value, end_span, unrecorded
 
 # Times to first token of one model, whose 99th percentile says which one is late; with fewer none is.
 FIRST_TOKENS = 512
@@ -40,20 +42,26 @@ class Move:
 class AttemptFailed(Exception):
     """The node did not take the request."""
 
-    def __init__(self, member: MemberView, error: MeshError | GenerationError) -> None:
+    def __init__(
+        self, member: MemberView, error: MeshError | GenerationError, trace: TraceContext | None = None
+    ) -> None:
+        """trace: of the attempt's span."""
         super().__init__(str(error))
         self.member = member
         self.error = error
+        self.trace = trace
 
 
 @dataclass(slots=True, eq=False)
 class Attempt:
-    """One generation at one node, open until close(). member: the node as it was seen when this was opened."""
+    """One generation at one node, open until close(). member: the node as it was seen when this was opened. span: of
+    the way to a peer; unrecorded for this node itself."""
 
     member: MemberView
     stream: trio.abc.ReceiveChannel[GenerateEvent]
     router: Router
     entry: OwnDispatch
+    span: Span
     has_finished: bool = False
 
     @property
@@ -71,13 +79,25 @@ class Attempt:
         except trio.EndOfChannel:
             if self.has_finished:
                 raise
+            self.span.end("GenerationFailed")
             raise GenerationFailed(f"{self.node_id} ended the stream without finishing it") from None
-        self.has_finished = event.finish_reason is not None
+        except (MeshError, GenerationError) as exc:
+            self.span.end(type(exc).__name__)
+            raise
+        if event.finish_reason is not None:
+            self.has_finished = True
+            if self.span.is_recording:
+                self.span.set(answer_attributes(event))
+                self.span.end()
         return event
 
-    async def close(self) -> None:
-        """Cancels what has not finished. Any number of times."""
+    async def close(self, reason: str = "") -> None:
+        """Cancels what has not finished. Any number of times. reason: why it goes on elsewhere, where it does."""
         self.router.finished(self.entry)
+        if self.span.is_recording:
+            if not self.has_finished:
+                self.span.set({"ai_cluster.outcome": reason or "cancelled"})
+            self.span.end(reason)
         await self.stream.aclose()
 
 
@@ -106,7 +126,7 @@ class Attempts:
     """view: the cluster with what is in `witness`, this node's own row as of now. local: this node's engines. remote:
     makes the Generator of a peer. peer_failed is told the node id whenever a peer failed a request, so that gossip
     probes it at once. hedges: a request whose first token is late may be opened on a second node. on_move is told of
-    every move, when the second node has taken the request."""
+    every move, when the second node has taken the request. tracer: of the ways to nodes."""
 
     def __init__(
         self,
@@ -118,6 +138,7 @@ class Attempts:
         peer_failed: Callable[[str], None],
         hedges: bool,
         on_move: Callable[[Move], None],
+        tracer: Tracer,
     ) -> None:
         self.counts = AttemptCounts()
         self.witness = Witness()
@@ -129,16 +150,32 @@ class Attempts:
         self._local = local
         self._remote = remote
         self._hedges = hedges
+        self.tracer = tracer
         self._first_tokens: dict[str, deque[float]] = {}
 
     def generator(self, member: MemberView) -> Generator:
         return self._local if member.is_self else self._remote(member)
 
-    async def open(self, view: ClusterView, route: RouteRequest, request: GenerateRequest) -> Attempt:
-        """Open the request on the best node. Raises ModelUnknown or NoCapacity where there is none to be asked, and
+    async def open(
+        self,
+        view: ClusterView,
+        route: RouteRequest,
+        request: GenerateRequest,
+        *,
+        since: float | None = None,
+        number: int = 1,
+        after: TraceContext | None = None,
+    ) -> Attempt:
+        """Open the request on the best node. since: when the search for it began; None is now. number: of the attempt;
+        after: the span of the one before it. Raises ModelUnknown or NoCapacity where there is none to be asked, and
         AttemptFailed where it did not take the request."""
-        node_id = self._router.rank(view, route, trio.current_time())[0]
+        started = trio.current_time()
+        order = self._router.rank(view, route, started)
+        node_id = order[0]
         member = view.members[node_id]
+        trace_route(
+            self.tracer, request.trace, order, self._router.latest_estimate_s, since=started if since is None else since
+        )
         # Counted before anything is awaited, so that requests of the same instant see each other.
         entry = self._router.dispatched(
             node_id,
@@ -149,17 +186,20 @@ class Attempts:
             generation=member.generation,
         )
         hops = request.hops if member.is_self else request.hops + 1
+        resumed_tokens = len(request.generated_ids)
+        span = forward_span(self.tracer, request.trace, member, request.model, number, resumed_tokens, after)
         try:
-            stream = await self.generator(member).open(replace(request, hops=hops))
+            stream = await self.generator(member).open(replace(request, hops=hops, trace=span.context))
         except BaseException as exc:
             self._router.finished(entry)
+            end_span(span, type(exc).__name__ if isinstance(exc, Exception) else None)
             if isinstance(exc, MeshError | GenerationError):
-                raise AttemptFailed(member, exc) from exc
+                raise AttemptFailed(member, exc, span.context) from exc
             raise
         if member.is_self:
             self._router.opened(entry)  # from now on the own row of the view contains it
         self.counts.forwards += not member.is_self
-        return Attempt(member, stream, self._router, entry)
+        return Attempt(member, stream, self._router, entry, span)
 
     def refused(self, view: ClusterView, route: RouteRequest) -> NoCapacity:
         """What to tell a client whose request the nodes tried (route.exclude) had no place for, as open() does."""
@@ -183,3 +223,58 @@ class Attempts:
         if not self._hedges or times is None or len(times) < FIRST_TOKENS_MIN:
             return None
         return sorted(times)[len(times) * 99 // 100]
+
+
+def trace_route(
+    tracer: Tracer,
+    trace: TraceContext | None,
+    order: Sequence[str],
+    estimate_s: float = 0.0,
+    *,
+    since: float,
+    error: str = "",
+) -> None:
+    """The choice of a node, from the beginning of the search for it until now. order: as the router ranked them; empty
+    where there was none, for which error is the reason."""
+    if trace is not None and trace.is_sampled:
+        attributes: dict[str, Value] = {"ai_cluster.route.candidates": len(order)}
+        if order:
+            attributes["ai_cluster.route.node"] = order[0]
+            attributes["ai_cluster.route.estimate_ms"] = round(estimate_s * 1000, 3)
+        tracer.span("route", trace, attributes, start=since).end(error)
+
+
+def forward_span(
+    tracer: Tracer,
+    trace: TraceContext | None,
+    member: MemberView,
+    model: str,
+    number: int,
+    resumed_tokens: int,
+    after: TraceContext | None,
+) -> Span:
+    """The way to a peer and back; for this node itself what passes the context on. The arguments are as Attempts.open
+    has them. resumed_tokens: of the answer so far."""
+    if trace is None or not trace.is_sampled or member.is_self:
+        return unrecorded(trace)
+    attributes: dict[str, Value] = {
+        "gen_ai.request.model": model,
+        "server.address": member.address.host,
+        "server.port": member.address.port,
+        "ai_cluster.peer": member.node_id,
+        "ai_cluster.attempt": number,
+        "ai_cluster.resumed_tokens": resumed_tokens,
+    }
+    return tracer.span("forward", trace, attributes, kind="client", link=after)
+
+
+def answer_attributes(last: GenerateEvent) -> dict[str, Value]:
+    """What spans of an answer say of its end."""
+    found: dict[str, Value] = {"gen_ai.response.finish_reasons": (str(last.finish_reason),)}
+    if last.usage is not None:
+        found |= {
+            "gen_ai.usage.input_tokens": last.usage.prompt_tokens,
+            "gen_ai.usage.output_tokens": last.usage.completion_tokens,
+            "gen_ai.usage.cache_read.input_tokens": last.usage.cached_tokens,
+        }
+    return found

@@ -133,6 +133,18 @@ def serve(
         list[str] | None,
         typer.Option(metavar="ORIGIN", help="whose web pages may call /v1; repeatable [none]"),
     ] = None,
+    tracing_endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="OTLP/HTTP collector of request spans [no tracing]")
+    ] = None,
+    tracing_sample_ratio: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="of requests without a traceparent, traced [1]")
+    ] = None,
+    tracing_headers_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="headers for the collector, NAME: VALUE lines")
+    ] = None,
+    tracing_service_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="of the service in traces [ai-cluster]")
+    ] = None,
     config: ConfigFile = None,
 ) -> None:
     """Run one node until SIGTERM or Ctrl-C, which let running streams finish first."""

@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -24,7 +25,7 @@ from nodes.gossip_settings import GossipSettings
 ENV_PREFIX = "AI_CLUSTER_"
 # Variables of this prefix that other commands read; a node does not refuse them.
 ENV_OF_OTHERS = {"URL", "CA_FILE"}
-SECRET_KEYS = {"key", "admin_token"}  # never shown, and no flags: other users see command lines
+SECRET_KEYS = {"key", "admin_token", "tracing_headers"}  # never shown, and no flags: other users see command lines
 ADMIN_TOKEN_CHARS_MIN = 16  # fewer could be guessed over HTTP
 # What gossip tells of a node's models fits one section of a datagram.
 MODELS_MAX = 6
@@ -33,6 +34,7 @@ GOSSIP_PREFIX = "gossip_"  # AI_CLUSTER_GOSSIP_PROBE_INTERVAL_S is probe_interva
 VALUE_CHARS_SHOWN = 100  # of a bad value in its error line
 BUILTIN_MODEL = Path(__file__).parent / "models" / "demo"
 BUILTIN_MODEL_NAME = "demo"
+_HEADER = re.compile(r"([A-Za-z0-9!#$%&'*+.^_`|~-]{1,256})[ \t]*:[ \t]*([!-~](?:[ -~]*[!-~])?)")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]{1,253}")
 
 
@@ -55,6 +57,23 @@ def parse_address(value: object) -> Address:
 def _split(value: object) -> object:
     """Lists come as lists from TOML and flags, and comma-separated from the environment."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _check_endpoint(endpoint: str | None) -> str | None:
+    """Raises ValueError."""
+    if endpoint is None:
+        return None
+    try:
+        parts = urlsplit(endpoint)
+        is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 0) >= 0
+    except ValueError:
+        is_url = False
+    if not is_url or parts.username is not None or parts.query or parts.fragment:
+        raise ValueError(
+            "an endpoint is http://HOST:PORT or https://HOST:PORT, with a path or without; "
+            "secrets go into tracing_headers_file"
+        )
+    return endpoint
 
 
 def _check_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
@@ -177,6 +196,28 @@ class NodeConfig(BaseModel):
         description="origins such as https://app.example whose web pages may call /v1/*, or * for all; default: none",
     )
 
+    tracing_endpoint: Annotated[str | None, AfterValidator(_check_endpoint)] = Field(
+        None,
+        max_length=2048,
+        description="URL of an OTLP/HTTP collector that spans of requests are sent to, such as http://127.0.0.1:4318; "
+        "without a path, v1/traces is added; default: no tracing",
+    )
+    tracing_sample_ratio: float = Field(
+        1.0, ge=0, le=1, description="share of the requests that come without a traceparent which are traced, 0 to 1"
+    )
+    tracing_headers_file: Path | None = Field(
+        None, description="file with the headers that the collector asks for, a NAME: VALUE in each line"
+    )
+    tracing_headers: str | None = Field(
+        None, repr=False, max_length=65_536, description="the same lines themselves; prefer tracing_headers_file"
+    )
+    tracing_service_name: str = Field(
+        "ai-cluster",
+        min_length=1,
+        max_length=128,
+        description="name of the service under which the collector files the spans",
+    )
+
     gossip: GossipSettings = Field(
         default_factory=lambda: GossipSettings(), description="table of times and numbers of the gossip protocol"
     )
@@ -216,6 +257,29 @@ class NodeConfig(BaseModel):
             return parse_key(text)
         except ValueError as exc:
             raise ConfigInvalid(f"{source}: {exc}") from exc
+
+    def collector_headers(self) -> dict[str, str]:
+        """What the collector is sent with spans. Raises ConfigInvalid, which quotes no value."""
+        if self.tracing_headers_file is not None:
+            source = f"tracing_headers_file {self.tracing_headers_file}"
+            try:
+                text = self.tracing_headers_file.read_text()
+            except (OSError, UnicodeDecodeError) as exc:
+                reason = exc.strerror if isinstance(exc, OSError) else "it is not text"
+                raise ConfigInvalid(f"{source}: {reason}; write a NAME: VALUE into each line of it") from exc
+        else:
+            text, source = self.tracing_headers or "", "tracing_headers"
+        headers = {}
+        for number, line in enumerate(text.splitlines(), 1):
+            if not line.strip():
+                continue
+            found = _HEADER.fullmatch(line.strip())
+            if found is None:
+                raise ConfigInvalid(
+                    f"{source}, line {number}: no header; write NAME: VALUE, such as authorization: ..."
+                )
+            headers[found[1].lower()] = found[2]
+        return headers
 
     def models(self) -> list[tuple[str, Path]]:
         """(name, folder) of each model to serve. Raises ConfigInvalid for a name given twice."""

@@ -15,6 +15,7 @@ from nodes.http_server import connections_max
 from nodes.keyring_file import check_keyring
 from nodes.sockets import advertised_address
 from nodes.store import check_store
+from nodes.tracing_setup import check_tracing
 
 
 def check_start(config: NodeConfig) -> None:
@@ -32,6 +33,7 @@ def check_start(config: NodeConfig) -> None:
         data.kept_admin_token()
     data.last_generation()
     configured_certificate(config)
+    check_tracing(config)
     check_store(config.data_dir)
     advertised_address(config, config.mesh)
     connections_max(config.http_connections_max)

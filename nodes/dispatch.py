@@ -19,6 +19,7 @@ from mesh.view import ClusterView, MemberView
 from nodes.attempts import AttemptCounts, Attempts, Move
 from nodes.dispatched_stream import DispatchedStream
 from nodes.generation import GenerateRequest, GenerationError, Generator, Sampling
+from observability.tracing import NO_TRACING, Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ class Dispatch:
 
     view: the cluster, this node's own row as of now. local: this node's engines. remote: makes the Generator of a peer.
     peer_failed is told the node id whenever a peer failed a request, so that gossip probes it at once. hedges: open a
-    request whose first token is late on a second node. on_move is told of every answer that goes on elsewhere.
+    request whose first token is late on a second node. on_move is told of every answer that goes on elsewhere. tracer:
+    of the search for nodes and the ways to them.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Dispatch:
         rng: random.Random,
         hedges: bool = False,
         on_move: Callable[[Move], None] = lambda move: None,
+        tracer: Tracer = NO_TRACING,
     ) -> None:
         self._attempts = Attempts(
             view=view,
@@ -71,6 +74,7 @@ class Dispatch:
             peer_failed=peer_failed,
             hedges=hedges,
             on_move=on_move,
+            tracer=tracer,
         )
         self._rng = rng
         self._streams: set[DispatchedStream] = set()

@@ -22,7 +22,7 @@ from mesh.errors import MeshError, ModelUnknown, NoCapacity, PeerUnavailable
 from mesh.first_token import tokens_of
 from mesh.router import RouteRequest
 from mesh.view import ClusterView, MemberStatus, MemberView, Readiness
-from nodes.attempts import Attempt, AttemptFailed, Attempts, Move
+from nodes.attempts import Attempt, AttemptFailed, Attempts, Move, trace_route
 from nodes.generation import (
     DeadlineExceeded,
     GenerateEvent,
@@ -33,6 +33,8 @@ from nodes.generation import (
     RequestInvalid,
 )
 from nodes.race import race
+from observability.trace_context import TraceContext
+from observability.tracing import log_fields
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +107,9 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         self._refusal: NoCapacity | None = None
         self._interruption: Reason | None = None
         self._waiting: trio.CancelScope | None = None
+        self._attempts_made = 0
+        self._latest_span: TraceContext | None = None  # of the attempt before, where it was a peer's
+        self._log_fields = {"request_id": request.request_id, **log_fields(request.trace)}
 
     @property
     def node_id(self) -> str:
@@ -240,7 +245,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         view = self._attempts.view()
         exclude = self._excluded_now(view) | {first.node_id}
         try:
-            self._rival = await self._attempts.open(view, self._route_now(exclude), self._request_now())
+            self._rival = await self._try(view, exclude, self._request_now(), trio.current_time())
         except (AttemptFailed, NoCapacity, ModelUnknown):
             return
         self._attempts.counts.hedge_tokens += tokens_of(self._route.prompt_bytes)
@@ -261,7 +266,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
             logger.info(
                 "an answer goes on at another node",
                 extra={
-                    "request_id": self._request.request_id,
+                    **self._log_fields,
                     "peer": self._attempt.node_id,
                     "pause_ms": round((now - self._lost_at) * 1000, 3),
                 },
@@ -272,10 +277,11 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
 
     async def _open_next(self) -> None:
         """Open the best node. Raises what ends the stream."""
+        since = trio.current_time()
         while True:
             request, view = self._request_now(), self._attempts.view()
             try:
-                attempt = await self._attempts.open(view, self._route_now(self._excluded_now(view)), request)
+                attempt = await self._try(view, self._excluded_now(view), request, since)
             except AttemptFailed as failed:
                 if self._is_final(failed.error):
                     raise failed.error from None
@@ -284,35 +290,63 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
                 if not self._has_begun:
                     # A client that comes back is known by what the router promised here, not by a peer's word. Where
                     # the nodes that have the model are gone since they refused it, it may come back all the same.
+                    self._trace_no_route(exc, since)
                     raise exc if isinstance(exc, NoCapacity) else self._refusal or exc from None
                 if not self._may_hope(view):
+                    self._trace_no_route(exc, since)
                     raise self._given_up() from exc
                 await trio.sleep(RETRY_INTERVAL_S)
+                continue
             else:
                 self._take(attempt)
                 return
+            since = trio.current_time()
             if self._failures >= TRIES_MAX and not self._has_begun:
                 if self._refusal is not None:
                     raise self._attempts.refused(view, self._route_now(self._excluded_now(view)))
                 raise GenerationFailed(f"{self._failures} nodes were tried and none could serve the request")
+
+    async def _try(self, view: ClusterView, exclude: frozenset[str], request: GenerateRequest, since: float) -> Attempt:
+        """since: when the search for a node began. Raises as Attempts.open does."""
+        self._attempts_made += 1
+        try:
+            attempt = await self._attempts.open(
+                view,
+                self._route_now(exclude),
+                request,
+                since=since,
+                number=self._attempts_made,
+                after=self._latest_span,
+            )
+        except AttemptFailed as failed:
+            self._latest_span = None if failed.member.is_self else failed.trace
+            raise
+        except (NoCapacity, ModelUnknown):
+            self._attempts_made -= 1  # nobody was asked
+            raise
+        self._latest_span = None if attempt.is_local else attempt.span.context
+        return attempt
+
+    def _trace_no_route(self, error: MeshError, since: float) -> None:
+        trace_route(self._attempts.tracer, self._request.trace, (), since=since, error=type(error).__name__)
 
     async def _move(self, reason: Reason) -> None:
         """Go on elsewhere, or stay where nobody takes it. The former node works until then."""
         former = self._attempt
         assert former is not None
         view = self._attempts.view()
-        route = self._route_now(self._excluded_now(view) | {former.node_id})
+        exclude = self._excluded_now(view) | {former.node_id}
         try:
-            attempt = await self._attempts.open(view, route, self._request_now())
+            attempt = await self._try(view, exclude, self._request_now(), trio.current_time())
         except (AttemptFailed, NoCapacity, ModelUnknown) as exc:
             self._interruption = None
-            extra = {"request_id": self._request.request_id, "peer": former.node_id, "error.message": str(exc)}
-            logger.info("an answer stays where it is", extra=extra | {"reason": reason})
+            extra = {"peer": former.node_id, "error.message": str(exc), "reason": reason}
+            logger.info("an answer stays where it is", extra=self._log_fields | extra)
             return
         self._note_loss(reason)
         self._exclude(former.member, EXCLUDED_S)
         self._take(attempt)
-        await former.close()
+        await former.close(reason)
 
     def _take(self, attempt: Attempt) -> None:
         self._attempt, self._interruption = attempt, None
@@ -358,7 +392,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
             logging.INFO if isinstance(error, GenerationMoved) else logging.WARNING,
             "a node did not serve a request",
             extra={
-                "request_id": self._request.request_id,
+                **self._log_fields,
                 "peer": member.node_id,
                 "reason": type(error).__name__,
                 "error.message": str(error),

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nodes.generation import BYTES_PER_TOKEN, PRIORITY_DEFAULT
+from observability.trace_context import TraceContext
 
 Vectors = npt.NDArray[np.float32]
 
@@ -31,6 +32,7 @@ class EmbedRequest:
     fingerprint: str = ""
     fairness_id: str = ""
     priority: int = PRIORITY_DEFAULT
+    trace: TraceContext | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import numpy as np
 
 from nodes.embedding import Embeddings, EmbedRequest
 from nodes.generation import PRIORITY_DEFAULT, GenerationFailed, RequestInvalid
+from nodes.generation_codec import decode_trace, encode_trace
 
 # No msgpack container begins so; generation requests are one.
 _PREFIX = b"embed "
@@ -43,6 +44,7 @@ def encode_request(request: EmbedRequest) -> bytes:
             "fingerprint": request.fingerprint,
             "fairness": request.fairness_id,
             "priority": request.priority,
+            **encode_trace(request.trace),
         },
         unicode_errors="surrogatepass",  # what JSON can carry
     )
@@ -69,6 +71,7 @@ def decode_request(data: bytes) -> EmbedRequest:
             fingerprint=str(body["fingerprint"]),
             fairness_id=str(body["fairness"]),
             priority=int(body.get("priority", PRIORITY_DEFAULT)),
+            trace=decode_trace(body),
         )
     except (msgpack.UnpackException, ValueError, KeyError, TypeError, AttributeError, OverflowError) as exc:
         raise RequestInvalid(f"undecodable request for embeddings from a peer: {type(exc).__name__}") from exc

@@ -15,10 +15,11 @@ import trio
 from mesh.errors import MeshError, ModelUnknown, NoCapacity, PeerUnavailable
 from mesh.router import Router, RouteRequest
 from mesh.view import EMBEDDING, ClusterView, MemberView
-from nodes.attempts import AttemptCounts
+from nodes.attempts import AttemptCounts, forward_span, trace_route
 from nodes.dispatched_stream import DEADLINE_GRACE_S, TRIES_MAX
 from nodes.embedding import Embedder, Embeddings, EmbedRequest, Vectors, input_bytes
 from nodes.generation import DeadlineExceeded, GenerationError, GenerationFailed, RequestInvalid
+from observability.tracing import NO_TRACING, Tracer, end_span, log_fields
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ class EmbeddingDispatch:
     """Has embeddings computed on the nodes that should have them soonest.
 
     view: the cluster, this node's own row as of now. local: this node's engines. remote: makes the Embedder of a peer.
-    peer_failed is told the node id whenever a peer failed a request. counts: forwards and retries are added to."""
+    peer_failed is told the node id whenever a peer failed a request. counts: forwards and retries are added to. tracer:
+    of the search for nodes and the ways to them."""
 
     def __init__(
         self,
@@ -53,6 +55,7 @@ class EmbeddingDispatch:
         remote: Callable[[MemberView], Embedder],
         peer_failed: Callable[[str], None],
         counts: AttemptCounts,
+        tracer: Tracer = NO_TRACING,
     ) -> None:
         self._view = view
         self._router = router
@@ -60,6 +63,7 @@ class EmbeddingDispatch:
         self._remote = remote
         self._peer_failed = peer_failed
         self._counts = counts
+        self._tracer = tracer
 
     async def embed(self, request: EmbedRequest) -> Embedded:
         """All vectors of a request. Raises ModelUnknown, NoCapacity, RequestInvalid, DeadlineExceeded, or
@@ -99,7 +103,8 @@ class EmbeddingDispatch:
         refusal: NoCapacity | None = None
         faults = 0
         while len(failed) < TRIES_MAX:
-            remaining_s = deadline - trio.current_time()
+            since = trio.current_time()
+            remaining_s = deadline - since
             if remaining_s <= 0:
                 raise _too_late(piece)
             route = RouteRequest(
@@ -112,11 +117,17 @@ class EmbeddingDispatch:
             )
             view = self._view()
             try:
-                node_id = self._router.rank(view, route, trio.current_time())[0]
-            except ModelUnknown as exc:
+                order = self._router.rank(view, route, since)
+            except (ModelUnknown, NoCapacity) as exc:
+                trace_route(self._tracer, piece.trace, (), since=since, error=type(exc).__name__)
+                if isinstance(exc, NoCapacity):
+                    raise
                 raise refusal or exc from None
+            node_id = order[0]
+            trace_route(self._tracer, piece.trace, order, self._router.latest_estimate_s, since=since)
             try:
-                answer = await self._try(view.members[node_id], replace(piece, deadline_s=remaining_s), size)
+                number = 1 + len(failed)
+                answer = await self._try(view.members[node_id], replace(piece, deadline_s=remaining_s), size, number)
             except (RequestInvalid, DeadlineExceeded):
                 raise  # no other node would do better
             except (MeshError, GenerationError) as exc:
@@ -132,7 +143,8 @@ class EmbeddingDispatch:
             raise self._router.refused(view, replace(route, exclude=frozenset(failed)), trio.current_time())
         raise GenerationFailed(f"{len(failed)} nodes were tried and none could serve the request")
 
-    async def _try(self, member: MemberView, request: EmbedRequest, size: int) -> Embeddings:
+    async def _try(self, member: MemberView, request: EmbedRequest, size: int, number: int) -> Embeddings:
+        """number: of the attempt."""
         # Counted before anything is awaited, so that requests of the same instant see each other.
         entry = self._router.dispatched(member.node_id, request.model, size, member.load_version)
         try:
@@ -140,12 +152,25 @@ class EmbeddingDispatch:
                 self._router.opened(entry)  # its engine has it as soon as it is encoded, and the own row with it
                 return await self._local.embed(request)
             self._counts.forwards += 1
-            # The executor ends a late request itself; its word has a moment to arrive.
-            with trio.move_on_after(request.deadline_s + DEADLINE_GRACE_S):
-                return await self._remote(member).embed(replace(request, hops=request.hops + 1))
-            raise _too_late(request)
+            return await self._forward(member, request, number)
         finally:
             self._router.finished(entry)
+
+    async def _forward(self, member: MemberView, request: EmbedRequest, number: int) -> Embeddings:
+        span = forward_span(self._tracer, request.trace, member, request.model, number, 0, None)
+        error: str | None = None  # cancelled, until something else is known
+        try:
+            # The executor ends a late request itself; its word has a moment to arrive.
+            with trio.move_on_after(request.deadline_s + DEADLINE_GRACE_S):
+                answer = await self._remote(member).embed(replace(request, hops=request.hops + 1, trace=span.context))
+                error = ""
+                return answer
+            raise _too_late(request)
+        except (MeshError, GenerationError) as exc:
+            error = type(exc).__name__
+            raise
+        finally:
+            end_span(span, error)
 
     def _note_failure(self, piece: EmbedRequest, node_id: str, error: MeshError | GenerationError) -> None:
         self._counts.retries[type(error).__name__] += 1
@@ -155,6 +180,7 @@ class EmbeddingDispatch:
             "a node did not serve a request",
             extra={
                 "request_id": piece.request_id,
+                **log_fields(piece.trace),
                 "peer": node_id,
                 "reason": type(error).__name__,
                 "error.message": str(error),

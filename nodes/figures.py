@@ -12,6 +12,7 @@ from nodes.dispatch import DispatchStatistics
 from nodes.http_connection import CLOSE_REASONS
 from nodes.http_server import HttpStatistics
 from observability.families import Figure
+from observability.tracing import TracingStatistics
 
 # Every value of the label, so that a scrape shows each from the start.
 FAILOVER_REASONS = ("link", "fault", "hang", "drain", "refused")
@@ -33,6 +34,7 @@ def mesh_figures(
     dispatch: DispatchStatistics,
     http: HttpStatistics,
     usage: UsageFigures,
+    tracing: TracingStatistics,
     certificate_expires_at: float | None,
 ) -> Mapping[str, Figure]:
     """certificate_expires_at: seconds since 1970; None where there is no TLS, and the figure is left out."""
@@ -71,5 +73,7 @@ def mesh_figures(
         "link_rejected": links.rejected,
         "link_broken": links.broken_links,
         "link_cancels": links.cancels_sent,
+        "trace_spans_exported": tracing.exported,
+        "trace_spans_dropped": {"queue": tracing.dropped_queue, "export": tracing.dropped_export},
         **certificate,
     }

@@ -9,6 +9,7 @@ from typing import Protocol
 import trio
 
 from nodes.engine.prefix_digest import BYTES_MAX, text_blocks
+from observability.trace_context import TraceContext
 
 PRIORITY_DEFAULT = 10
 FINISH_STOP = "stop"
@@ -60,7 +61,8 @@ class GenerateRequest:
     deadline_s: seconds left, counted from when it is opened. noise_seed: of the sampling where the client gave no seed;
     an answer that goes on elsewhere draws the same noise. generated_ids: what another node has generated of the answer;
     it goes on at the next token. fingerprint: of the model that these ids are of; empty where there are none.
-    fairness_id: whose request it is, an API key's id. priority: its share of a busy engine in proportion to others'."""
+    fairness_id: whose request it is, an API key's id. priority: its share of a busy engine in proportion to others'.
+    trace: of the span it is opened under; None where there is no trace."""
 
     request_id: str
     model: str
@@ -76,6 +78,7 @@ class GenerateRequest:
     priority: int = PRIORITY_DEFAULT
     tools: str = ""
     prompt: str | tuple[int, ...] | None = None
+    trace: TraceContext | None = None
 
     def text_bytes(self) -> int:
         """Size of the prompt's text, for estimates made without a tokenizer."""

@@ -24,6 +24,7 @@ from nodes.generation import (
     TokenLogprob,
     Usage,
 )
+from observability.trace_context import TraceContext, parse_trace_context
 
 # A request travels in one frame of a peer link; the HTTP body limit is below it.
 REQUEST_BYTES_MAX = 8 * 1024 * 1024
@@ -62,8 +63,22 @@ def encode_request(request: GenerateRequest) -> bytes:
         body["tools"] = request.tools
     if request.prompt is not None:
         body["prompt"] = request.prompt
+    body |= encode_trace(request.trace)
     encoded: bytes = msgpack.packb(body)
     return encoded
+
+
+def encode_trace(trace: TraceContext | None) -> dict[str, str]:
+    """Fields of a request, which may be ignored."""
+    if trace is None:
+        return {}
+    return {"traceparent": trace.traceparent} | ({"tracestate": trace.state} if trace.state else {})
+
+
+def decode_trace(body: Mapping[str, Any]) -> TraceContext | None:
+    """None where the fields are missing or cannot be read."""
+    parent = body.get("traceparent")
+    return None if parent is None else parse_trace_context(str(parent), str(body.get("tracestate", "")))
 
 
 def _version_needed(request: GenerateRequest) -> int:
@@ -109,6 +124,7 @@ def decode_request(data: bytes) -> GenerateRequest:
             priority=int(body.get("priority", PRIORITY_DEFAULT)),
             tools=str(body.get("tools", "")),
             prompt=_read_prompt(body.get("prompt")),
+            trace=decode_trace(body),
         )
     except (msgpack.UnpackException, ValueError, KeyError, TypeError, AttributeError, OverflowError) as exc:
         raise RequestInvalid(f"undecodable generation request from a peer: {exc!r}") from exc

@@ -39,6 +39,8 @@ from nodes.generation import (
     TokenLogprob,
     Usage,
 )
+from nodes.generation_spans import GenerationSpans, trace_refusal
+from observability.tracing import NO_TRACING, Tracer, log_fields
 
 MODEL_NAME_CHARS_SHOWN = 100  # clients choose the name, and error messages quote it
 
@@ -78,11 +80,15 @@ class Observer(Protocol):
 
 
 class LocalGenerator:
-    """Generates on the engines of this node. engines: by model name; it may gain and lose entries at any time."""
+    """Generates on the engines of this node. engines: by model name; it may gain and lose entries at any time. tracer:
+    of the phases of generations that are sampled."""
 
-    def __init__(self, engines: Mapping[str, Engine], *, observer: Observer | None = None) -> None:
+    def __init__(
+        self, engines: Mapping[str, Engine], *, observer: Observer | None = None, tracer: Tracer = NO_TRACING
+    ) -> None:
         self._engines = engines
         self._observer = observer
+        self._tracer = tracer
 
     async def open(self, request: GenerateRequest) -> LocalStream:
         """Raises ModelUnknown, RequestInvalid, NoCapacity, and GenerationFailed when the engine does not run or cannot
@@ -124,12 +130,16 @@ class LocalGenerator:
         except QueueFull as exc:
             record.begin()
             record.end("rejected")
+            trace_refusal(self._tracer, request.trace, request.model, type(exc).__name__)
             raise NoCapacity(str(exc), exc.retry_after_s) from exc
         except (EngineFault, EngineStopped) as exc:
             record.begin()
             record.end("error")
+            trace_refusal(self._tracer, request.trace, request.model, type(exc).__name__)
             raise GenerationFailed(str(exc)) from exc
         record.begin()
+        if request.trace is not None and request.trace.is_sampled:
+            record.spans = GenerationSpans(self._tracer, request, stream, engine.now())
         return LocalStream(stream, record, engine.model.tokenizer)
 
 
@@ -220,12 +230,14 @@ class _Record:
     def __init__(self, observer: Observer | None, request: GenerateRequest, started: float) -> None:
         self._observer = observer
         self._model = request.model
-        self._labels = {"request_id": request.request_id}
+        self._labels = {"request_id": request.request_id, **log_fields(request.trace)}
         self._started = started
+        self.spans: GenerationSpans | None = None
         # Of an answer begun elsewhere these are counted there, and so is the prompt.
         self._resumed_tokens = len(request.generated_ids)
         self._last_event_at: float | None = None
         self._finish_reason: str | None = None
+        self._has_begun = False
         self._has_ended = False
         self.prompt_tokens = 0
         self.completion_tokens = 0
@@ -238,6 +250,9 @@ class _Record:
         self.prompt_tokens = 0 if self._resumed_tokens else event.prompt_tokens
         self.completion_tokens = event.completion_tokens - self._resumed_tokens
         self._finish_reason = event.finish_reason
+        is_first, self._has_begun = not self._has_begun, True
+        if is_first and self.spans is not None:
+            self.spans.first_event(event)
         if self._observer is None:
             return
         now = trio.current_time()
@@ -247,8 +262,10 @@ class _Record:
             self._observer.next_tokens(self._model, now - self._last_event_at, len(event.token_ids))
         self._last_event_at = now
 
-    def end(self, status: Status) -> None:
-        """The first call counts."""
+    def end(self, status: Status, error: str = "") -> None:
+        """error: its type, for the trace. The first call counts."""
+        if self.spans is not None and not self._has_ended:
+            self.spans.end(self.completion_tokens, self._finish_reason, error)
         if self._observer is not None and not self._has_ended:
             seconds = trio.current_time() - self._started
             self._observer.finished(
@@ -280,7 +297,7 @@ class LocalStream(trio.abc.ReceiveChannel[GenerateEvent]):
         try:
             event = await self._stream.receive()
         except EngineError as exc:
-            self._record.end(_status_of(exc))
+            self._record.end(_status_of(exc), type(exc).__name__)
             raise _generation_error(exc) from exc
         self._record.note(event, self._stream.queued_s)
         logprobs = tuple(map(self._logprob, event.logprobs)) if event.logprobs else ()

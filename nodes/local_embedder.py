@@ -23,14 +23,18 @@ from nodes.engine.pooling import shortened
 from nodes.engine.tokenizer import ENCODE_INLINE_BYTES_MAX
 from nodes.generation import PRIORITY_DEFAULT, DeadlineExceeded, GenerationFailed, RequestInvalid
 from nodes.local import MODEL_NAME_CHARS_SHOWN, Observer, Status
+from observability.tracing import NO_TRACING, Tracer, Value, end_span, log_fields
 
 
 class LocalEmbedder:
     """Embeds on the engines of this node. engines: by model name; it may gain and lose entries at any time."""
 
-    def __init__(self, engines: Mapping[str, EmbeddingEngine], *, observer: Observer | None = None) -> None:
+    def __init__(
+        self, engines: Mapping[str, EmbeddingEngine], *, observer: Observer | None = None, tracer: Tracer = NO_TRACING
+    ) -> None:
         self._engines = engines
         self._observer = observer
+        self._tracer = tracer
 
     async def embed(self, request: EmbedRequest) -> Embeddings:
         """Raises ModelUnknown, RequestInvalid, NoCapacity, DeadlineExceeded and GenerationFailed. The observer is told
@@ -49,22 +53,29 @@ class LocalEmbedder:
             inputs = _token_ids(engine, request)
         prompt_tokens = sum(map(len, inputs))
         record = _Record(self._observer, request, started)
+        attributes: dict[str, Value] = {
+            "gen_ai.request.model": request.model,
+            "gen_ai.usage.input_tokens": prompt_tokens,
+        }
+        span = self._tracer.span("embed", request.trace, attributes)
+        error: str | None = None
         try:
             vectors = await engine.embed(
                 inputs, deadline, fairness_id=request.fairness_id, weight=max(1, request.priority) / PRIORITY_DEFAULT
             )
-            record.status, record.prompt_tokens = "success", prompt_tokens
+            record.status, record.prompt_tokens, error = "success", prompt_tokens, ""
         except QueueFull as exc:
-            record.status = "rejected"
+            record.status, error = "rejected", type(exc).__name__
             raise NoCapacity(str(exc), exc.retry_after_s) from exc
         except DeadlinePassed as exc:
-            record.status = "error"
+            record.status, error = "error", type(exc).__name__
             raise DeadlineExceeded(str(exc)) from exc
         except (EngineFault, EngineStopped) as exc:
-            record.status = "error"
+            record.status, error = "error", type(exc).__name__
             raise GenerationFailed(str(exc)) from exc
         finally:
             record.end()
+            end_span(span, error)
         if request.dimensions is not None:
             vectors = shortened(vectors, request.dimensions)
         return Embeddings(vectors, prompt_tokens, engine.fingerprint)
@@ -78,7 +89,7 @@ class _Record:
         self.prompt_tokens = 0
         self._observer = observer
         self._model = request.model
-        self._labels = {"request_id": request.request_id}
+        self._labels = {"request_id": request.request_id, **log_fields(request.trace)}
         self._started = started
         if observer is not None:
             observer.started(request.model)

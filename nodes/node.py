@@ -79,6 +79,7 @@ from observability.collectors import KeyLimit, Snapshot
 from observability.families import LABEL_VALUES_MAX
 from observability.log_writer import WriterThread
 from observability.metrics import ExecutorMetrics, Exposition, Metrics
+from observability.tracing import NO_TRACING, Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -120,9 +121,11 @@ class Node:
         store: Store,
         records: list[Record],
         certificate: Certificate | None = None,
+        tracer: Tracer = NO_TRACING,
     ) -> None:
         """records: those of the store. certificate: None serves plain HTTP."""
         self._config = config
+        self._tracer = tracer
         self._generation = generation
         self._keep_generation = keep_generation
         self._log_writer = log_writer
@@ -142,8 +145,9 @@ class Node:
         self._metrics = Metrics(self._node_id, self._version)
         for path in GENERATING_PATHS:
             self._metrics.know_route("POST", path, GENERATING_STATUSES)
-        self._local = LocalGenerator(self._engines, observer=ExecutorMetrics(self._metrics))
-        self._local_embedder = LocalEmbedder(self._embedding_engines, observer=ExecutorMetrics(self._metrics))
+        observer = ExecutorMetrics(self._metrics)
+        self._local = LocalGenerator(self._engines, observer=observer, tracer=tracer)
+        self._local_embedder = LocalEmbedder(self._embedding_engines, observer=observer, tracer=tracer)
         self._admin_access = AdminAccess(admin_token)
         self._leave_asked = trio.Event()
         boot_id = secrets.token_bytes(BOOT_ID_BYTES)
@@ -218,8 +222,8 @@ class Node:
             undo_drain=lambda: self._drain.undo(),
             running=lambda: self._drain.running,
         )
-        self._peer_server = PeerServer(self._local, self._own_operations.handlers)
-        self._embedding_server = EmbeddingServer(self._local_embedder)
+        self._peer_server = PeerServer(self._local, self._own_operations.handlers, tracer)
+        self._embedding_server = EmbeddingServer(self._local_embedder, tracer)
         self._mesh_operations = MeshOperations(
             view=self._view,
             local=self._own_operations.handlers,
@@ -236,6 +240,7 @@ class Node:
             rng=random.Random(),
             hedges=config.hedge,
             on_move=lambda move: self._events.add(Happening(move.kind, move.target, move.reason, move.origin)),
+            tracer=tracer,
         )
         self._embeddings = EmbeddingDispatch(
             view=self._view_with_own_load,
@@ -244,6 +249,7 @@ class Node:
             remote=partial(RemoteEmbedder, self._forwarder),
             peer_failed=self._peer_failed,
             counts=self._dispatch.counts,
+            tracer=tracer,
         )
         self._http_address = bound_address(config.http, sockets.http)
         self._certificate = certificate
@@ -326,6 +332,7 @@ class Node:
             events=self._events,
             member_views=self._member_views,
             cors_origins=config.cors_origins,
+            tracer=self._tracer,
         )
 
     # What lives while the node does.
@@ -569,6 +576,7 @@ class Node:
                 self._dispatch.statistics(),
                 self._http.statistics(),
                 self._access.figures(),
+                self._tracer.statistics(),
                 None if self._certificate is None else self._certificate.expires_at,
             ),
             nodes_expected=self._config.nodes_expected,

@@ -23,6 +23,7 @@ from nodes.keyring_file import load_keyring
 from nodes.node import Node, StopRequest
 from nodes.sockets import NodeSockets, bind_http, bind_mesh, bound_address
 from nodes.store import open_store
+from nodes.tracing_setup import enter_tracing
 from observability.log_writer import WriterThread
 from observability.logs import configure_logging
 
@@ -46,6 +47,7 @@ def run_node(config: NodeConfig) -> None:
         admin_token = config.admin_token or data.admin_token()
         generation = data.next_generation()
         certificate = configured_certificate(config)
+        tracer = enter_tracing(stack, config)
         _warn_of_exposure(config)
 
         async def main() -> None:
@@ -64,6 +66,7 @@ def run_node(config: NodeConfig) -> None:
                     store,
                     records,
                     certificate,
+                    tracer,
                 )
                 await nursery.start(_watch_signals, stop)
                 if config.stop_with_stdin:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 
 import trio
 
@@ -31,6 +32,8 @@ from nodes.generation_codec import (
     encode_request,
 )
 from nodes.peer_operations import Handler, is_operation, serve_operation
+from observability.trace_context import TraceContext
+from observability.tracing import NO_TRACING, Span, Tracer, end_span, log_fields, unrecorded
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +88,10 @@ class _RemoteStream(trio.abc.ReceiveChannel[GenerateEvent]):
 class PeerServer:
     """Does what peers ask for on their streams: generations, by this node's engines, and operations."""
 
-    def __init__(self, local: Generator, operations: Mapping[str, Handler]) -> None:
+    def __init__(self, local: Generator, operations: Mapping[str, Handler], tracer: Tracer = NO_TRACING) -> None:
         self._local = local
         self._operations = operations
+        self._tracer = tracer
         self._generations: set[trio.CancelScope] = set()  # a link bounds its streams, and the forwarder its links
 
     async def serve(self, stream: IncomingStream) -> None:
@@ -112,28 +116,54 @@ class PeerServer:
         started = trio.current_time()
         fields: dict[str, object] = {"peer": stream.peer_node_id}
         scope = trio.CancelScope()
+        span = unrecorded(None)
+        error: str | None = None  # cancelled by the peer or the end of its link, until something else is known
         self._generations.add(scope)
         try:
             request = decode_request(stream.request)
-            fields |= {"request_id": request.request_id, "model": request.model}
+            fields |= {"request_id": request.request_id, "model": request.model, **log_fields(request.trace)}
+            span = execute_span(
+                self._tracer, request.trace, stream.peer_node_id, request.model, request.request_id, started
+            )
             if request.generated_ids:
                 fields["resumed_tokens"] = len(request.generated_ids)
             if request.hops > HOPS_MAX:
                 raise RequestInvalid(f"the request has been forwarded {request.hops} times, the limit is {HOPS_MAX}")
             with scope:
-                generation = await self._local.open(request)
+                generation = await self._local.open(replace(request, trace=span.context))
                 async with generation:
                     async for event in generation:
+                        if event.finish_reason is not None:
+                            error = (
+                                ""  # a peer that has the last event may cancel at once; it was executed all the same
+                            )
                         await stream.send(encode_event(event))
             if scope.cancelled_caught:
                 raise GenerationMoved("the node drains")
+            error = ""
+        except MeshError as exc:
+            error = type(exc).__name__
+            raise
         except GenerationError as exc:
+            error = type(exc).__name__
             code, message = encode_error(exc)
             logger.info("refused a peer's request", extra=fields | {"error.type": type(exc).__name__})
             raise StreamRefused(code, message) from exc
         finally:
             self._generations.discard(scope)
-        logger.info(
-            "executed a peer's request",
-            extra=fields | {"duration_ms": round((trio.current_time() - started) * 1000, 3)},
-        )
+            end_span(span, error)
+            if error == "":
+                logger.info(
+                    "executed a peer's request",
+                    extra=fields | {"duration_ms": round((trio.current_time() - started) * 1000, 3)},
+                )
+
+
+def execute_span(
+    tracer: Tracer, trace: TraceContext | None, peer_node_id: str, model: str, request_id: str, started: float
+) -> Span:
+    """What this node does for a peer. started: on trio's clock."""
+    if trace is None or not trace.is_sampled:
+        return unrecorded(trace)
+    attributes = {"gen_ai.request.model": model, "ai_cluster.peer": peer_node_id, "ai_cluster.request_id": request_id}
+    return tracer.span("execute", trace, attributes, kind="server", start=started)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import trio
 
-from mesh.errors import PeerUnavailable
+from mesh.errors import MeshError, PeerUnavailable
 from mesh.forwarder import Forwarder, IncomingStream, RemoteError, StreamRefused
 from mesh.view import MemberView
 from nodes.embedding import Embedder, Embeddings, EmbedRequest
 from nodes.embedding_codec import AnswerReader, decode_request, encode_answer, encode_request
 from nodes.generation import GenerationError, RequestInvalid
 from nodes.generation_codec import REQUEST_BYTES_MAX, decode_error, encode_error
-from nodes.remote import HOPS_MAX
+from nodes.remote import HOPS_MAX, execute_span
+from observability.tracing import NO_TRACING, Tracer, end_span, log_fields, unrecorded
 
 logger = logging.getLogger(__name__)
 
@@ -50,27 +52,42 @@ class RemoteEmbedder:
 class EmbeddingServer:
     """Computes embeddings for peers, by this node's engines."""
 
-    def __init__(self, local: Embedder) -> None:
+    def __init__(self, local: Embedder, tracer: Tracer = NO_TRACING) -> None:
         self._local = local
+        self._tracer = tracer
 
     async def serve(self, stream: IncomingStream) -> None:
         """A request that has been forwarded already is executed here or refused, never forwarded again. Cancelled when
         the peer cancels or its link breaks. Raises StreamRefused, NoCapacity, ModelUnknown."""
         started = trio.current_time()
         fields: dict[str, object] = {"peer": stream.peer_node_id}
+        span = unrecorded(None)
+        error: str | None = None  # cancelled by the peer or the end of its link, until something else is known
         try:
             request = decode_request(stream.request)
             fields |= {"request_id": request.request_id, "model": request.model, "inputs": len(request.inputs)}
+            fields |= log_fields(request.trace)
+            span = execute_span(
+                self._tracer, request.trace, stream.peer_node_id, request.model, request.request_id, started
+            )
             if request.hops > HOPS_MAX:
                 raise RequestInvalid(f"the request has been forwarded {request.hops} times, the limit is {HOPS_MAX}")
-            answer = await self._local.embed(request)
+            answer = await self._local.embed(replace(request, trace=span.context))
+            error = ""  # a peer that has all of it may cancel at once; it was executed all the same
+            for event in encode_answer(answer):
+                await stream.send(event)
+        except MeshError as exc:
+            error = type(exc).__name__
+            raise
         except GenerationError as exc:
+            error = type(exc).__name__
             code, message = encode_error(exc)
             logger.info("refused a peer's request", extra=fields | {"error.type": type(exc).__name__})
             raise StreamRefused(code, message) from exc
-        for event in encode_answer(answer):
-            await stream.send(event)
-        logger.info(
-            "executed a peer's request",
-            extra=fields | {"duration_ms": round((trio.current_time() - started) * 1000, 3)},
-        )
+        finally:
+            end_span(span, error)
+            if error == "":
+                logger.info(
+                    "executed a peer's request",
+                    extra=fields | {"duration_ms": round((trio.current_time() - started) * 1000, 3)},
+                )

@@ -161,6 +161,13 @@ MESH_FAMILIES = (
     Family("link_rejected", "counter", "Peer links refused or closed for bad bytes, by reason.", ("reason",)),
     Family("link_broken", "counter", "Established peer links that broke."),
     Family("link_cancels", "counter", "Streams on peer links that this node cancelled as their reader."),
+    Family("trace_spans_exported", "counter", "Spans of sampled requests that the collector took."),
+    Family(
+        "trace_spans_dropped",
+        "counter",
+        "Spans lost, by why: the queue was full (queue), the collector did not take them (export).",
+        ("reason",),
+    ),
 )
 _MESH_FAMILIES = {family.key: family for family in MESH_FAMILIES}
 

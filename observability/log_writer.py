@@ -9,6 +9,9 @@ from typing import Generic, Protocol, TypeVar
 
 # At the end: how long the sink may take for what is queued. Then the process ends without those lines.
 STOP_TIMEOUT_S = 5.0
+# After each flush, for what comes next to gather: items written together cost much less than each alone, woken up for
+# with cold caches. Queues of a few thousand are far from full after it.
+GATHER_S = 0.05
 
 Item = TypeVar("Item", contravariant=True)
 
@@ -36,6 +39,7 @@ class WriterThread(Generic[Item]):
         self._lock = threading.Lock()
         self._lines_dropped = 0
         self._is_stopped = False
+        self._stopping = threading.Event()
 
     @property
     def lines_dropped(self) -> int:
@@ -58,6 +62,7 @@ class WriterThread(Generic[Item]):
     def stop(self) -> None:
         """Write out what is queued, within STOP_TIMEOUT_S, and end the thread."""
         self._is_stopped = True
+        self._stopping.set()
         deadline = time.monotonic() + STOP_TIMEOUT_S
         try:
             self._queue.put(None, timeout=STOP_TIMEOUT_S)
@@ -72,6 +77,7 @@ class WriterThread(Generic[Item]):
             del item  # an idle thread must not keep the last error's frames alive
             if self._queue.empty():
                 reported = self._flush(reported)
+                self._stopping.wait(GATHER_S)
         self._flush(reported)
         self._sink.close()
 

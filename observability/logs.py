@@ -7,7 +7,6 @@ stderr, and the parent's LogMerger alone writes the files.
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
@@ -126,7 +125,8 @@ class _QueueingHandler(logging.Handler):
         self._writer = writer
 
     def emit(self, record: logging.LogRecord) -> None:
-        kept = copy.copy(record)
+        kept = logging.LogRecord.__new__(logging.LogRecord)  # as copy.copy() does it, at a tenth of the time
+        kept.__dict__.update(record.__dict__)
         if not hasattr(record, "_logger"):  # what structlog's wrap_for_formatter leaves on its own records
             kept.msg, kept.args = _message(record), None
             for name, value in structlog.contextvars.get_contextvars().items():

@@ -11,6 +11,7 @@ import gzip
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import psutil
 import trio
@@ -33,6 +34,7 @@ from observability.collectors import EngineCollector, GuardedCollector, MeshColl
 from observability.families import LABEL_VALUES_MAX, OTHER, PREFIX
 from observability.gpu import gpu_collector
 from observability.process import process_collector
+from observability.token_histogram import TokenHistogram
 
 # How a generation ended: well; by our fault; the client left; no capacity, a limit, or a bad request.
 STATUSES = ("success", "error", "cancelled", "rejected")
@@ -63,6 +65,9 @@ GZIP_LEVEL = 1
 RENDER_THREADS_MAX = 2
 
 
+Child = TypeVar("Child", Counter, Histogram)
+
+
 @dataclass(frozen=True, slots=True)
 class Exposition:
     """The answer to a scrape. content_encoding: "gzip" or empty."""
@@ -81,6 +86,7 @@ class Metrics:
         self._node_id = node_id
         self._models: set[str] = set()
         self._label_values: dict[str, set[str]] = {}
+        self._children: dict[tuple[Counter | Histogram, tuple[str, ...]], Counter | Histogram] = {}
         self._render_limit = trio.CapacityLimiter(RENDER_THREADS_MAX)
         self._registry = registry = CollectorRegistry()
 
@@ -118,13 +124,14 @@ class Metrics:
             *("model", "node_id"),
             buckets=seconds,
         )
-        self._next_token = histogram(
-            "inter_token_latency_seconds",
+        self._next_tokens = TokenHistogram(
+            PREFIX + "inter_token_latency_seconds",
             "Between two tokens of a generation, at the node that executes it.",
-            *("model", "node_id"),
-            buckets=NEXT_TOKEN_BUCKETS_S,
+            ("model", "node_id"),
+            node_id,
+            bounds=NEXT_TOKEN_BUCKETS_S,
         )
-        self._next_tokens: dict[str, Histogram] = {}  # by model served here: looked up once a token
+        registry.register(self._next_tokens)
         self._finish_reasons = counter(
             "inference_finish_reasons", "Generations ended well, by why they ended.", "model", "reason"
         )
@@ -172,7 +179,7 @@ class Metrics:
                 self._finish_reasons.labels(model, reason)
             self._started.labels(model)
             self._queue_seconds.labels(model, self._node_id)
-            self._next_tokens[model] = self._next_token.labels(model, self._node_id)
+            self._next_tokens.know(model)
             self._inference_seconds.labels(model, self._node_id)
             self._first_token.labels(model, self._node_id)
 
@@ -208,11 +215,11 @@ class Metrics:
         and traces, request_id and trace_id."""
         labels = self._bounded("method", method), self._bounded("path", path), self._bounded("http_status", str(status))
         shown = _exemplar(exemplar)
-        self._http.labels(*labels).inc(exemplar=shown)
-        self._http_seconds.labels(*labels).observe(seconds, shown)
+        self._of(self._http, labels).inc(exemplar=shown)
+        self._of(self._http_seconds, labels).observe(seconds, shown)
 
     def api_key_request(self, key_id: str, status: str) -> None:
-        self._keys.labels(self._bounded("key_id", key_id), self._bounded("status", status)).inc()
+        self._of(self._keys, (self._bounded("key_id", key_id), self._bounded("status", status))).inc()
 
     def rate_limited(self, key_id: str) -> None:
         self._limit_hits.labels(self._bounded("key_id", key_id)).inc()
@@ -233,23 +240,21 @@ class Metrics:
         self._memory.labels(*labels).set(memory_bytes)
 
     def inference_started(self, model: str) -> None:
-        self._started.labels(self._model(model)).inc()
+        self._of(self._started, (self._model(model),)).inc()
 
     def time_to_first_token(
         self, model: str, seconds: float, queued_s: float | None = None, exemplar: Mapping[str, str] | None = None
     ) -> None:
         """queued_s: how much of it the request waited for a slot; None where it needed none."""
         labels, shown = (self._model(model), self._node_id), _exemplar(exemplar)
-        self._first_token.labels(*labels).observe(seconds, shown)
+        self._of(self._first_token, labels).observe(seconds, shown)
         if queued_s is not None:
-            self._queue_seconds.labels(*labels).observe(queued_s, shown)
+            self._of(self._queue_seconds, labels).observe(queued_s, shown)
 
     def inter_token(self, model: str, seconds: float, count: int) -> None:
         """seconds: since the generation's event before; count: the tokens that came with this one."""
-        histogram = self._next_tokens.get(model)
-        if histogram is not None:
-            for _ in range(count):
-                histogram.observe(seconds / count)
+        if count:
+            self._next_tokens.observe(model, seconds / count, count)
 
     def inference_finished(
         self,
@@ -263,13 +268,13 @@ class Metrics:
     ) -> None:
         """A rejected generation counts and has no duration, as with streams."""
         model = self._model(model)
-        self._inferences.labels(model, self._bounded("status", status)).inc()
+        self._of(self._inferences, (model, self._bounded("status", status))).inc()
         if finish_reason is not None:
-            self._finish_reasons.labels(model, self._bounded("reason", finish_reason)).inc()
+            self._of(self._finish_reasons, (model, self._bounded("reason", finish_reason))).inc()
         if status != "rejected":
-            self._inference_seconds.labels(model, self._node_id).observe(seconds, _exemplar(exemplar))
-        self._tokens.labels(model, "prompt").inc(prompt_tokens)
-        self._tokens.labels(model, "completion").inc(completion_tokens)
+            self._of(self._inference_seconds, (model, self._node_id)).observe(seconds, _exemplar(exemplar))
+        self._of(self._tokens, (model, "prompt")).inc(prompt_tokens)
+        self._of(self._tokens, (model, "completion")).inc(completion_tokens)
 
     async def render(self, snapshot: Snapshot, accept: str = "", accept_encoding: str = "") -> Exposition:
         """accept, accept_encoding: the headers' values. OpenMetrics where it is asked for, else Prometheus's text
@@ -292,6 +297,13 @@ class Metrics:
         if name in self._models:
             return name
         return UNKNOWN_MODEL if len(self._models) < LABEL_VALUES_MAX else OTHER
+
+    def _of(self, metric: Child, labels: tuple[str, ...]) -> Child:
+        """metric.labels(*labels), remembered: the library checks labels anew each time. Their values are bounded."""
+        found = self._children.get((metric, labels))
+        if found is None:
+            found = self._children[metric, labels] = metric.labels(*labels)
+        return cast(Child, found)
 
     def _bounded(self, label: str, value: str) -> str:
         """value, or "other" once the label has LABEL_VALUES_MAX distinct ones."""

@@ -14,6 +14,8 @@ from typing import Any
 import trio
 
 from nodes.api.services import ApiMetrics
+from observability.trace_context import TraceContext, context_of_headers
+from observability.tracing import Tracer, Value, log_fields, unrecorded
 
 logger = logging.getLogger("nodes.api.access")
 
@@ -37,21 +39,41 @@ _QUIET_ROUTES = {
     "/cluster/status",
     "/cluster/views",
 }
-# W3C Trace Context: version, trace id, parent id, flags. A trace id of zeros is none.
-_TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
+# Attributes of a traced request's span, by the log fields that say the same.
+_SPAN_ATTRIBUTES = {
+    "model": "gen_ai.request.model",
+    "prompt_tokens": "gen_ai.usage.input_tokens",
+    "completion_tokens": "gen_ai.usage.output_tokens",
+    "outcome": "ai_cluster.outcome",
+    "executed_by": "ai_cluster.executed_by",
+    "failovers": "ai_cluster.failovers",
+    "client_left": "ai_cluster.client_left",
+}
 
 
 class Exchange:
     """What is known of one HTTP request while it lasts. Handlers fill it; the accounting reads it at the end."""
 
-    def __init__(self, request_id: str, trace_id: str = "") -> None:
+    def __init__(self, request_id: str, caller: TraceContext | None = None) -> None:
+        """caller: of the client's traceparent."""
         self.request_id = request_id
-        self.trace_id = trace_id  # of the client's trace; empty where it has none
+        self.started = trio.current_time()
+        self.span = unrecorded(caller)
         self.route = "unmatched"
         self.status = 0
         self.log_fields: dict[str, Any] = {}
         self.closing: list[trio.abc.AsyncResource] = []
         self.on_end: Callable[[bool], None] | None = None  # told whether the whole response was sent
+
+    @property
+    def trace(self) -> TraceContext | None:
+        """What the request's work is opened under: this node's span of it, else the client's."""
+        return self.span.context
+
+    def begin_span(self, tracer: Tracer, method: str) -> None:
+        """Trace it from its start on, if it is to be; its route is known. The accounting ends the span."""
+        attributes = {"http.request.method": method, "http.route": self.route, "ai_cluster.request_id": self.request_id}
+        self.span = tracer.request(f"{method} {self.route}", self.trace, attributes, start=self.started)
 
 
 class Accounting:
@@ -65,8 +87,8 @@ class Accounting:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = scope[SCOPE_KEY] = Exchange(_request_id(scope), _trace_id(scope))
-        started = trio.current_time()
+        exchange = scope[SCOPE_KEY] = Exchange(_request_id(scope), context_of_headers(scope["headers"]))
+        started = exchange.started
         is_complete = False
 
         async def observe(message: Any) -> None:
@@ -96,14 +118,15 @@ class Accounting:
         # 499: the client closed the connection before a response began (nginx's number, known to operators).
         status = exchange.status or 499
         method = scope["method"] if scope["method"] in _METHODS else "OTHER"
-        exemplar = {"request_id": exchange.request_id, "trace_id": exchange.trace_id}
+        trace = log_fields(exchange.trace)
+        exemplar = {"request_id": exchange.request_id, "trace_id": trace.get("trace_id", "")}
         self._metrics.http_request(method, exchange.route, status, seconds, exemplar)
         logger.log(
             logging.DEBUG if exchange.route in _QUIET_ROUTES else logging.INFO,
             "request",
             extra={
                 "request_id": exchange.request_id,
-                **({"trace_id": exchange.trace_id} if exchange.trace_id else {}),
+                **trace,
                 "http.request.method": method,
                 "http.route": exchange.route,
                 "http.response.status_code": status,
@@ -112,6 +135,8 @@ class Accounting:
                 **exchange.log_fields,
             },
         )
+        if exchange.span.is_recording:
+            _end_span(exchange, status, is_complete)
 
 
 def exchange_of(scope: Any) -> Exchange:
@@ -130,8 +155,14 @@ def _request_id(scope: Scope) -> str:
     return f"req_{uuid.uuid4().hex}"
 
 
-def _trace_id(scope: Scope) -> str:
-    for name, value in scope["headers"]:
-        if name == b"traceparent" and (found := _TRACEPARENT.fullmatch(value)) is not None:
-            return str(found[1].decode())
-    return ""
+def _end_span(exchange: Exchange, status: int, is_complete: bool) -> None:
+    """What the log line says of the request, as far as the conventions have a name for it. An error is what is our
+    fault, as everywhere."""
+    fields = exchange.log_fields | {"client_left": not is_complete}
+    attributes: dict[str, Value] = {name: fields[key] for key, name in _SPAN_ATTRIBUTES.items() if key in fields}
+    attributes["http.response.status_code"] = status
+    if reasons := fields.get("finish_reason"):
+        attributes["gen_ai.response.finish_reasons"] = reasons.split(",")
+    exchange.span.set(attributes)
+    is_fault = status >= 500 or fields.get("outcome") == "error"
+    exchange.span.end(str(fields.get("error.type") or status) if is_fault else "")

@@ -90,7 +90,7 @@ async def open_generation(services: Services, exchange: Exchange, caller: Caller
     Raises what Dispatch.open does."""
     streams = []
     for generation in asked.generations:
-        request = replace(generation, fairness_id=caller.fairness_id, priority=caller.priority)
+        request = replace(generation, fairness_id=caller.fairness_id, priority=caller.priority, trace=exchange.trace)
         stream = await services.dispatch.open(request)
         exchange.closing.append(stream)
         streams.append(stream)
@@ -195,7 +195,7 @@ class _Writer:
         except (GenerationError, MeshError) as exc:
             failure = _with_clients_field(exc, self._asked) if isinstance(exc, RequestInvalid) else exc
             self._outcome.failed(failure)
-            self._exchange.log_fields["error.message"] = str(failure)
+            self._exchange.log_fields |= {"error.type": type(failure).__name__, "error.message": str(failure)}
             yield data_event(api_error(failure).body())
             return
         usage = self._finish([last[index] for index in sorted(last)])

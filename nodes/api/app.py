@@ -25,8 +25,11 @@ from nodes.api.accounting import Accounting, exchange_of
 from nodes.api.errors import api_error
 from nodes.api.response_headers import ResponseHeaders
 from nodes.api.services import Services
+from observability.tracing import log_fields
 
 logger = logging.getLogger(__name__)
+
+TRACED_PREFIX = "/v1/"  # of the routes whose POST requests have spans: those that models answer
 
 
 def build_app(services: Services) -> Accounting:
@@ -41,6 +44,8 @@ def build_app(services: Services) -> Accounting:
         if request.url_rule is not None:
             exchange = exchange_of(request.scope)
             exchange.route = request.url_rule.rule
+            if request.method == "POST" and exchange.route.startswith(TRACED_PREFIX):
+                exchange.begin_span(services.tracer, request.method)
 
     @app.errorhandler(Exception)
     async def answer_error(error: Exception) -> tuple[Response, int, dict[str, str]]:
@@ -48,7 +53,8 @@ def build_app(services: Services) -> Accounting:
         exchange = exchange_of(request.scope)
         exchange.log_fields |= {"error.type": type(error).__name__, "error.message": known.message}
         if known.status == 500:
-            logger.error("unexpected error", exc_info=error, extra={"request_id": exchange.request_id})
+            fields = {"request_id": exchange.request_id, **log_fields(exchange.trace)}
+            logger.error("unexpected error", exc_info=error, extra=fields)
         headers = known.headers()
         if isinstance(error, HTTPException):
             # What the status obliges to, such as Allow with 405; the body is ours.

@@ -49,7 +49,7 @@ def register(app: Quart, services: Services) -> None:
             admission = await services.gate.admit(caller, body.model, expected, 0, prompt_tokens_max=expected_max)
             exchange.closing.append(admission)
             embedded = await services.embeddings.embed(
-                replace(asked, fairness_id=caller.fairness_id, priority=caller.priority)
+                replace(asked, fairness_id=caller.fairness_id, priority=caller.priority, trace=exchange.trace)
             )
             admission.finished(embedded.prompt_tokens, 0)
             outcome.succeeded(Usage(embedded.prompt_tokens, 0), embedded.node_ids, ())

@@ -16,6 +16,7 @@ from nodes.event_feed import EventFeed
 from nodes.member_views import MemberViews
 from nodes.mesh_operations import MeshOperations
 from observability.metrics import Exposition
+from observability.tracing import NO_TRACING, Tracer
 
 
 class ApiMetrics(Protocol):
@@ -32,7 +33,7 @@ class ApiMetrics(Protocol):
 @dataclass(frozen=True, slots=True)
 class Services:
     """view is instant; render_metrics takes the headers Accept and Accept-Encoding, render_cluster_metrics the second;
-    these do their work in worker threads."""
+    these do their work in worker threads. tracer: of the requests that models answer."""
 
     node_id: str
     version: str
@@ -53,3 +54,4 @@ class Services:
     events: EventFeed
     member_views: MemberViews
     cors_origins: Sequence[str] = ()
+    tracer: Tracer = NO_TRACING

@@ -274,7 +274,9 @@ class Engine:
     def _close(self, sequence: Sequence) -> None:
         """The reader of the sequence is gone: free its place. Any number of times."""
         self._estimates.pop(sequence, None)
-        if self._streams.pop(sequence, None) is not None:
+        stream = self._streams.pop(sequence, None)
+        if stream is not None:
+            self._note_placed(stream, sequence)
             with self._wake:
                 self._scheduler.cancel(sequence)
                 self._wake.notify()
@@ -290,9 +292,12 @@ class Engine:
             estimate = self._estimates.pop(sequence, None)
             if isinstance(outcome, Failed):
                 del self._streams[sequence]
+                self._note_placed(stream, sequence)
+                stream.ended_at = self.now()
                 stream.end(outcome.error)
                 continue
-            if stream.queued_s is None:
+            if stream.first_event_at is None:
+                stream.first_event_at = self.now()
                 stream.queued_s = max(0.0, sequence.placed_at - stream.submitted_at)
             if estimate is not None:
                 submitted, estimated_s = estimate
@@ -307,8 +312,14 @@ class Engine:
                 self._close(sequence)
             elif event.finish_reason is not None:
                 del self._streams[sequence]
+                stream.ended_at = self.now()
                 stream.end(None)
                 self._answer_tokens += (event.completion_tokens - self._answer_tokens) / 16
+
+    def _note_placed(self, stream: EngineStream, sequence: Sequence) -> None:
+        """How long one that ends without an event waited for its slot, if it got one."""
+        if stream.queued_s is None and sequence.placed_at > 0.0:
+            stream.queued_s = max(0.0, sequence.placed_at - stream.submitted_at)
 
     def _measure(self, tick: Tick) -> None:
         assert tick.step_s is not None

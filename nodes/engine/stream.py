@@ -26,6 +26,8 @@ class EngineStream(trio.abc.ReceiveChannel[EngineEvent]):
         """cancel: ends the generation; called at every aclose(). submitted_at: on the engine's clock."""
         self.submitted_at = submitted_at
         self.queued_s: float | None = None  # how long it waited for a slot; known with the first event
+        self.first_event_at: float | None = None  # on the engine's clock, as ended_at
+        self.ended_at: float | None = None
         self._cancel = cancel
         self._error: EngineError | None = None
         self._send, self._receive = trio.open_memory_channel[EngineEvent](STREAM_EVENTS_MAX)

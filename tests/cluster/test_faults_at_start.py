@@ -128,3 +128,23 @@ def test_a_second_node_under_a_living_name_is_refused_and_the_first_one_stays(
     result = serve(tmp_path, "--no-model", "--name", nodes[0].name, "--join", nodes[seed].mesh)
     assert_refused(result, nodes[0].name, "--name")
     mesh.wait_until_agreed()
+
+
+def test_tracing_without_its_extra_names_the_package_to_install(tmp_path: Path) -> None:
+    absent = tmp_path / "absent" / "opentelemetry"
+    absent.mkdir(parents=True)
+    (absent / "__init__.py").write_text("raise ModuleNotFoundError('No module', name='opentelemetry')\n")
+    path = os.pathsep.join([str(absent.parent), os.environ.get("PYTHONPATH", "")])
+    result = serve(tmp_path, "--tracing-endpoint", "http://127.0.0.1:4318", environment={"PYTHONPATH": path})
+    assert_refused(result, "tracing_endpoint", "pip install 'ai-cluster[tracing]'")
+
+
+def test_a_file_of_headers_for_the_collector_that_is_missing_is_named(tmp_path: Path) -> None:
+    options = ("--tracing-endpoint", "http://127.0.0.1:4318", "--tracing-headers-file", str(tmp_path / "absent"))
+    assert_refused(serve(tmp_path, *options), "tracing_headers_file", str(tmp_path / "absent"))
+
+
+def test_a_node_that_does_not_trace_never_imports_opentelemetry() -> None:
+    program = "import sys, nodes.process; print([name for name in sys.modules if name.startswith('opentelemetry')])"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.strip() == "[]"

@@ -34,6 +34,7 @@ from nodes.event_feed import EventFeed
 from nodes.generation import GenerateEvent, GenerateRequest, Usage
 from nodes.member_views import MemberViews
 from observability.metrics import Exposition
+from observability.tracing import NO_TRACING, Tracer
 from tests.unit.fake_access import FakeAccess
 
 Step = GenerateEvent | Exception | Move | float
@@ -180,6 +181,7 @@ class Api:
         is_open: bool = True,
         embeddings: ScriptedEmbeddings | None = None,
         cors_origins: tuple[str, ...] = (),
+        tracer: Tracer = NO_TRACING,
     ) -> None:
         self.dispatch = dispatch
         self.embeddings = embeddings or ScriptedEmbeddings()
@@ -220,6 +222,7 @@ class Api:
                 events=self.events,
                 member_views=MemberViews(lambda: cluster, no_peer),
                 cors_origins=cors_origins,
+                tracer=tracer,
             )
         )
         self.app = app

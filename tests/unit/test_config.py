@@ -182,6 +182,59 @@ def test_a_bad_gossip_key_is_named(tmp_path: Path, table: str, words: list[str])
     assert [word for word in words if word not in str(caught.value)] == []
 
 
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "http://127.0.0.1:4318",
+        "https://otlp.example.org",
+        "https://otlp.example.org:443/otlp/v1/traces",
+        "http://[::1]:1",
+    ],
+)
+def test_an_endpoint_of_a_collector_is_a_url(endpoint: str) -> None:
+    assert load_config(None, {}, {"tracing_endpoint": endpoint}).tracing_endpoint == endpoint
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "127.0.0.1:4318",
+        "grpc://x:4317",
+        "http://",
+        "http://x:99999",
+        "http://me:pw@x",
+        "http://x/?token=t",
+        "http://x/#a",
+    ],
+)
+def test_anything_else_is_refused_as_an_endpoint(endpoint: str) -> None:
+    with pytest.raises(ConfigInvalid, match="an endpoint is http://HOST:PORT"):
+        load_config(None, {}, {"tracing_endpoint": endpoint})
+
+
+def test_the_headers_of_a_collector_come_from_a_file_or_the_environment(tmp_path: Path) -> None:
+    file = tmp_path / "headers"
+    file.write_text("Authorization: Basic abc==\n\n  x-scope-orgid:one \n")
+    expected = {"authorization": "Basic abc==", "x-scope-orgid": "one"}
+    assert load_config(None, {}, {"tracing_headers_file": file}).collector_headers() == expected
+    environment = {"AI_CLUSTER_TRACING_HEADERS": "authorization: Basic abc==\nx-scope-orgid: one"}
+    config = load_config(None, environment, {})
+    assert config.collector_headers() == expected
+    assert "abc" not in repr(config)
+    assert load_config(None, {}, {}).collector_headers() == {}
+
+
+@pytest.mark.parametrize("line", ["a secret", "na me: secret", "name:", ": secret", "name: sec\x00ret", "name: sécret"])
+def test_a_line_that_is_no_header_is_named_and_not_quoted(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "headers"
+    file.write_text(f"good: value\n{line}\n")
+    with pytest.raises(ConfigInvalid, match="line 2") as raised:
+        load_config(None, {}, {"tracing_headers_file": file}).collector_headers()
+    assert "cret" not in str(raised.value)
+    with pytest.raises(ConfigInvalid, match="No such file"):
+        load_config(None, {}, {"tracing_headers_file": tmp_path / "absent"}).collector_headers()
+
+
 @pytest.mark.parametrize("name", ["URL", "CA_FILE"])
 def test_variables_of_the_commands_are_none_of_a_nodes(name: str) -> None:
     load_config(None, {f"AI_CLUSTER_{name}": "what commands read"}, {})

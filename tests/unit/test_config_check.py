@@ -75,6 +75,10 @@ def _store_of_another_program(tmp_path: Path) -> Settings:
     return {}
 
 
+def _no_headers_for_the_collector(tmp_path: Path) -> Settings:
+    return {"tracing_endpoint": "http://127.0.0.1:4318", "tracing_headers_file": tmp_path / "gone"}
+
+
 def _advertises_nothing(tmp_path: Path) -> Settings:
     (tmp_path / "cluster.key").write_text(new_key())
     return {"mesh": "0.0.0.0:0", "cluster_key_file": tmp_path / "cluster.key"}
@@ -93,6 +97,7 @@ FAULTS = (
     _certificate_without_key,
     _key_of_another_certificate,
     _store_of_another_program,
+    _no_headers_for_the_collector,
 )
 
 

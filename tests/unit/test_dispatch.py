@@ -36,6 +36,7 @@ from nodes.generation import (
     RequestInvalid,
     Usage,
 )
+from observability.tracing import NO_TRACING, Tracer
 
 TOKEN = GenerateEvent("a", (1,))
 LAST = GenerateEvent("", (), "stop", Usage(3, 1))
@@ -77,7 +78,12 @@ class Nodes:
     The first node is the soonest to answer, the next the next: their queues are 0, 1, 2 … deep."""
 
     def __init__(
-        self, *, hedges: bool = False, fingerprints: Mapping[str, str] | None = None, **scripts: Script | Exception
+        self,
+        *,
+        hedges: bool = False,
+        fingerprints: Mapping[str, str] | None = None,
+        tracer: Tracer = NO_TRACING,
+        **scripts: Script | Exception,
     ) -> None:
         self.scripts = scripts
         self.opened: list[tuple[str, GenerateRequest]] = []
@@ -105,6 +111,7 @@ class Nodes:
             rng=random.Random(2),
             hedges=hedges,
             on_move=self.moves.append,
+            tracer=tracer,
         )
 
     def set_load(self, node_id: str, load: ModelLoad) -> None:

@@ -23,6 +23,7 @@ from nodes.embedding_codec import (
 from nodes.generation import GenerateRequest, GenerationFailed, RequestInvalid
 from nodes.generation_codec import encode_request as encode_generation
 from nodes.peer_operations import encode_operation, is_operation
+from observability.trace_context import TraceContext
 
 texts = st.text(max_size=20) | st.just("\ud800")
 inputs = st.lists(texts | st.lists(st.integers(0, 2**31), max_size=5).map(tuple), min_size=1, max_size=5).map(tuple)
@@ -39,6 +40,7 @@ requests = st.builds(
     st.text(max_size=8),
     st.text(max_size=8),
     st.integers(1, 100),
+    st.none() | st.just(TraceContext("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7", 1, "vendor=abc")),
 )
 
 

@@ -29,6 +29,7 @@ from nodes.dispatched_stream import DEADLINE_GRACE_S
 from nodes.embedding import Embeddings, EmbedRequest
 from nodes.embedding_dispatch import PIECE_INPUTS_MAX, PIECES_AT_ONCE, EmbeddingDispatch
 from nodes.generation import DeadlineExceeded, GenerationError, GenerationFailed, RequestInvalid
+from observability.tracing import NO_TRACING, Tracer
 
 HANG = 1e6
 Script = MeshError | GenerationError | float | None  # an error, or seconds until there is an answer
@@ -37,7 +38,9 @@ Script = MeshError | GenerationError | float | None  # an error, or seconds unti
 class Nodes:
     """A mesh of scripted nodes as node "a" sees it; the first is the soonest. Vectors are (index of the input,)."""
 
-    def __init__(self, fingerprints: dict[str, str] | None = None, **scripts: Script) -> None:
+    def __init__(
+        self, fingerprints: dict[str, str] | None = None, *, tracer: Tracer = NO_TRACING, **scripts: Script
+    ) -> None:
         self.scripts = scripts
         self.asked: list[tuple[str, EmbedRequest]] = []
         self.failed: list[str] = []
@@ -67,6 +70,7 @@ class Nodes:
             remote=lambda member: _Node(self, member.node_id),
             peer_failed=self.failed.append,
             counts=self.counts,
+            tracer=tracer,
         )
 
 

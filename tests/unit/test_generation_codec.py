@@ -11,7 +11,9 @@ import pytest
 from nodes.engine.prefix_digest import cached_bytes
 from nodes.generation import GenerateEvent, GenerateRequest, GenerationFailed, Grammar, RequestInvalid, Sampling, Usage
 from nodes.generation_codec import REQUEST_VERSION, decode_event, decode_request, encode_event, encode_request
+from observability.trace_context import TraceContext
 
+TRACE = TraceContext("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7", 1)
 PLAIN = GenerateRequest("id", "demo", ({"role": "user", "content": "hi"},), Sampling(logprobs=0, choice=3))
 TOOLS = json.dumps([{"type": "function", "function": {"name": "f"}}])
 CALLS: dict[str, str] = {"role": "assistant", "content": "", "tool_calls": "[]"}
@@ -62,6 +64,22 @@ def test_tools_and_prompts_have_a_size_and_names_for_routing() -> None:
         assert cached_bytes(other, set(one)) >= 768
     with_tools = replace(PLAIN, tools="x" * 1000)
     assert set(with_tools.text_blocks()).isdisjoint(replace(PLAIN, tools="y" * 1000).text_blocks())
+
+
+def test_the_trace_arrives_and_needs_no_later_version() -> None:
+    for trace in (TRACE, replace(TRACE, flags=0), replace(TRACE, state="vendor=abc,other=1")):
+        data = encode_request(replace(PLAIN, trace=trace))
+        assert decode_request(data).trace == trace
+        assert msgpack.unpackb(data)["version"] == msgpack.unpackb(encode_request(PLAIN))["version"]
+    assert "traceparent" not in msgpack.unpackb(encode_request(PLAIN)), "it costs no bytes where there is none"
+
+
+@pytest.mark.parametrize(
+    "fields", [{"traceparent": "x"}, {"traceparent": 7}, {"tracestate": "a=1"}, {"traceparent": []}]
+)
+def test_a_trace_that_cannot_be_read_fails_no_request(fields: dict[str, object]) -> None:
+    body = msgpack.unpackb(encode_request(PLAIN)) | fields
+    assert decode_request(msgpack.packb(body)) == PLAIN
 
 
 @pytest.mark.parametrize("queued_s", [None, 0.0, 1.25])

@@ -28,6 +28,7 @@ from nodes.generation import (
 )
 from nodes.local import LocalGenerator, LocalStream, Status
 from nodes.model_tools.random_llama import IM_END
+from observability.tracing import NO_TRACING, Tracer
 from tests.unit.fake_session import CAPACITY, Clock, FakeSession, drain, running, toy_model, until
 
 GREEDY = Sampling(temperature=0.0, max_tokens=8)
@@ -39,6 +40,7 @@ class Witness:
     def __init__(self) -> None:
         self.told: list[tuple[object, ...]] = []
         self.later_tokens = 0
+        self.labels: Mapping[str, str] = {}
 
     def started(self, model: str) -> None:
         self.told.append(("started", model))
@@ -46,7 +48,7 @@ class Witness:
     def first_token(self, model: str, seconds: float, queued_s: float | None, labels: Mapping[str, str]) -> None:
         assert seconds >= 0
         assert queued_s is None or queued_s >= 0
-        assert labels == {"request_id": "r"}
+        self.labels = labels
         self.told.append(("first_token", model))
 
     def next_tokens(self, model: str, seconds: float, count: int) -> None:
@@ -71,12 +73,12 @@ class Witness:
 class Setup:
     """One generator over one fake engine of one slot."""
 
-    def __init__(self, queue_limit: int = 2, model: LoadedModel | None = None) -> None:
+    def __init__(self, queue_limit: int = 2, model: LoadedModel | None = None, tracer: Tracer = NO_TRACING) -> None:
         self.clock = Clock()
         self.session = FakeSession(slots=1)
         self.engine = Engine(model or toy_model(), self.session, queue_limit=queue_limit, now=self.clock)
         self.witness = Witness()
-        self.local = LocalGenerator({"demo": self.engine}, observer=self.witness)
+        self.local = LocalGenerator({"demo": self.engine}, observer=self.witness, tracer=tracer)
 
     async def open(
         self,
@@ -112,6 +114,7 @@ def prompt_tokens(content: str) -> int:
 async def test_an_answer_carries_text_ids_and_usage() -> None:
     async with serving(Setup()) as setup:
         text, ids, last = await read(await setup.open())
+        assert setup.witness.labels == {"request_id": "r"}
         assert text == toy_model().tokenizer.decode(list(ids)).rstrip("\N{REPLACEMENT CHARACTER}")
         assert last.finish_reason == "length"
         assert last.usage == Usage(prompt_tokens("hello"), 8)
