@@ -134,9 +134,8 @@ class PeerServer:
                 async with generation:
                     async for event in generation:
                         if event.finish_reason is not None:
-                            error = (
-                                ""  # a peer that has the last event may cancel at once; it was executed all the same
-                            )
+                            # A peer that has the last event may cancel at once: it was executed all the same.
+                            error = ""
                         await stream.send(encode_event(event))
             if scope.cancelled_caught:
                 raise GenerationMoved("the node drains")
