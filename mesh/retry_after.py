@@ -7,7 +7,7 @@ only a place that none of them needs. Who does not come back is waited for only 
 queues' places is held free for them, so that no engine idles over it.
 
 A client is known again by its key: equal for the same request sent again. Requests with equal keys stand in for each
-other.
+other, so a key that says too little lets new clients take the turns of those who wait.
 """
 
 from __future__ import annotations

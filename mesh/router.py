@@ -14,7 +14,7 @@ entries have sent since the reports, the more nodes are as good as the best, wit
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mesh.errors import ModelUnknown, NoCapacity
@@ -49,7 +49,8 @@ class RouteRequest:
     """What is to be placed. prompt_bytes: size of its text. exclude: node ids that failed it already. blocks: names of
     the beginnings of its conversation, shortest first. fingerprint: of the one model it may go to; empty for any.
     is_resumed: another node has begun the answer; engines take it beyond a full queue, which has its own bound there.
-    was_refused: one of exclude had no place for it. kind: of the model."""
+    was_refused: one of exclude had no place for it. kind: of the model. identity: a hash of who asks what, by which a
+    client that comes back is known; equal for the same request sent again."""
 
     model: str
     prompt_bytes: int
@@ -59,6 +60,7 @@ class RouteRequest:
     is_resumed: bool = False
     was_refused: bool = False
     kind: str = GENERATION
+    identity: int = 0
 
 
 @dataclass(slots=True)
@@ -270,7 +272,7 @@ class Router:
             return True  # one that other nodes failed has had its turn
         places = sum(info.queue_limit + load.free_slots - load.queued - own.count for _, info, load, own in placeable)
         held_max = int(HELD_SHARE * sum(info.queue_limit for _, info, _, _ in placeable))
-        return traffic.retries.admits(_key(request), places, held_max, now)
+        return traffic.retries.admits(request.identity, places, held_max, now)
 
     def _no_capacity(
         self,
@@ -301,7 +303,7 @@ class Router:
             return RETRY_NOT_READY_S
         traffic = self._traffic_of(request.model, tokens_of(request.prompt_bytes))
         rate_per_s = self._places_per_s(view, nodes, traffic.prompt_tokens)
-        return traffic.retries.refuse(_key(request), rate_per_s, self._now, is_next=bool(request.exclude))
+        return traffic.retries.refuse(request.identity, rate_per_s, self._now, is_next=bool(request.exclude))
 
     def _places_per_s(self, view: ClusterView, nodes: Sequence[_Placeable], prompt_tokens: float) -> float:
         """How often this entry is given a place: as many answers as the nodes complete a second, times its share. Of
@@ -362,8 +364,3 @@ def _candidates(
 
 def _uncached_tokens(prompt_bytes: int, cached_blocks: int) -> int:
     return max(1, tokens_of(prompt_bytes) - cached_blocks * BLOCK_TOKENS)
-
-
-def _key(request: RouteRequest) -> Hashable:
-    """Equal for the same request sent again."""
-    return request.prompt_bytes, request.blocks[-1:]

@@ -17,13 +17,16 @@ from mesh.router import OwnDispatch, Router, RouteRequest
 from mesh.view import ClusterView, MemberView
 from nodes.failover_budget import FailoverBudget
 from nodes.generation import GenerateEvent, GenerateRequest, GenerationError, GenerationFailed, Generator
+from nodes.span_ends import CANCELLED, end_with
 from nodes.witness import Witness
 from observability.trace_context import TraceContext
-from observability.tracing import Span, Tracer, Value, end_span, unrecorded
+from observability.tracing import Span, Tracer, Value, unrecorded
 
 # Times to first token of one model, whose 99th percentile says which one is late; with fewer none is.
 FIRST_TOKENS = 512
 FIRST_TOKENS_MIN = 100
+# The one reason to leave a node in mid-answer that is the node's fault.
+HANG = "hang"
 # Models whose times are kept. Only names that a node serves come here.
 MODELS_MAX = 256
 
@@ -79,10 +82,11 @@ class Attempt:
         except trio.EndOfChannel:
             if self.has_finished:
                 raise
-            self.span.end("GenerationFailed")
-            raise GenerationFailed(f"{self.node_id} ended the stream without finishing it") from None
-        except (MeshError, GenerationError) as exc:
-            self.span.end(type(exc).__name__)
+            failure = GenerationFailed(f"{self.node_id} ended the stream without finishing it")
+            end_with(self.span, failure)
+            raise failure from None
+        except Exception as exc:
+            end_with(self.span, exc)
             raise
         if event.finish_reason is not None:
             self.has_finished = True
@@ -91,13 +95,13 @@ class Attempt:
                 self.span.end()
         return event
 
-    async def close(self, reason: str = "") -> None:
-        """Cancels what has not finished. Any number of times. reason: why it goes on elsewhere, where it does."""
+    async def close(self, reason: str = CANCELLED) -> None:
+        """Cancels what has not finished. Any number of times. reason: why nobody waits for it, for its span."""
         self.router.finished(self.entry)
         if self.span.is_recording:
             if not self.has_finished:
-                self.span.set({"ai_cluster.outcome": reason or "cancelled"})
-            self.span.end(reason)
+                self.span.set({"ai_cluster.outcome": reason})
+            self.span.end(reason if reason == HANG else "")
         await self.stream.aclose()
 
 
@@ -192,7 +196,7 @@ class Attempts:
             stream = await self.generator(member).open(replace(request, hops=hops, trace=span.context))
         except BaseException as exc:
             self._router.finished(entry)
-            end_span(span, type(exc).__name__ if isinstance(exc, Exception) else None)
+            end_with(span, exc)
             if isinstance(exc, MeshError | GenerationError):
                 raise AttemptFailed(member, exc, span.context) from exc
             raise

@@ -301,9 +301,9 @@ def main() -> None:
 
 
 def _is_output_broken() -> bool:
-    """Tells a fault of writing the output from others: it happens again."""
+    """Tells a fault of writing the output from others: what could not be written is still there, and fails again."""
     try:
-        print(flush=True)
+        sys.stdout.flush()
     except OSError:
         return True
     return False

@@ -241,14 +241,15 @@ def _edit(
         key = answer["key"]
         verb = {"DELETE": "revoked", "PATCH": "changed"}.get(method, "created")
         print(f"{verb} the key sk-{key['id']} ({key['name']})")
-        for other in answer["also_revoked"]:
+        # A node of an older version tells none of these three.
+        for other in answer.get("also_revoked", ()):
             print(f"revoked the key sk-{other}")
-        for other in answer["others"]:
+        for other in answer.get("others", ()):
             until = f" until {other['expires_at']}" if other["expires_at"] else ""
             what = {"PATCH": "was not changed, and works", "DELETE": "still works"}.get(method, "works too")
             fix = f"; to end it: ai-cluster keys revoke sk-{other['id']}" if method != "PATCH" else ""
             print(f"sk-{other['id']} ({other['name']}) {what}{until}{fix}", file=sys.stderr)
-        for model in answer["unserved_models"] if method != "DELETE" else ():
+        for model in answer.get("unserved_models", ()) if method != "DELETE" else ():
             print(f"no node serves {model!r} now, which this key may use; see: ai-cluster models list", file=sys.stderr)
         for node, reason in answer["untold"].items():
             print(f"{node}  was not told yet ({reason}); it learns it when it answers again", file=sys.stderr)

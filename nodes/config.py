@@ -65,7 +65,8 @@ def _check_endpoint(endpoint: str | None) -> str | None:
         return None
     try:
         parts = urlsplit(endpoint)
-        is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 0) >= 0
+        _ = parts.port  # raises where it is none
+        is_url = parts.scheme in ("http", "https") and bool(parts.hostname)
     except ValueError:
         is_url = False
     if not is_url or parts.username is not None or parts.query or parts.fragment:

@@ -33,6 +33,7 @@ from nodes.generation import (
     RequestInvalid,
 )
 from nodes.race import race
+from nodes.span_ends import end_with
 from observability.trace_context import TraceContext
 from observability.tracing import log_fields
 
@@ -86,7 +87,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         self.first_token_s: float | None = None
         self._attempts = attempts
         self._request = request
-        self._route = RouteRequest(request.model, request.text_bytes(), blocks=blocks)
+        self._route = RouteRequest(request.model, request.text_bytes(), blocks=blocks, identity=request.identity())
         self._running = running
         self._on_end = on_end
         self._opened_at = trio.current_time()
@@ -164,12 +165,15 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
             raise
 
     async def aclose(self) -> None:
-        attempts = (self._attempt, self._rival)
+        attempt, rival = self._attempt, self._rival
         self._attempt = self._rival = None
         self._end()
-        for attempt in attempts:
+        try:
             if attempt is not None:
                 await attempt.close()
+        finally:  # also where the first one's was cancelled
+            if rival is not None:
+                await rival.close()
         await trio.lowlevel.checkpoint()
 
     def _end(self) -> None:
@@ -195,7 +199,9 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         finally:
             self._waiting = None
         if self._interruption is None:
-            raise self._too_late()
+            late = self._too_late()
+            end_with(self._attempt.span, late)
+            raise late
         return None
 
     async def _first_event(self) -> GenerateEvent:

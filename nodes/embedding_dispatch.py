@@ -19,7 +19,8 @@ from nodes.attempts import AttemptCounts, forward_span, trace_route
 from nodes.dispatched_stream import DEADLINE_GRACE_S, TRIES_MAX
 from nodes.embedding import Embedder, Embeddings, EmbedRequest, Vectors, input_bytes
 from nodes.generation import DeadlineExceeded, GenerationError, GenerationFailed, RequestInvalid
-from observability.tracing import NO_TRACING, Tracer, end_span, log_fields
+from nodes.span_ends import ending
+from observability.tracing import NO_TRACING, Tracer, log_fields
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,7 @@ class EmbeddingDispatch:
                 fingerprint=piece.fingerprint,
                 was_refused=refusal is not None,
                 kind=EMBEDDING,
+                identity=hash((piece.fairness_id, piece.inputs, piece.dimensions)),
             )
             view = self._view()
             try:
@@ -158,19 +160,11 @@ class EmbeddingDispatch:
 
     async def _forward(self, member: MemberView, request: EmbedRequest, number: int) -> Embeddings:
         span = forward_span(self._tracer, request.trace, member, request.model, number, 0, None)
-        error: str | None = None  # cancelled, until something else is known
-        try:
+        with ending(span):
             # The executor ends a late request itself; its word has a moment to arrive.
             with trio.move_on_after(request.deadline_s + DEADLINE_GRACE_S):
-                answer = await self._remote(member).embed(replace(request, hops=request.hops + 1, trace=span.context))
-                error = ""
-                return answer
+                return await self._remote(member).embed(replace(request, hops=request.hops + 1, trace=span.context))
             raise _too_late(request)
-        except (MeshError, GenerationError) as exc:
-            error = type(exc).__name__
-            raise
-        finally:
-            end_span(span, error)
 
     def _note_failure(self, piece: EmbedRequest, node_id: str, error: MeshError | GenerationError) -> None:
         self._counts.retries[type(error).__name__] += 1

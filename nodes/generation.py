@@ -89,6 +89,11 @@ class GenerateRequest:
             texts += (message["content"], message.get("tool_calls", ""))
         return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
 
+    def identity(self) -> int:
+        """A hash of who asks what, in this process alone: equal where a client sends the same request again."""
+        messages = tuple(tuple(message.items()) for message in self.messages)
+        return hash((self.fairness_id, self.model, messages, self.tools, self.prompt, self.sampling))
+
     def text_blocks(self) -> tuple[int, ...]:
         """Names of the prompt's beginnings, as nodes.engine.prefix_digest gives them."""
         if isinstance(self.prompt, tuple):

@@ -23,7 +23,8 @@ from nodes.engine.pooling import shortened
 from nodes.engine.tokenizer import ENCODE_INLINE_BYTES_MAX
 from nodes.generation import PRIORITY_DEFAULT, DeadlineExceeded, GenerationFailed, RequestInvalid
 from nodes.local import MODEL_NAME_CHARS_SHOWN, Observer, Status
-from observability.tracing import NO_TRACING, Tracer, Value, end_span, log_fields
+from nodes.span_ends import ending
+from observability.tracing import NO_TRACING, Tracer, Value, log_fields
 
 
 class LocalEmbedder:
@@ -58,24 +59,26 @@ class LocalEmbedder:
             "gen_ai.usage.input_tokens": prompt_tokens,
         }
         span = self._tracer.span("embed", request.trace, attributes)
-        error: str | None = None
         try:
-            vectors = await engine.embed(
-                inputs, deadline, fairness_id=request.fairness_id, weight=max(1, request.priority) / PRIORITY_DEFAULT
-            )
-            record.status, record.prompt_tokens, error = "success", prompt_tokens, ""
+            with ending(span):
+                vectors = await engine.embed(
+                    inputs,
+                    deadline,
+                    fairness_id=request.fairness_id,
+                    weight=max(1, request.priority) / PRIORITY_DEFAULT,
+                )
+            record.status, record.prompt_tokens = "success", prompt_tokens
         except QueueFull as exc:
-            record.status, error = "rejected", type(exc).__name__
+            record.status = "rejected"
             raise NoCapacity(str(exc), exc.retry_after_s) from exc
         except DeadlinePassed as exc:
-            record.status, error = "error", type(exc).__name__
+            record.status = "error"
             raise DeadlineExceeded(str(exc)) from exc
         except (EngineFault, EngineStopped) as exc:
-            record.status, error = "error", type(exc).__name__
+            record.status = "error"
             raise GenerationFailed(str(exc)) from exc
         finally:
             record.end()
-            end_span(span, error)
         if request.dimensions is not None:
             vectors = shortened(vectors, request.dimensions)
         return Embeddings(vectors, prompt_tokens, engine.fingerprint)

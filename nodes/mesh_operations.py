@@ -238,9 +238,9 @@ class MeshOperations:
 
     async def _await_join(self, report: Report, me: str, found: str, address: Address) -> None:
         with trio.move_on_after(JOIN_WAIT_S):
-            while not _is_live(self._view().members.get(found)):
+            while (member := self._view().members.get(found)) is None or not member.is_live:
                 await trio.sleep(POLL_S)
-            live = sum(_is_live(member) for member in self._view().members.values())
+            live = sum(member.is_live for member in self._view().members.values())
             await report.ok(me, {"found": found, "members": live})
             return
         await report.failed(
@@ -257,7 +257,7 @@ class MeshOperations:
                 await self._end(report, "")
                 await self._local[names.LEAVE]({})  # last: the drain ends this task too
                 return
-            if not _is_live(member):
+            if not member.is_live:
                 fix = "; take it off the list with: ai-cluster forget" if member.status is MemberStatus.DEAD else ""
                 await report.skipped(member.node_id, f"is {member.status.name.lower()} already{fix}")
             elif await self._at(report, member, names.LEAVE, {}, told=False) is not None:
@@ -280,7 +280,7 @@ class MeshOperations:
         """A node takes no new requests and stays a member, or takes them again. None: this one. Raises OperationFailed,
         also for a member that is not there to be asked."""
         member = self._member(node_id)
-        if not _is_live(member):
+        if not member.is_live:
             raise OperationFailed(f"{member.node_id} is {member.status.name.lower()}, and takes no requests anyway")
 
         async def operation(report: Report) -> None:
@@ -327,7 +327,7 @@ class MeshOperations:
 
         Raises OperationFailed for a member that is not dead."""
         member = self._member(node_id)
-        if _is_live(member):
+        if member.is_live:
             is_alive = member.status is MemberStatus.ALIVE
             fix = "stop it first: ai-cluster leave" if is_alive else "wait until it is found dead"
             age = f"heard of {member.age_s:.1f} s ago"
@@ -373,7 +373,7 @@ class MeshOperations:
 
             async with trio.open_nursery() as nursery:
                 for member in view.members.values():
-                    if _is_live(member) and not member.is_self:
+                    if member.is_live and not member.is_self:
                         nursery.start_soon(ask_one, member)
         await self._at(report, view.me, name, arguments)
 
@@ -416,7 +416,7 @@ class MeshOperations:
 
         async with trio.open_nursery() as nursery:
             for member in view.members.values():
-                if _is_live(member):
+                if member.is_live:
                     nursery.start_soon(check, member)
         return report.counts["failed"] == 0
 
@@ -435,7 +435,3 @@ _HANDSHAKE_FIXES = {
     "other cluster": "its mesh has another --cluster-name",
     "protocol version": "run versions of AI Cluster that share a protocol version",
 }
-
-
-def _is_live(member: MemberView | None) -> bool:
-    return member is not None and member.status in (MemberStatus.ALIVE, MemberStatus.SUSPECT)

@@ -12,12 +12,11 @@ from dataclasses import replace
 import trio
 
 from mesh.errors import MeshError, PeerUnavailable
-from mesh.forwarder import Forwarder, IncomingStream, OutgoingStream, RemoteError, StreamRefused
+from mesh.forwarder import Forwarder, IncomingStream, OutgoingStream, RemoteError
 from mesh.view import MemberView
 from nodes.generation import (
     GenerateEvent,
     GenerateRequest,
-    GenerationError,
     GenerationMoved,
     Generator,
     RequestInvalid,
@@ -27,18 +26,14 @@ from nodes.generation_codec import (
     decode_error,
     decode_event,
     decode_request,
-    encode_error,
     encode_event,
     encode_request,
 )
+from nodes.peer_execution import executing_for_peer
 from nodes.peer_operations import Handler, is_operation, serve_operation
-from observability.trace_context import TraceContext
-from observability.tracing import NO_TRACING, Span, Tracer, end_span, log_fields, unrecorded
+from observability.tracing import NO_TRACING, Tracer
 
 logger = logging.getLogger(__name__)
-
-# A request is forwarded by its entry node and by nobody else, so that it cannot wander.
-HOPS_MAX = 1
 
 
 class RemoteGenerator:
@@ -113,56 +108,24 @@ class PeerServer:
 
         A request that has been forwarded already is executed here or refused, never forwarded again.
         """
-        started = trio.current_time()
-        fields: dict[str, object] = {"peer": stream.peer_node_id}
         scope = trio.CancelScope()
-        span = unrecorded(None)
-        error: str | None = None  # cancelled by the peer or the end of its link, until something else is known
         self._generations.add(scope)
         try:
-            request = decode_request(stream.request)
-            fields |= {"request_id": request.request_id, "model": request.model, **log_fields(request.trace)}
-            span = execute_span(
-                self._tracer, request.trace, stream.peer_node_id, request.model, request.request_id, started
-            )
-            if request.generated_ids:
-                fields["resumed_tokens"] = len(request.generated_ids)
-            if request.hops > HOPS_MAX:
-                raise RequestInvalid(f"the request has been forwarded {request.hops} times, the limit is {HOPS_MAX}")
-            with scope:
-                generation = await self._local.open(replace(request, trace=span.context))
-                async with generation:
-                    async for event in generation:
-                        if event.finish_reason is not None:
-                            # A peer that has the last event may cancel at once: it was executed all the same.
-                            error = ""
-                        await stream.send(encode_event(event))
-            if scope.cancelled_caught:
-                raise GenerationMoved("the node drains")
-            error = ""
-        except MeshError as exc:
-            error = type(exc).__name__
-            raise
-        except GenerationError as exc:
-            error = type(exc).__name__
-            code, message = encode_error(exc)
-            logger.info("refused a peer's request", extra=fields | {"error.type": type(exc).__name__})
-            raise StreamRefused(code, message) from exc
+            with executing_for_peer(self._tracer, stream) as execution:
+                request = decode_request(stream.request)
+                if request.generated_ids:
+                    execution.fields["resumed_tokens"] = len(request.generated_ids)
+                trace = execution.begin(
+                    request.trace, request_id=request.request_id, model=request.model, hops=request.hops
+                )
+                with scope:
+                    generation = await self._local.open(replace(request, trace=trace))
+                    async with generation:
+                        async for event in generation:
+                            if event.finish_reason is not None:
+                                execution.done()
+                            await stream.send(encode_event(event))
+                if scope.cancelled_caught:
+                    raise GenerationMoved("the node drains")
         finally:
             self._generations.discard(scope)
-            end_span(span, error)
-            if error == "":
-                logger.info(
-                    "executed a peer's request",
-                    extra=fields | {"duration_ms": round((trio.current_time() - started) * 1000, 3)},
-                )
-
-
-def execute_span(
-    tracer: Tracer, trace: TraceContext | None, peer_node_id: str, model: str, request_id: str, started: float
-) -> Span:
-    """What this node does for a peer. started: on trio's clock."""
-    if trace is None or not trace.is_sampled:
-        return unrecorded(trace)
-    attributes = {"gen_ai.request.model": model, "ai_cluster.peer": peer_node_id, "ai_cluster.request_id": request_id}
-    return tracer.span("execute", trace, attributes, kind="server", start=started)

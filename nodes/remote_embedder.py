@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import trio
 
-from mesh.errors import MeshError, PeerUnavailable
-from mesh.forwarder import Forwarder, IncomingStream, RemoteError, StreamRefused
+from mesh.errors import PeerUnavailable
+from mesh.forwarder import Forwarder, IncomingStream, RemoteError
 from mesh.view import MemberView
 from nodes.embedding import Embedder, Embeddings, EmbedRequest
 from nodes.embedding_codec import AnswerReader, decode_request, encode_answer, encode_request
-from nodes.generation import GenerationError, RequestInvalid
-from nodes.generation_codec import REQUEST_BYTES_MAX, decode_error, encode_error
-from nodes.remote import HOPS_MAX, execute_span
-from observability.tracing import NO_TRACING, Tracer, end_span, log_fields, unrecorded
+from nodes.generation import RequestInvalid
+from nodes.generation_codec import REQUEST_BYTES_MAX, decode_error
+from nodes.peer_execution import executing_for_peer
+from observability.tracing import NO_TRACING, Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -59,35 +59,13 @@ class EmbeddingServer:
     async def serve(self, stream: IncomingStream) -> None:
         """A request that has been forwarded already is executed here or refused, never forwarded again. Cancelled when
         the peer cancels or its link breaks. Raises StreamRefused, NoCapacity, ModelUnknown."""
-        started = trio.current_time()
-        fields: dict[str, object] = {"peer": stream.peer_node_id}
-        span = unrecorded(None)
-        error: str | None = None  # cancelled by the peer or the end of its link, until something else is known
-        try:
+        with executing_for_peer(self._tracer, stream) as execution:
             request = decode_request(stream.request)
-            fields |= {"request_id": request.request_id, "model": request.model, "inputs": len(request.inputs)}
-            fields |= log_fields(request.trace)
-            span = execute_span(
-                self._tracer, request.trace, stream.peer_node_id, request.model, request.request_id, started
+            execution.fields["inputs"] = len(request.inputs)
+            trace = execution.begin(
+                request.trace, request_id=request.request_id, model=request.model, hops=request.hops
             )
-            if request.hops > HOPS_MAX:
-                raise RequestInvalid(f"the request has been forwarded {request.hops} times, the limit is {HOPS_MAX}")
-            answer = await self._local.embed(replace(request, trace=span.context))
-            error = ""  # a peer that has all of it may cancel at once; it was executed all the same
+            answer = await self._local.embed(replace(request, trace=trace))
+            execution.done()
             for event in encode_answer(answer):
                 await stream.send(event)
-        except MeshError as exc:
-            error = type(exc).__name__
-            raise
-        except GenerationError as exc:
-            error = type(exc).__name__
-            code, message = encode_error(exc)
-            logger.info("refused a peer's request", extra=fields | {"error.type": type(exc).__name__})
-            raise StreamRefused(code, message) from exc
-        finally:
-            end_span(span, error)
-            if error == "":
-                logger.info(
-                    "executed a peer's request",
-                    extra=fields | {"duration_ms": round((trio.current_time() - started) * 1000, 3)},
-                )

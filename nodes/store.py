@@ -300,7 +300,9 @@ def check_store(folder: Path) -> None:
         return
     if not os.access(file, os.R_OK | os.W_OK):
         raise ConfigInvalid(f"{file}: {os.strerror(errno.EACCES)}; give a writable folder with --data-dir")
-    address = f"{file.absolute().as_uri()}?mode=ro"
+    # A reader of a database that nobody has open would leave files of its own beside it.
+    is_open = file.with_name(file.name + "-wal").exists()
+    address = f"{file.absolute().as_uri()}?{'mode=ro' if is_open else 'immutable=1'}"
     with _naming(file), closing(sqlite3.connect(address, timeout=BUSY_TIMEOUT_S, uri=True)) as connection:
         _check_ours(connection, file)
         _check_whole(connection, file)

@@ -131,7 +131,7 @@ class _QueueingHandler(logging.Handler):
             kept.msg, kept.args = _message(record), None
             for name, value in structlog.contextvars.get_contextvars().items():
                 kept.__dict__.setdefault(name, value)
-        self._writer.offer(kept)
+        self._writer.offer(kept, is_urgent=kept.levelno >= logging.ERROR)
 
 
 class _RecordSink:

@@ -214,9 +214,8 @@ class Metrics:
         """path: the route's template, or "unmatched"; never the URL as sent. exemplar: what finds the request in logs
         and traces, request_id and trace_id."""
         labels = self._bounded("method", method), self._bounded("path", path), self._bounded("http_status", str(status))
-        shown = _exemplar(exemplar)
-        self._of(self._http, labels).inc(exemplar=shown)
-        self._of(self._http_seconds, labels).observe(seconds, shown)
+        self._of(self._http, labels).inc()
+        self._of(self._http_seconds, labels).observe(seconds, _exemplar(exemplar))
 
     def api_key_request(self, key_id: str, status: str) -> None:
         self._of(self._keys, (self._bounded("key_id", key_id), self._bounded("status", status))).inc()
@@ -246,10 +245,10 @@ class Metrics:
         self, model: str, seconds: float, queued_s: float | None = None, exemplar: Mapping[str, str] | None = None
     ) -> None:
         """queued_s: how much of it the request waited for a slot; None where it needed none."""
-        labels, shown = (self._model(model), self._node_id), _exemplar(exemplar)
-        self._of(self._first_token, labels).observe(seconds, shown)
+        labels = self._model(model), self._node_id
+        self._of(self._first_token, labels).observe(seconds, _exemplar(exemplar))
         if queued_s is not None:
-            self._of(self._queue_seconds, labels).observe(queued_s, shown)
+            self._of(self._queue_seconds, labels).observe(queued_s)
 
     def inter_token(self, model: str, seconds: float, count: int) -> None:
         """seconds: since the generation's event before; count: the tokens that came with this one."""

@@ -31,6 +31,8 @@ from observability.tracing import Kind, Span, TracingStatistics, Value, unrecord
 
 NS_PER_S = 1_000_000_000
 DRIFT_NS_MAX = 5_000_000  # what nodes' clocks differ by anyway, even where they are kept well
+# Both clocks are read one after the other: with more between them another thread was let in, and they say nothing.
+READING_S_MAX = 0.0005
 _KINDS = {"internal": SpanKind.INTERNAL, "server": SpanKind.SERVER, "client": SpanKind.CLIENT}
 
 
@@ -93,36 +95,44 @@ class SdkTracer:
         context = Context()
         if parent is not None:
             context = set_span_in_context(NonRecordingSpan(_sdk_context(parent)), context)
+        offset_ns = self._offset()
         span = self._tracer.start_span(
             name,
             context,
             kind,
             attributes,
             links=() if link is None else (Link(_sdk_context(link)),),
-            start_time=self.wall(start),
+            start_time=self._wall(start, offset_ns),
             record_exception=False,
             set_status_on_exception=False,
         )
         if not span.is_recording():  # OTEL_SDK_DISABLED
             return unrecorded(parent)
-        return _RecordedSpan(span, self)
+        return _RecordedSpan(span, lambda at: self._wall(at, offset_ns))
 
-    def wall(self, at: float | None) -> int:
-        """Nanoseconds since 1970 of an instant on the spans' clock; None is now. The same instant is the same number
-        until the clocks have drifted DRIFT_NS_MAX apart, so that phases join exactly."""
-        now = self._now()
-        offset_ns = self._wall_ns() - round(now * NS_PER_S)
-        if abs(offset_ns - self._offset_ns) > DRIFT_NS_MAX:
+    def _offset(self) -> int:
+        """Of the wall clock to the spans', nanoseconds: the same until they have drifted DRIFT_NS_MAX apart, so that
+        phases join exactly. A span keeps the one it began with, or a wall clock that is set would end it before."""
+        before, wall_ns, after = self._now(), self._wall_ns(), self._now()
+        offset_ns = wall_ns - round(before * NS_PER_S)
+        is_sound = after - before <= READING_S_MAX or self._offset_ns == 0
+        if is_sound and abs(offset_ns - self._offset_ns) > DRIFT_NS_MAX:
             self._offset_ns = offset_ns
-        return round((now if at is None else at) * NS_PER_S) + self._offset_ns
+        return self._offset_ns
+
+    def _wall(self, at: float | None, offset_ns: int) -> int:
+        """Nanoseconds since 1970 of an instant on the spans' clock; None is now."""
+        return round((self._now() if at is None else at) * NS_PER_S) + offset_ns
 
 
 class _RecordedSpan:
-    __slots__ = ("_context", "_span", "_tracer")
+    """wall: an instant on the spans' clock in nanoseconds since 1970."""
 
-    def __init__(self, span: SdkSpan, tracer: SdkTracer) -> None:
+    __slots__ = ("_context", "_span", "_wall")
+
+    def __init__(self, span: SdkSpan, wall: Callable[[float | None], int]) -> None:
         self._span = span
-        self._tracer = tracer
+        self._wall = wall
         self._context = _own_context(span.get_span_context())
 
     @property
@@ -143,7 +153,7 @@ class _RecordedSpan:
         if error:
             self._span.set_attribute("error.type", error)
             self._span.set_status(Status(StatusCode.ERROR, error))
-        self._span.end(self._tracer.wall(at))
+        self._span.end(self._wall(at))
 
 
 def _sdk_context(context: TraceContext) -> SpanContext:

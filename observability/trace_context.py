@@ -16,6 +16,7 @@ KNOWN_FLAGS = SAMPLED | RANDOM  # others are for later versions, and not passed 
 # What the standard asks everyone to pass on at least; whole members beyond it are left out.
 STATE_CHARS_MAX = 512
 STATE_MEMBERS_MAX = 32
+STATE_CHARS_READ_MAX = 16 * 1024  # as much as an HTTP head has; a peer's message could hold megabytes
 MEMBER_CHARS_LONG = 128  # members longer than this are the first to be left out
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.DOTALL)
 _MEMBER = re.compile(r"(?:[a-z][a-z0-9_*/-]{0,255}|[a-z0-9][a-z0-9_*/-]{0,240}@[a-z][a-z0-9_*/-]{0,13})=[ -~]{0,256}")
@@ -72,7 +73,7 @@ def context_of_headers(headers: Iterable[tuple[bytes, bytes]]) -> TraceContext |
 def _bounded_state(text: str) -> str:
     """The members in their order, the longest of them and then the last left out where they are too long together.
     Empty where one is none, a key comes twice, or they are too many: half a list could mislead whoever wrote it."""
-    if not text:
+    if not text or len(text) > STATE_CHARS_READ_MAX:
         return ""
     members = [member for part in text.split(",") if (member := part.strip(" \t"))]
     keys = {member.partition("=")[0] for member in members}

@@ -136,13 +136,6 @@ class NoTracing:
 NO_TRACING = NoTracing()
 
 
-def end_span(span: Span, error: str | None) -> None:
-    """error: as Span.end has it; None where nobody wants the work any more, which is nobody's fault."""
-    if error is None and span.is_recording:
-        span.set({"ai_cluster.outcome": "cancelled"})
-    span.end(error or "")
-
-
 def log_fields(context: TraceContext | None) -> dict[str, str]:
     """What a log line of the request says of its trace."""
     return {} if context is None else {"trace_id": context.trace_id}

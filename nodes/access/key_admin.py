@@ -145,7 +145,7 @@ class KeyAdmin:
                 keys = [self._one_to_revoke(name)]
             drafts = [draft for key in keys for draft in self._book.revoke(key.public_id)]
             newest = keys[-1]
-            untold = await self._commit(drafts, "revoked an API key", newest)
+            untold = await self._commit(drafts, "revoked an API key", *keys)
             return Edited(newest, "", untold, self._others(newest), keys[:-1])
 
     def _one_to_revoke(self, name: str) -> ApiKey:
@@ -169,17 +169,18 @@ class KeyAdmin:
                 return _id_in(name)
             raise
         if len({key.family for key in meant}) > 1:
-            self.find(name)  # which names them, or knows the one that works
+            return self.find(name).family  # which names them, or knows the one that works
         return meant[-1].family
 
     def names(self) -> dict[str, str]:
         """By family."""
         return {key.family: key.settings.name for key in self._book.keys}
 
-    async def _commit(self, drafts: Sequence[Record], what: str, key: ApiKey) -> dict[str, str]:
+    async def _commit(self, drafts: Sequence[Record], what: str, *keys: ApiKey) -> dict[str, str]:
         with trio.CancelScope(shield=True):  # bounded by the store's and the peers' timeouts: never half of it
             untold = await self._sync.commit(drafts)
-        logger.info(what, extra={"key_id": key.label, "untold": sorted(untold)})
+        for key in keys:
+            logger.info(what, extra={"key_id": key.label, "public_id": key.public_id, "untold": sorted(untold)})
         return untold
 
 

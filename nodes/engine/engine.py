@@ -335,7 +335,8 @@ class Engine:
             self._scheduler.abandon()
         streams, self._streams = self._streams, {}
         self._estimates.clear()
-        for stream in streams.values():
+        for sequence, stream in streams.items():
+            self._note_placed(stream, sequence)
             stream.end(error)
 
     def _end_stuck(self, error: EngineFault) -> None:

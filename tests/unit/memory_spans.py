@@ -21,7 +21,7 @@ class MemorySpans:
 
     def __init__(self, sample_ratio: float = 1.0) -> None:
         self._exporter = InMemorySpanExporter()
-        provider = TracerProvider(sampler=ALWAYS_ON, shutdown_on_exit=False)
+        self.provider = provider = TracerProvider(sampler=ALWAYS_ON, shutdown_on_exit=False)
         provider.add_span_processor(SimpleSpanProcessor(self._exporter))
         self.tracer = SdkTracer(
             provider, sample_ratio, rng=random.Random(3), wall_ns=lambda: round(trio.current_time() * NS_PER_S)

@@ -55,6 +55,12 @@ def test_revoke_all_names_each_key(node: ScriptedNode, data_dir: Path) -> None:
     assert result.stdout == "revoked the key sk-bbbb (alice)\nrevoked the key sk-aaaa\n"
 
 
+def test_a_new_key_is_shown_also_by_a_node_of_an_older_version(node: ScriptedNode, data_dir: Path) -> None:
+    node.lines = [{"key": KEY, "untold": {}, "token": "sk-bbbb-secret"}]
+    result = run(node, data_dir, "keys", "create", "--name", "alice")
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, "sk-bbbb-secret")
+
+
 def test_a_refused_command_fails_with_the_reason_alone_on_stderr(node: ScriptedNode, data_dir: Path) -> None:
     node.status, node.lines = 404, [{"error": {"message": "the key 'typo' is not known here"}}]
     for command in (["keys", "revoke", "typo"], ["keys", "show", "typo"], ["usage", "--key", "typo"]):

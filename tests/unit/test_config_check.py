@@ -9,6 +9,7 @@ from nodes import cli
 from nodes.config import ConfigInvalid, load_config
 from nodes.config_check import check_start
 from nodes.process import run_node
+from nodes.store import check_store, open_store
 from tests.unit.certificates import write_certificate
 
 Settings = dict[str, object]
@@ -134,6 +135,14 @@ def test_the_check_refuses_a_mesh_address_that_others_cannot_reach(tmp_path: Pat
 def test_the_check_takes_what_starts_and_makes_nothing(tmp_path: Path) -> None:
     check_start(load_config(None, {}, _settings(tmp_path, lambda _: {})))
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_the_check_leaves_nothing_beside_the_store_of_a_node_that_has_stopped(tmp_path: Path) -> None:
+    async with open_store(tmp_path):
+        check_store(tmp_path)  # a running node may have it open
+    before = sorted(tmp_path.iterdir())
+    check_store(tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_the_command_fails_with_the_line_of_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ from nodes.generation import (
     GenerationFailed,
     GenerationMoved,
     RequestInvalid,
+    Sampling,
     Usage,
 )
 from observability.tracing import NO_TRACING, Tracer
@@ -368,6 +369,33 @@ async def test_the_clients_own_fault_is_not_tried_elsewhere() -> None:
     with pytest.raises(RequestInvalid):
         await read(nodes)
     assert len(nodes.opened) == 1
+
+
+async def test_short_questions_of_one_length_are_different_clients_with_promises_of_their_own() -> None:
+    nodes = Nodes(b=NoCapacity("full", 9.0))
+    for text in ("hi", "ho", "hi"):
+        with pytest.raises(NoCapacity):
+            await nodes.dispatch.open(replace(request(), messages=({"role": "user", "content": text},)))
+    assert len(nodes.router._traffic["m"].retries._by_key) == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"messages": ({"role": "user", "content": "ho"},)},
+        {"messages": ({"role": "system", "content": "hi"},)},
+        {"fairness_id": "another key"},
+        {"model": "another"},
+        {"tools": "[]"},
+        {"prompt": "hi", "messages": ()},
+        {"sampling": Sampling(max_tokens=3)},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_a_request_is_known_again_by_who_asks_what(other: dict[str, object]) -> None:
+    again = replace(request(), request_id="of the second try", noise_seed=7, deadline_s=1.0)
+    assert again.identity() == request().identity()
+    assert replace(request(), **other).identity() != request().identity()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("names", ["b", "bc", "bcdefgh"])

@@ -1,3 +1,4 @@
+import queue
 import resource
 import threading
 from collections.abc import Iterator
@@ -77,6 +78,54 @@ def test_a_sink_that_is_stuck_does_not_keep_the_process(monkeypatch: pytest.Monk
             writer.offer(item)
         writer.stop()
         assert not sink.is_closed
+
+
+class TellingSink(GatedSink):
+    """Never stuck; says when it was flushed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate.set()
+        self.flushed: queue.SimpleQueue[list[object]] = queue.SimpleQueue()
+
+    def flush(self) -> int:
+        self.flushed.put(list(self.items))
+        return 0
+
+
+@contextmanager
+def gathering_writer(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[WriterThread[object], TellingSink]]:
+    """A writer that has flushed item 0 and would now gather for an hour, with a queue of 8 behind it."""
+    monkeypatch.setattr("observability.log_writer.GATHER_S", 3600.0)
+    sink = TellingSink()
+    writer = WriterThread("gathering", sink, 8)
+    writer.start()
+    writer.offer(0)
+    assert sink.flushed.get(timeout=30) == [0]
+    yield writer, sink
+    writer.stop()
+
+
+def test_what_is_urgent_is_written_at_once_with_what_came_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with gathering_writer(monkeypatch) as (writer, sink):
+        writer.offer(1)
+        writer.offer(2, is_urgent=True)
+        assert sink.flushed.get(timeout=30) == [0, 1, 2]
+
+
+def test_a_queue_that_is_half_full_is_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with gathering_writer(monkeypatch) as (writer, sink):
+        for item in range(1, 5):
+            writer.offer(item)
+        assert sink.flushed.get(timeout=30)[:5] == [0, 1, 2, 3, 4]
+
+
+def test_the_end_does_not_wait_for_more_to_gather(monkeypatch: pytest.MonkeyPatch) -> None:
+    with gathering_writer(monkeypatch) as (writer, sink):
+        writer.offer(1)
+        writer.stop()
+        assert sink.is_closed
+    assert sink.items == [0, 1]
 
 
 # The files.

@@ -13,7 +13,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from observability.sdk_tracer import DRIFT_NS_MAX, NS_PER_S, SdkTracer
 from observability.trace_context import TraceContext
-from observability.tracing import NO_TRACING, Tracer, end_span, log_fields
+from observability.tracing import NO_TRACING, Tracer, log_fields
 from tests.unit.memory_spans import CALLER, MemorySpans, id_of, parent_of, seconds, trace_of
 
 UNSAMPLED = replace(CALLER, flags=0)
@@ -64,7 +64,7 @@ async def test_of_requests_without_a_caller_a_share_begins_a_trace(ratio: float,
 def test_the_tracer_that_is_off_passes_the_callers_context_on(trace: TraceContext | None) -> None:
     for span in (NO_TRACING.request("r", trace, {}), NO_TRACING.span("s", trace, {}, kind="client")):
         span.set({"a": 1})
-        end_span(span, None)
+        span.end()
         assert (span.is_recording, span.context) == (False, trace)
     assert NO_TRACING.statistics().exported == 0
 
@@ -79,16 +79,58 @@ async def test_times_are_those_given_or_now(autojump_clock: trio.testing.MockClo
     assert [seconds(ended) for ended in spans.ended] == [(7.0, 12.0), (1.0, 4.5)]
 
 
+class Clocks:
+    """Of spans, seconds, and of the wall, nanoseconds; gap_s: passes with each reading of the spans'."""
+
+    def __init__(self) -> None:
+        self.now_s, self.wall_ns, self.gap_s = 1.0, 5 * NS_PER_S, 0.0
+
+    def now(self) -> float:
+        self.now_s += self.gap_s
+        return self.now_s
+
+    def tracer(self, found: MemorySpans) -> SdkTracer:
+        return SdkTracer(found.provider, 1.0, rng=random.Random(1), now=self.now, wall_ns=lambda: self.wall_ns)
+
+
+def started_ns(clocks: Clocks, found: MemorySpans, tracer: SdkTracer) -> int:
+    tracer.request("r", None, {}, start=clocks.now_s).end(at=clocks.now_s)
+    assert found.ended[-1].start_time is not None
+    return found.ended[-1].start_time
+
+
 def test_an_instant_is_one_number_until_the_clocks_have_drifted_apart() -> None:
-    wall_ns = [5 * NS_PER_S]
-    tracer = SdkTracer(
-        TracerProvider(shutdown_on_exit=False), 1.0, rng=random.Random(1), now=lambda: 1.0, wall_ns=lambda: wall_ns[0]
-    )
-    assert tracer.wall(1.0) == 5 * NS_PER_S
-    wall_ns[0] += DRIFT_NS_MAX // 2
-    assert tracer.wall(1.0) == 5 * NS_PER_S
-    wall_ns[0] += DRIFT_NS_MAX
-    assert tracer.wall(1.0) == wall_ns[0]
+    clocks, found = Clocks(), MemorySpans()
+    tracer = clocks.tracer(found)
+    assert started_ns(clocks, found, tracer) == 5 * NS_PER_S
+    clocks.wall_ns += DRIFT_NS_MAX // 2
+    assert started_ns(clocks, found, tracer) == 5 * NS_PER_S
+    clocks.wall_ns += DRIFT_NS_MAX
+    assert started_ns(clocks, found, tracer) == clocks.wall_ns
+
+
+def test_a_wall_clock_that_is_set_back_ends_no_span_before_its_beginning() -> None:
+    clocks, found = Clocks(), MemorySpans()
+    tracer = clocks.tracer(found)
+    span = tracer.request("r", None, {})
+    clocks.wall_ns -= 2 * NS_PER_S
+    clocks.now_s += 0.5
+    tracer.request("another", None, {}).end()
+    span.end()
+    ended = found.named("r")[0]
+    assert ended.start_time is not None
+    assert ended.end_time == ended.start_time + NS_PER_S // 2
+
+
+def test_clocks_between_which_another_thread_ran_are_not_compared() -> None:
+    clocks, found = Clocks(), MemorySpans()
+    tracer = clocks.tracer(found)
+    assert started_ns(clocks, found, tracer) == 5 * NS_PER_S
+    clocks.gap_s = 0.01
+    clocks.wall_ns += 3 * DRIFT_NS_MAX
+    at = clocks.now_s
+    tracer.request("s", None, {}, start=at).end(at=at)
+    assert found.named("s")[0].start_time == 5 * NS_PER_S + round((at - 1.0) * NS_PER_S)
 
 
 async def test_an_error_is_its_type_and_the_first_end_counts() -> None:
@@ -101,14 +143,6 @@ async def test_an_error_is_its_type_and_the_first_end_counts() -> None:
     assert ended.status.status_code is StatusCode.ERROR
     assert ended.status.description == "PeerUnavailable"
     assert ended.attributes == {"error.type": "PeerUnavailable"}
-
-
-async def test_what_nobody_wants_any_more_is_cancelled_and_no_error() -> None:
-    spans = MemorySpans()
-    end_span(spans.tracer.request("r", None, {}), None)
-    (ended,) = spans.ended
-    assert ended.status.status_code is StatusCode.UNSET
-    assert ended.attributes == {"ai_cluster.outcome": "cancelled"}
 
 
 async def test_no_context_variable_makes_a_span_a_child() -> None:

@@ -48,7 +48,9 @@ class OwnRouter:
     def choose(self, request: Request, failed: frozenset[str]) -> int | Refused:
         view = self._hearsay.view(self._entry, self._world.now)
         blocks = request.blocks if self._is_affine else ()
-        route = RouteRequest("demo", request.prompt_bytes, failed, blocks, was_refused=bool(failed))
+        route = RouteRequest(
+            "demo", request.prompt_bytes, failed, blocks, was_refused=bool(failed), identity=hash(request)
+        )
         try:
             node_id = self._router.rank(view, route, view.now)[0]
         except NoCapacity as exc:
@@ -61,7 +63,9 @@ class OwnRouter:
 
     def refuse(self, request: Request, failed: frozenset[str]) -> float:
         blocks = request.blocks if self._is_affine else ()
-        route = RouteRequest("demo", request.prompt_bytes, failed, blocks, was_refused=bool(failed))
+        route = RouteRequest(
+            "demo", request.prompt_bytes, failed, blocks, was_refused=bool(failed), identity=hash(request)
+        )
         view = self._hearsay.view(self._entry, self._world.now)
         return self._router.refused(view, route, view.now).retry_after_s
 
