@@ -226,9 +226,9 @@ class Metrics:
     def streaming_finished(self, model: str, status: str, seconds: float) -> None:
         """A rejected stream counts and has no duration: it would make the quantiles look better than they are."""
         model = self._model(model)
-        self._streams.labels(model, self._bounded("status", status)).inc()
+        self._of(self._streams, (model, self._bounded("status", status))).inc()
         if status != "rejected":
-            self._stream_seconds.labels(model).observe(seconds)
+            self._of(self._stream_seconds, (model,)).observe(seconds)
 
     # At the node that executes it.
 

@@ -242,6 +242,7 @@ def test_logging_is_as_before_when_the_context_ends(tmp_path: Path) -> None:
         assert root.handlers != before[0]
     assert (root.handlers[:], root.level, logging.getLogger("mesh").level) == before
     assert not structlog.is_configured()
+    assert all((logging._srcfile, logging.logThreads, logging.logProcesses, logging.logMultiprocessing))
     assert "log-writer" not in {thread.name for thread in threading.enumerate()}
 
 
