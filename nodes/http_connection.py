@@ -210,6 +210,11 @@ class Connection(TCPServer):
             await buffer.drain()
 
     @property
+    def has_ended(self) -> bool:
+        """The client has ended its side, of which HTTP/2 makes the end of all."""
+        return self._has_ended
+
+    @property
     def is_idle(self) -> bool:
         """Open, and no request runs; the next one may be on its way."""
         return not self._runs_request and not self.stream.is_closing
@@ -264,7 +269,15 @@ class Connection(TCPServer):
             pass
         self._has_ended = True
         await self.protocol.handle(Closed())
+        await self._release_http2()
         await self.idle_task.stop()
+
+    async def _release_http2(self) -> None:
+        """Nothing takes from its buffers any more: whoever waits for that goes on, and its answer is over."""
+        protocol = self._protocol()
+        if isinstance(protocol, H2Protocol):
+            for buffer in list(protocol.stream_buffers.values()):
+                await buffer.close()
 
     def _head_deadline(self) -> float:
         if self._runs_request or self.stream.is_closing or not self._holds_part_of_head():

@@ -278,6 +278,8 @@ class HttpServer:
         async def bounded(message: Any) -> None:
             # Flow control holds an HTTP/2 stream while nothing is written, so the watch of writes does not see it.
             for piece in _pieces(message):
+                if connection.has_ended:
+                    return
                 with trio.move_on_after(WRITE_TIMEOUT_S) as writing:
                     await send(piece)
                     if piece.get("body"):

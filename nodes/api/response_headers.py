@@ -8,12 +8,16 @@ itself. /admin never is.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from werkzeug.exceptions import HTTPException
+
 from nodes.api.accounting import exchange_of
+from nodes.api.errors import api_error
 from nodes.strict_headers import SAME_ORIGIN, STRICT
 
 HEADERS_MAX = 100  # of one request; clients of the API send some ten
@@ -63,7 +67,20 @@ class ResponseHeaders:
             exchange_of(scope).route = "preflight"
             await _answer(with_headers, 204, _preflight(scope))
         else:
-            await self._app(scope, receive, with_headers)
+            await self._answered(scope, receive, with_headers)
+
+    async def _answered(self, scope: Any, receive: Any, send: Any) -> None:
+        """By the application; what it refuses before its own error handlers, such as a host that can be none, here."""
+        refusal: HTTPException | None = None
+        try:
+            await self._app(scope, receive, send)
+        except* HTTPException as group:
+            refusal = _first(group)
+        if refusal is not None:
+            error = api_error(refusal)
+            await _answer(
+                send, error.status, [(b"content-type", b"application/json")], json.dumps(error.body()).encode()
+            )
 
     def _allowed(self, scope: Any) -> bytes:
         """The origin that may read the answer; empty for none."""
@@ -73,6 +90,14 @@ class ResponseHeaders:
         if b"*" in self._origins:
             return b"*" if origin else b""
         return origin if origin in self._origins else b""
+
+
+def _first(group: BaseExceptionGroup[HTTPException]) -> HTTPException:
+    found: BaseException = group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    assert isinstance(found, HTTPException)
+    return found
 
 
 def _has_path(target: str) -> bool:

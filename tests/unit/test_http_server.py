@@ -412,6 +412,21 @@ async def test_an_http2_client_that_reads_gets_all_of_a_long_answer(clock: trio.
         await client.receive(lambda: client.bodies[short] == b"hello")
 
 
+@pytest.mark.parametrize("path", ["/short", "/long", "/slow"])
+async def test_an_http2_client_that_ends_its_side_holds_no_connection(clock: trio.testing.MockClock, path: str) -> None:
+    """hypercorn sends nothing more then, and what waits for it to would wait for ever."""
+    async with serving() as served:
+        client = H2Client(await served.connect())
+        await client.request(path)
+        await client.stream.send_eof()
+        served.application.may_end.set()
+        with trio.move_on_after(WRITE_TIMEOUT_S / 2) as patience:
+            await read_to_end(client.stream)
+        assert not patience.cancelled_caught
+        await wait_until(lambda: not served.connections)
+        assert served.closed == {}
+
+
 async def test_an_http2_client_is_sent_elsewhere_by_a_goaway_that_ends_no_stream(clock: trio.testing.MockClock) -> None:
     async with serving() as served:
         client = H2Client(await served.connect())

@@ -133,3 +133,13 @@ async def test_a_target_without_a_path_is_refused(target: str, status: int) -> N
     with trio.fail_after(10):
         await api.app(scope, receive, send)
     assert sent[0]["status"] == status
+
+
+@pytest.mark.parametrize("host", ["a" * 64, "a..b", f"{'a' * 70}.example:8080"])
+async def test_a_host_that_can_be_none_is_the_clients_fault(host: str, caplog: pytest.LogCaptureFixture) -> None:
+    response = await Api(ScriptedDispatch()).client.get("/health/live", headers={"host": host})
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["x-request-id"]
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
