@@ -125,6 +125,15 @@ METHODS = (
     b"\xff", b"PRI",
 )  # fmt: skip
 
+# What broke a law in an earlier run, sent before anything is drawn: an upgrade to HTTP/2 that is refused at once and
+# whose client ends its side, and hosts that can be none.
+KNOWN = (
+    b"GET /health HTTP/1.1\r\nhost: a\r\n%s\r\nconnection: upgrade, http2-settings\r\nupgrade: h2c\r\n"
+    b"http2-settings: AAMAAABkAAQAAP__\r\n\r\n" % b"\r\n".join(b"x-%d: y" % i for i in range(150)),
+    b"GET /health HTTP/1.1\r\nhost: %s\r\n\r\n" % (b"a" * 70),
+    b"GET /v1/models HTTP/1.1\r\nhost: a..b\r\n\r\n",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -138,6 +147,7 @@ class Draw:
 
     def __init__(self, rng: random.Random, admin_token: str, api_key: str) -> None:
         self._rng = rng
+        self._known = list(KNOWN)
         self._admin_token, self._api_key = admin_token.encode(), api_key.encode()
         self._kinds = (
             self._raw,
@@ -152,6 +162,8 @@ class Draw:
 
     def next(self) -> tuple[str, bytes]:
         """(kind, what to send)."""
+        if self._known:
+            return "known", self._known.pop()
         kind = self._rng.choice(self._kinds)
         return kind.__name__.strip("_"), kind()
 

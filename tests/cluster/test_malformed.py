@@ -12,4 +12,4 @@ async def test_malformed_requests_are_refused_and_others_are_served(tmp_path: Pa
     broken = {name: law for name, law in figures["laws"].items() if not law["holds"] and name != "memory"}
     assert broken == {}, figures
     assert figures["statuses"]["4xx"] > 500
-    assert set(figures["kinds"]) == {"raw", "head", "headers", "path", "text", "tree", "frames"}
+    assert set(figures["kinds"]) == {"raw", "head", "headers", "path", "text", "tree", "frames", "known"}

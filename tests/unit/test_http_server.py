@@ -412,18 +412,25 @@ async def test_an_http2_client_that_reads_gets_all_of_a_long_answer(clock: trio.
         await client.receive(lambda: client.bodies[short] == b"hello")
 
 
+@pytest.mark.parametrize("is_upgrade", [True, False], ids=["upgrade", "prior knowledge"])
 @pytest.mark.parametrize("path", ["/short", "/long", "/slow"])
-async def test_an_http2_client_that_ends_its_side_holds_no_connection(clock: trio.testing.MockClock, path: str) -> None:
+async def test_an_http2_client_that_ends_its_side_holds_no_connection(
+    clock: trio.testing.MockClock, path: str, is_upgrade: bool
+) -> None:
     """hypercorn sends nothing more then, and what waits for it to would wait for ever."""
+    peer = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+    peer.initiate_connection()
+    peer.send_headers(1, [*H2_HEADERS[:-1], (":path", path)], end_stream=True)
+    upgrade = b"connection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAAP__\r\n\r\n"
+    data = b"GET %s HTTP/1.1\r\nhost: a\r\n%s" % (path.encode(), upgrade) if is_upgrade else peer.data_to_send()
     async with serving() as served:
-        client = H2Client(await served.connect())
-        await client.request(path)
-        await client.stream.send_eof()
-        served.application.may_end.set()
-        with trio.move_on_after(WRITE_TIMEOUT_S / 2) as patience:
-            await read_to_end(client.stream)
+        with socket.create_connection(served.address) as client:  # blocking: request and end are there together
+            client.sendall(data)
+            client.shutdown(socket.SHUT_WR)
+            served.application.may_end.set()
+            with trio.move_on_after(WRITE_TIMEOUT_S / 2) as patience:
+                await wait_until(lambda: bool(served.application.ended) and not served.connections)
         assert not patience.cancelled_caught
-        await wait_until(lambda: not served.connections)
         assert served.closed == {}
 
 
