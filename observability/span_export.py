@@ -32,7 +32,9 @@ EXPORT_INTERVAL_S = 1.0  # at most so long until a span is sent
 EXPORT_TIMEOUT_S = 5.0  # of one batch, its retries included
 CLOSE_TIMEOUT_S = 3.0  # for what waits at the end of the process; then it is dropped
 FAILURE_LOG_INTERVAL_S = 60.0
-REASON_CHARS_MAX = 200
+REASON_CHARS_MAX = 300
+# How the SDK ends the report of a failed batch; what it said of the tries before tells why.
+SUMMARY = "due to timeout, max retries or shutdown"
 VALUE_CHARS_MAX = 512  # of an attribute: clients choose the name of the model that they ask for
 
 
@@ -71,7 +73,7 @@ class SpanPipeline:
         closing = threading.Thread(target=self._batches.shutdown, name="span-export-close", daemon=True)
         closing.start()
         closing.join(timeout_s)
-        left = self._queued - self._sender.exported - self._sender.lost
+        left = self._queued - self._sender.exported - self._sender.told
         if left:
             logger.warning("spans were not exported before the end", extra={"count": left})
 
@@ -100,9 +102,11 @@ class _Sender(SpanExporter):
         self._monotonic = monotonic
         self._reasons = _Reasons()
         self._told_at: float | None = None
+        self.told = 0  # of the lost
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         self.taken += len(spans)
+        self._reasons.latest = ""
         try:
             result = self._exporter.export(spans)
         except Exception as exc:  # whatever it is: the SDK's thread must outlive it
@@ -124,7 +128,7 @@ class _Sender(SpanExporter):
     def _tell(self) -> None:
         now = self._monotonic()
         if self._told_at is None or now - self._told_at >= FAILURE_LOG_INTERVAL_S:
-            self._told_at = now
+            self._told_at, self.told = now, self.lost
             logger.warning(
                 "spans could not be exported; look at tracing_endpoint and the collector there",
                 extra={"reason": self._reasons.latest, "count": self.lost},
@@ -142,7 +146,9 @@ class _Reasons(logging.Handler):
         sdk.propagate = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.latest = record.getMessage()[:REASON_CHARS_MAX]
+        message = record.getMessage()
+        if not self.latest or SUMMARY not in message:
+            self.latest = message[:REASON_CHARS_MAX]
 
 
 def open_pipeline(endpoint: str, headers: Mapping[str, str]) -> SpanPipeline:

@@ -58,8 +58,8 @@ class KeyAdmin:
         return self._book.revoked_count
 
     def find(self, name: str) -> ApiKey:
-        """By public id, with or without `sk-`, by the id of the family, which logs and metrics show, or by name; the
-        latter two where they are one key's alone. Raises KeyUnknown, KeyAmbiguous."""
+        """By public id, with or without `sk-`, or by a name that is one key's alone. The id of a revoked key is never
+        another's: who revokes a key twice must not end its successor. Raises KeyUnknown, KeyAmbiguous."""
         found = self._meant(name)
         found = [key for key in found if not key.has_expired(self._wall_clock())] or found
         if len(found) > 1:
@@ -68,22 +68,33 @@ class KeyAdmin:
         return found[0]
 
     def _meant(self, name: str) -> list[ApiKey]:
-        """All that go by it: the one of that id; else those of that family; else those of that name. Expired ones too.
+        """All that go by it: the one of that id, else those of that name. Expired ones too.
 
         Raises KeyUnknown; KeyAmbiguous for an id that is another key's name."""
         public_id = _id_in(name)
         named = [key for key in self._book.keys if key.settings.name == name]
         key = self._book.find(public_id)
-        found = [key] if key is not None else [key for key in self._book.keys if key.family == public_id]
+        found = [] if key is None else [key]
         if found and any(key.family != found[0].family for key in named):
             raise KeyAmbiguous(
                 f"{name!r} is the id of one key and the name of another; give the id with sk- before it for the first, "
                 f"or for the other: {', '.join(map(self._described, named[:KEYS_NAMED_MAX]))}"
             )
         if not found and not named:
-            state = "was revoked, which is for ever" if self._book.is_revoked(public_id) else "is not known here"
-            raise KeyUnknown(f"the key {name!r} {state}; `ai-cluster keys list` shows those that work")
+            raise KeyUnknown(self._unknown(name, public_id))
         return found or named
+
+    def _unknown(self, name: str, public_id: str) -> str:
+        """Why there is no such key, and which took its place: logs and metrics show the first id of all rotations."""
+        if not self._book.is_revoked(public_id):
+            return f"the key {name!r} is not known here; `ai-cluster keys list` shows those that work"
+        successors = ", ".join(map(self._described, self._family_of(public_id)[:KEYS_NAMED_MAX]))
+        after = f"in its place works {successors}" if successors else "`ai-cluster keys list` shows those that work"
+        return f"the key {name!r} was revoked, which is for ever; {after}"
+
+    def _family_of(self, public_id: str) -> list[ApiKey]:
+        """Those made by rotating the key of that id."""
+        return [key for key in self._book.keys if key.family == public_id]
 
     def _described(self, key: ApiKey) -> str:
         """Its id, and what tells it from its namesakes."""
@@ -138,7 +149,7 @@ class KeyAdmin:
         """is_all: every key that goes by this name, or is of the family of this id. Raises KeyUnknown, StoreFailed."""
         async with self._editing:
             if is_all:
-                meant = self._meant(name)
+                meant = self._family_of(_id_in(name)) or self._meant(name)
                 families = {key.family for key in meant}
                 keys = [key for key in self._book.keys if key in meant or key.family in families]
             else:

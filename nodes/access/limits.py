@@ -56,8 +56,8 @@ class Shares:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """retry_after_s: None where waiting does not help, because the request alone exceeds the limit. is_brief: there is
-    room, but this node has used up its share of it until the others have heard so: well below a second."""
+    """retry_after_s: None where waiting does not help, because the request alone exceeds the limit. is_brief: it may
+    hold no longer than until the next word of the others, well below a second."""
 
     kind: Kind
     limit: int
@@ -149,7 +149,10 @@ class Limiter:
             if cost > limit:
                 return Refusal(kind, limit, None)
             if not _has_room(limit, cost, use, shares):
-                return Refusal(kind, limit, self._retry_after_s(key, kind, limit, cost, use, shares, now))
+                # What others run may have ended since they told: who asks one node after the other waits for no limit.
+                may_be_over = kind == "concurrency" and own.running + cost <= limit
+                retry_after_s = self._retry_after_s(key, kind, limit, cost, use, shares, now)
+                return Refusal(kind, limit, retry_after_s, is_brief=may_be_over)
             if not _is_in_share(limit, cost, use, shares):
                 return Refusal(kind, limit, RETRY_BRIEF_S, is_brief=True)
         return None

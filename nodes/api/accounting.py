@@ -121,8 +121,10 @@ class Accounting:
         trace = log_fields(exchange.trace)
         exemplar = {"request_id": exchange.request_id, "trace_id": trace.get("trace_id", "")}
         self._metrics.http_request(method, exchange.route, status, seconds, exemplar)
+        is_our_fault = exchange.log_fields.get("outcome") == "error"
+        level = logging.ERROR if is_our_fault else logging.INFO
         logger.log(
-            logging.DEBUG if exchange.route in _QUIET_ROUTES else logging.INFO,
+            logging.DEBUG if exchange.route in _QUIET_ROUTES else level,
             "request",
             extra={
                 "request_id": exchange.request_id,

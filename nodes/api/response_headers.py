@@ -35,6 +35,10 @@ _TOO_MANY = (
     b'{"error": {"message": "more than %d headers", "type": "invalid_request_error", "param": null, '
     b'"code": "request_header_fields_too_large"}}' % HEADERS_MAX
 )
+_TWO_ENDS = (
+    b'{"error": {"message": "the request has both content-length and transfer-encoding", '
+    b'"type": "invalid_request_error", "param": null, "code": "bad_request"}}'
+)
 _NO_PATH = (
     b'{"error": {"message": "the request\'s target has no path", "type": "invalid_request_error", "param": null, '
     b'"code": "bad_request"}}'
@@ -61,6 +65,11 @@ class ResponseHeaders:
 
         if len(scope["headers"]) > HEADERS_MAX:
             await _answer(with_headers, 431, [(b"content-type", b"application/json")], _TOO_MANY)
+        elif _header(scope, b"transfer-encoding") and _header(scope, b"content-length"):
+            # What is before this node may have read it by the other one (RFC 9112, 6.1).
+            await _answer(
+                with_headers, 400, [(b"content-type", b"application/json"), (b"connection", b"close")], _TWO_ENDS
+            )
         elif not _has_path(scope["path"]):
             await _answer(with_headers, 400, [(b"content-type", b"application/json")], _NO_PATH)
         elif allowed and scope["method"] == "OPTIONS" and _header(scope, b"access-control-request-method"):

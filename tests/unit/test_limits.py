@@ -102,10 +102,25 @@ def test_requests_at_once_are_counted_over_all_nodes() -> None:
     node.begin(1)
     refusal = node.check(limits)
     assert refusal is not None
-    assert refusal.kind == "concurrency"
+    assert (refusal.kind, refusal.is_brief) == ("concurrency", True)
     node.own.end(KEY, 0)
     node.tell(0.0)
     assert node.check(limits, now=1.0) is None
+
+
+def test_only_what_others_run_may_be_over_already_and_is_waited_for() -> None:
+    node = Node(live=2)
+    limits = Limits(concurrency=1)
+    node.hear("b", 1, running=1)
+    refusal = node.check(limits)
+    assert refusal is not None
+    assert refusal.is_brief
+    node.hear("b", 1, running=0)
+    assert node.check(limits) is None
+    node.begin(1)
+    refusal = node.check(limits)
+    assert refusal is not None
+    assert not refusal.is_brief
 
 
 def test_sections_that_say_something_are_counted() -> None:

@@ -62,6 +62,7 @@ async def test_a_request_whose_answer_breaks_says_so_though_its_status_is_200(
     assert told["outcome"] == "error"
     assert told["path"] == "b,c"
     assert told["error.message"] == "b failed"
+    assert told["levelname"] == "ERROR"
 
 
 async def test_a_request_that_never_had_a_token_tells_no_time_to_it(access_log: pytest.LogCaptureFixture) -> None:
@@ -75,6 +76,7 @@ async def test_a_request_that_is_refused_has_an_outcome_and_no_way(access_log: p
     await Api(ScriptedDispatch(*ANSWER)).chat(messages="no list")
     told = line(access_log)
     assert told["outcome"] == "rejected"
+    assert told["levelname"] == "INFO"
     assert "path" not in told
 
 

@@ -143,3 +143,12 @@ async def test_a_host_that_can_be_none_is_the_clients_fault(host: str, caplog: p
     assert response.headers["x-content-type-options"] == "nosniff"
     assert response.headers["x-request-id"]
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+async def test_a_request_with_two_ends_is_refused_and_its_connection_closed() -> None:
+    api = Api(ScriptedDispatch(*ANSWER))
+    headers = {"content-length": "2", "transfer-encoding": "chunked", "content-type": "application/json"}
+    response = await api.client.post("/v1/chat/completions", content=b"{}", headers=headers)
+    assert response.status_code == 400
+    assert response.headers["connection"] == "close"
+    assert "both content-length and transfer-encoding" in response.json()["error"]["message"]

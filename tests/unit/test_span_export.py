@@ -133,6 +133,29 @@ def test_a_collector_that_fails_is_told_of_once_a_while_and_when_it_is_back(
     assert reason == ("ConnectionError" if kind == "breaks" else "Failed to export, code: 503")
 
 
+def test_the_reason_is_what_the_sdk_said_of_its_tries_and_not_its_summary(caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> SpanExportResult:
+        sdk = logging.getLogger("opentelemetry.exporter.x")
+        sdk.warning("Transient error connection refused encountered, retrying")
+        sdk.error("Failed to export spans batch due to timeout, max retries or shutdown.")
+        return SpanExportResult.FAILURE
+
+    sender = span_export._Sender(Collector(fail), lambda: 0.0)
+    sender.export([object()])  # type: ignore[list-item]
+    assert caplog.records[0].__dict__["reason"] == "Transient error connection refused encountered, retrying"
+
+
+def test_spans_lost_since_the_last_word_of_it_are_told_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    collector = Collector(lambda: SpanExportResult.FAILURE)
+    pipeline = SpanPipeline(collector)
+    pipeline._sender.export([object()])  # type: ignore[list-item]
+    pipeline._queued = 1  # as if it had come by the queue
+    end_spans(traced(pipeline), 3)
+    pipeline.close(WAIT_S)
+    told = [(record.message.split(";")[0], record.__dict__["count"]) for record in caplog.records]
+    assert told == [("spans could not be exported", 1), ("spans were not exported before the end", 3)]
+
+
 def test_spans_reach_a_collector_over_http_with_its_headers() -> None:
     with otlp_receiver() as receiver:
         pipeline = open_pipeline(f"{receiver.endpoint}/v1/traces", {"authorization": "Basic abc"})
