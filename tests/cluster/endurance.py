@@ -90,6 +90,8 @@ class _Run:
     warm: list[_State] = field(default_factory=list)
 
     async def run(self) -> dict[str, Any]:
+        for node in self.nodes:
+            await self._state(node)  # from the first scrape on there are series of scrapes, too
         started = time.monotonic()
         async with trio.open_nursery() as nursery:
             for number in range(self.options.clients):
