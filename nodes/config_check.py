@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from nodes.certificate import configured_certificate
 from nodes.config import ConfigInvalid, NodeConfig
-from nodes.data_directory import DataDirectory, check_writable
+from nodes.data_directory import DataDirectory, check_writable, folder_fix
 from nodes.engine.model_kinds import read_folder
 from nodes.engine.model_loader import ModelFolderInvalid
 from nodes.http_server import connections_max
@@ -45,4 +45,4 @@ def _check_log_dir(config: NodeConfig) -> None:
     try:
         check_writable(config.log_dir)
     except OSError as exc:
-        raise ConfigInvalid(f"log_dir {config.log_dir}: {exc.strerror}; give a writable folder with --log-dir") from exc
+        raise ConfigInvalid(f"log_dir {config.log_dir}: {exc.strerror}; {folder_fix(exc, '--log-dir')}") from exc
