@@ -21,7 +21,7 @@ from nodes.engine.model_folder import ModelFolderInvalid
 from nodes.engine.model_kinds import AnyFolder, read_folder
 from nodes.keyring_file import load_keyring
 from nodes.node import Node, StopRequest
-from nodes.sockets import NodeSockets, bind_http, bind_mesh, bound_address
+from nodes.sockets import NodeSockets, bind_http, bind_mesh, bound_address, check_distinct
 from nodes.store import open_store
 from nodes.tracing_setup import enter_tracing
 from observability.log_writer import WriterThread
@@ -39,6 +39,7 @@ def run_node(config: NodeConfig) -> None:
     folders = [(name, _read_folder(config, path)) for name, path in config.models()]
     with ExitStack() as stack:
         data = stack.enter_context(DataDirectory(config.data_dir))
+        check_distinct(config)
         sockets = NodeSockets(stack.enter_context(bind_http(config.http)), *bind_mesh(config.mesh))
         stack.enter_context(sockets.mesh_udp)
         stack.enter_context(sockets.mesh_tcp)
