@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import trio
 from pydantic import AfterValidator, BeforeValidator, Field
 from quart import Quart, Response, jsonify, request
+from werkzeug.routing import PathConverter
 
 from mesh.replica import EditRefused
 from nodes.access.api_key import ApiKey, KeyMalformed, KeySettings
@@ -47,6 +48,13 @@ Time = Annotated[int | None, BeforeValidator(_time, json_schema_input_type=int |
 Models = Annotated[tuple[str, ...], AfterValidator(_models)]
 
 
+class _KeyName(PathConverter):
+    """A name may have slashes anywhere, which `%2F` in a path has become when routes are looked at."""
+
+    part_isolating = False
+    regex = ".+?"
+
+
 class CreateBody(OperatorBody):
     name: str
     requests_per_minute: Limit = None
@@ -79,6 +87,8 @@ class RotateBody(OperatorBody):
 
 def register(app: Quart, services: Services) -> None:
     admin = services.key_admin
+    app.url_map.converters["key_name"] = _KeyName
+    one = "/admin/keys/<key_name:name>"
 
     def unserved(key: ApiKey) -> list[str]:
         """Of the models that it may use, those that no live node has: a typing error, or a node that is away."""
@@ -113,11 +123,11 @@ def register(app: Quart, services: Services) -> None:
         settings = _settings(await read_operator_body(request, CreateBody))
         return answer(await _done(lambda: admin.create(settings)))
 
-    @app.get("/admin/keys/<name>")
+    @app.get(one, merge_slashes=False)
     async def show_api_key(name: str) -> Response:
         return jsonify(_shown(_found(admin, name), admin))
 
-    @app.patch("/admin/keys/<name>")
+    @app.patch(one, merge_slashes=False)
     async def change_api_key(name: str) -> Response:
         body = await read_operator_body(request, ChangeBody)
         changes = {field: getattr(body, field) for field in body.model_fields_set}
@@ -127,12 +137,12 @@ def register(app: Quart, services: Services) -> None:
             raise RequestInvalid("name: a key has one", param="name")
         return answer(await _done(lambda: admin.change(name, changes)))
 
-    @app.post("/admin/keys/<name>/rotate")
+    @app.post(f"{one}/rotate", merge_slashes=False)
     async def rotate_api_key(name: str) -> Response:
         body = await read_operator_body(request, RotateBody)
         return answer(await _done(lambda: admin.rotate(name, body.grace_s)))
 
-    @app.delete("/admin/keys/<name>")
+    @app.delete(one, merge_slashes=False)
     async def revoke_api_key(name: str) -> Response:
         is_all = _flag("all")
         return answer(await _done(lambda: admin.revoke(name, is_all=is_all)))
