@@ -19,7 +19,7 @@ from nodes.access.usage import DAY_S
 from nodes.api.operator_body import OperatorBody, read_operator_body
 from nodes.api.services import Services
 from nodes.generation import PRIORITY_DEFAULT, RequestInvalid
-from nodes.iso_time import iso_time
+from nodes.iso_time import iso_time, parse_day, parse_time
 from nodes.store import StoreFailed
 
 USAGE_DAYS_DEFAULT = 30
@@ -30,13 +30,7 @@ KEYS_PER_CHECKPOINT = 64
 
 def _time(value: object) -> object:
     """A date, a time of ISO 8601 (UTC where it names no zone), or seconds since 1970. Raises ValueError."""
-    if not isinstance(value, str):
-        return value
-    try:
-        moment = datetime.fromisoformat(value)
-    except ValueError:
-        raise ValueError("a date such as 2027-01-31, or a time such as 2027-01-31T12:00+01:00") from None
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+    return parse_time(value) if isinstance(value, str) else value
 
 
 def _models(value: tuple[str, ...]) -> tuple[str, ...]:
@@ -181,9 +175,9 @@ def _day(argument: str, default: str) -> int:
     """Days since 1970. Raises RequestInvalid."""
     value = request.args.get(argument, default)
     try:
-        return int(datetime.fromisoformat(value).replace(tzinfo=UTC).timestamp()) // DAY_S
-    except (ValueError, OverflowError) as exc:
-        raise RequestInvalid(f"{argument}: a day such as 2026-11-27", param=argument) from exc
+        return parse_day(value)
+    except ValueError as exc:
+        raise RequestInvalid(f"{argument}: {exc}", param=argument) from exc
 
 
 def _flag(argument: str) -> bool:
