@@ -158,8 +158,10 @@ def keyring_install(
     try:
         key = sys.stdin.read() if file == "-" else Path(file).read_text()
         parse_key(key)
-    except OSError as exc:
+    except FileNotFoundError as exc:
         refuse(f"{file}: {exc.strerror}; make a key with: ai-cluster keyring new > {file}")
+    except OSError as exc:
+        refuse(f"{file}: {exc.strerror}; give a file of keyring new that you may read")
     except ValueError as exc:  # no text is one too
         refuse(f"{'standard input' if file == '-' else file}: {exc}")
     raise typer.Exit(_change(url, ca_file, data_dir, "/admin/keyring/install", {"key": key, "here": here}))
