@@ -18,30 +18,38 @@ help:
 	@echo "make chaos   500 streams while nodes are killed and stopped, overload, rude clients, forwarding (a quarter of an hour)"
 	@echo "make fuzz    a million random and mutated inputs to every decoder (a quarter of an hour); make fuzz-guided: by coverage"
 	@echo "make browser-tools   what tests/browser needs beside Debian's chromium (npm); make screenshots: docs/images anew"
-	@echo "make lock    compute requirements.lock anew from pyproject.toml; make clean: remove the environment"
+	@echo "make lock    compute both locks anew from pyproject.toml; make clean: remove the environment"
 
-# The lock pins every package with its hash; the stamps make the install happen once per change of it.
-$(VENV)/.installed: pyproject.toml requirements.lock
+# The locks pin every package with its hash: what running needs, and what tests and checks need as well. The stamps make
+# an install happen once per change of its lock.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+$(VENV)/.installed: pyproject.toml requirements-run.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; set PYTHON=python3.11, say: make run PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing AI Cluster into $(VENV) (once, a few minutes on a slow line)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(PIP) --require-hashes -r requirements-run.lock
+	$(PIP) --no-deps -e .
+	@touch $@
+
+$(VENV)/.tests-installed: $(VENV)/.installed requirements.lock
+	@echo "installing what tests and checks need into $(VENV)"
+	$(PIP) --require-hashes -r requirements.lock
 	@touch $@
 
 run: $(VENV)/.installed
 	@exec $(BIN)/ai-cluster up --nodes $(NODES)
 
 # Unit tests share nothing, so two processes run them; those of real nodes take turns on the cores.
-test: $(VENV)/.installed
+test: $(VENV)/.tests-installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 	$(BIN)/python -m pytest tests/cluster tests/simulation
 
 # What needs programs of the system beside Python: Debian's prometheus (with promtool) and chromium, and npm.
-test-tools: $(VENV)/.installed browser-tools
+test-tools: $(VENV)/.tests-installed browser-tools
 	$(BIN)/python -m pytest tests/observability tests/browser
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.tests-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -49,17 +57,17 @@ lint: $(VENV)/.installed
 
 # Each client in an environment of its own below .conformance/, Node included. CLIENTS="openai_node ai_sdk" for some.
 CLIENTS ?=
-conformance: $(VENV)/.installed
+conformance: $(VENV)/.tests-installed
 	$(BIN)/python -m tests.conformance $(CLIENTS)
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.tests-installed
 	$(BIN)/python -m tests.benchmark.slice
 
-soak: $(VENV)/.installed
+soak: $(VENV)/.tests-installed
 	$(BIN)/python -m tests.soak.engine
 
 # Each prints one JSON line and fails where a law is broken; --help says which. Alone on the machine, or times mean nothing.
-chaos: $(VENV)/.installed
+chaos: $(VENV)/.tests-installed
 	$(BIN)/python -m tests.cluster.chaos --streams 500 --kill
 	$(BIN)/python -m tests.cluster.forwarding
 	$(BIN)/python -m tests.cluster.rude_clients
@@ -67,12 +75,12 @@ chaos: $(VENV)/.installed
 
 # As root: sudo make bench-gossip N=30. Needs iproute2 and nftables; serf where it is to be measured too.
 N ?= 10
-bench-gossip: $(VENV)/.installed
+bench-gossip: $(VENV)/.tests-installed
 	$(BIN)/python -m tests.benchmark.gossip $(N)
 	$(BIN)/python -m tests.benchmark.gossip.cpu
 
 INPUTS ?= 1000000
-fuzz: $(VENV)/.installed
+fuzz: $(VENV)/.tests-installed
 	$(BIN)/python -m tests.fuzz --inputs $(INPUTS)
 
 # atheris has wheels for some versions of Python only, so it lives in an environment of its own.
@@ -88,17 +96,19 @@ AXE ?= 4.14.1
 browser-tools:
 	npm install --prefix .cache/npm --no-save --ignore-scripts --no-audit --no-fund --loglevel error axe-core@$(AXE)
 
-screenshots: $(VENV)/.installed
+screenshots: $(VENV)/.tests-installed
 	$(BIN)/python -m tests.browser.screenshots
 
 lock:
 	$(PYTHON) -m venv $(VENV)-lock && $(VENV)-lock/bin/python -m pip install --quiet uv
 	$(VENV)-lock/bin/uv pip compile pyproject.toml --extra test --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-emit-find-links --no-header --no-annotate -o requirements.lock
+	$(VENV)-lock/bin/uv pip compile pyproject.toml --constraint requirements.lock --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --no-emit-find-links --no-header --no-annotate -o requirements-run.lock
 	rm -rf $(VENV)-lock
 
 # After a version was changed in a requirements.in or package.json of tests/conformance: no address of a registry is kept.
-conformance-lock: $(VENV)/.installed
+conformance-lock: $(VENV)/.tests-installed
 	$(BIN)/python -m tests.conformance.lock
 
 clean:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,11 +13,12 @@ from urllib.parse import quote, urlencode
 
 import typer
 
-from nodes.access.api_key import PRIORITY_MAX
-from nodes.cli_mesh import EXIT_FAILED, EXIT_USAGE
+from nodes.access.api_key import PRIORITY_MAX, KeyMalformed, KeySettings
+from nodes.cli_mesh import EXIT_USAGE, refuse
 from nodes.cli_options import DEFAULT_DATA_DIR, DEFAULT_URL, AsJson, CaFile, DataDir, Url
 from nodes.config import ConfigInvalid
 from nodes.generation import PRIORITY_DEFAULT
+from nodes.iso_time import parse_day, parse_time
 
 _EPILOG = (
     "Needs the admin token of the node at URL, which is in its data directory (--data-dir) or AI_CLUSTER_ADMIN_TOKEN. "
@@ -32,6 +33,18 @@ _LIMITS_EPILOG = (
     "(measured at ten times the limit over four nodes: below 1 %). In a network that is cut each side keeps its nodes' "
     f"share. docs/limits.md has the bound. {_EPILOG}"
 )
+
+GRACE_HOURS_MAX = 90 * 24  # nodes.api.keys.GRACE_S_MAX
+# By the fields of KeySettings.
+_OPTIONS = {
+    "name": "--name",
+    "requests_per_minute": "--requests-per-minute",
+    "tokens_per_minute": "--tokens-per-minute",
+    "concurrency": "--concurrency",
+    "expires_at": "--expires",
+    "models": "--models",
+    "priority": "--priority",
+}
 
 keys_app = typer.Typer(
     help="API keys, which clients show as Authorization: Bearer sk-…, and their limits over all nodes together.",
@@ -92,6 +105,9 @@ def keys_create(
 ) -> None:
     """Make a key. It is printed once, alone on the last line of the output, and nobody can show it again."""
     body = {"name": name, **_settings(requests_per_minute, tokens_per_minute, concurrency, expires, models, priority)}
+    settings = _checked(body)
+    if settings.expires_at is not None and settings.expires_at <= time.time():
+        refuse(f"--expires {expires}: this time has passed")
     raise typer.Exit(
         _edit(url, ca_file, data_dir, "POST", "/admin/keys", {k: v for k, v in body.items() if v is not None})
     )
@@ -139,8 +155,8 @@ def keys_change(
     if enabled is not None:
         body["enabled"] = enabled
     if not body:
-        print("ai-cluster: nothing to change; ai-cluster keys change --help lists what can be", file=sys.stderr)
-        raise typer.Exit(EXIT_USAGE)
+        refuse("nothing to change; ai-cluster keys change --help lists what can be")
+    _checked(body)
     raise typer.Exit(_edit(url, ca_file, data_dir, "PATCH", _path(key), body))
 
 
@@ -155,9 +171,8 @@ def keys_rotate(
     data_dir: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Make a new key for an old one: same name, limits and usage. It is printed as by create."""
-    if not math.isfinite(grace_hours):
-        print("ai-cluster: --grace-hours is a number of hours", file=sys.stderr)
-        raise typer.Exit(EXIT_USAGE)
+    if grace_hours > GRACE_HOURS_MAX:
+        refuse(f"--grace-hours {grace_hours:g}: at most {GRACE_HOURS_MAX} hours")
     body = {"grace_s": round(grace_hours * 3600)}
     raise typer.Exit(_edit(url, ca_file, data_dir, "POST", f"{_path(key)}/rotate", body))
 
@@ -189,6 +204,9 @@ def usage(
     from nodes.client import make_console
     from nodes.operator_tables import usage_table
 
+    days = [_day(option, day) for option, day in (("--from", first), ("--to", last)) if day]
+    if days != sorted(days):
+        refuse(f"--from {first} is after --to {last}")
     query = urlencode({name: value for name, value in (("key", key), ("from", first), ("to", last)) if value})
 
     def show(answer: dict[str, Any]) -> None:
@@ -222,6 +240,33 @@ def _settings(
     if priority is not None:
         body["priority"] = priority
     return body
+
+
+def _checked(body: Mapping[str, Any]) -> KeySettings:
+    """What a node would make of it. Ends the command with the option's name where no key can have that."""
+    fields = {"name": "-"} | dict(body)
+    fields["models"] = tuple(body.get("models", ()))
+    fields["is_enabled"] = fields.pop("enabled", True)
+    try:
+        if fields.get("expires_at") is not None:
+            fields["expires_at"] = parse_time(body["expires_at"])
+    except ValueError as exc:
+        refuse(f"--expires {body['expires_at']}: {exc}, or never")
+    settings = KeySettings(**fields)
+    try:
+        settings.check()
+    except KeyMalformed as exc:
+        field, _, reason = str(exc).partition(": ")
+        refuse(f"{_OPTIONS[field]}: {reason}")
+    return settings
+
+
+def _day(option: str, text: str) -> int:
+    """Days since 1970. Ends the command where it is none."""
+    try:
+        return parse_day(text)
+    except ValueError as exc:
+        refuse(f"{option} {text}: {exc}")
 
 
 def _path(key: str) -> str:
@@ -282,5 +327,5 @@ def _ask(
         return EXIT_USAGE
     except NodeAnswered as exc:
         print(f"ai-cluster: {exc}", file=sys.stderr)
-        return EXIT_FAILED
+        return exc.exit_code
     return 0

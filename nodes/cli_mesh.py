@@ -67,7 +67,7 @@ def members(
     from nodes.operator_tables import disputed_members, matrix_table, members_table
 
     if of is not None and everyone:
-        _refuse("--of and --everyone contradict each other; give one of them")
+        refuse("--of and --everyone contradict each other; give one of them")
     asked = EVERYONE if everyone else of
     path = "/admin/members" + ("" if asked is None else f"?of={quote(asked, safe='')}")
 
@@ -158,10 +158,12 @@ def keyring_install(
     try:
         key = sys.stdin.read() if file == "-" else Path(file).read_text()
         parse_key(key)
+    except FileNotFoundError as exc:
+        refuse(f"{file}: {exc.strerror}; make a key with: ai-cluster keyring new > {file}")
     except OSError as exc:
-        _refuse(f"{file}: {exc.strerror}; make a key with: ai-cluster keyring new > {file}")
+        refuse(f"{file}: {exc.strerror}; give a file of keyring new that you may read")
     except ValueError as exc:  # no text is one too
-        _refuse(f"{'standard input' if file == '-' else file}: {exc}")
+        refuse(f"{'standard input' if file == '-' else file}: {exc}")
     raise typer.Exit(_change(url, ca_file, data_dir, "/admin/keyring/install", {"key": key, "here": here}))
 
 
@@ -195,11 +197,12 @@ def keyring_remove(
 
 def _key_id(text: str) -> str:
     if not re.fullmatch(r"[0-9a-fA-F]{8}", text):
-        _refuse(f"{text!r} is no key id; ai-cluster keyring list shows them, 8 hex digits each")
+        refuse(f"{text!r} is no key id; ai-cluster keyring list shows them, 8 hex digits each")
     return text.lower()
 
 
-def _refuse(message: str) -> NoReturn:
+def refuse(message: str) -> NoReturn:
+    """End the command before anything was asked."""
     print(f"ai-cluster: {message}", file=sys.stderr)
     raise typer.Exit(EXIT_USAGE)
 
@@ -264,7 +267,7 @@ def _run(
         return EXIT_USAGE
     except NodeAnswered as exc:
         print(f"ai-cluster: {exc}", file=sys.stderr)
-        return EXIT_FAILED
+        return exc.exit_code
     except KeyboardInterrupt:
         return 130
     return 0 if is_done else EXIT_FAILED

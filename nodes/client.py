@@ -33,7 +33,7 @@ def list_models(url: str, ca_file: Path | None, api_key: str | None) -> int:
             print(model["id"])
     except NodeAnswered as exc:
         print(f"ai-cluster: {exc}", file=sys.stderr)
-        return 1
+        return exc.exit_code
     return 0
 
 
@@ -71,7 +71,7 @@ def stream_chat(
         print()
     except NodeAnswered as exc:
         print(f"{newline}ai-cluster: {exc}", file=sys.stderr)
-        return 1
+        return exc.exit_code
     except KeyboardInterrupt:
         print()
         return 130

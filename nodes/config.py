@@ -13,7 +13,7 @@ import socket
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -36,6 +36,14 @@ BUILTIN_MODEL = Path(__file__).parent / "models" / "demo"
 BUILTIN_MODEL_NAME = "demo"
 _HEADER = re.compile(r"([A-Za-z0-9!#$%&'*+.^_`|~-]{1,256})[ \t]*:[ \t]*([!-~](?:[ -~]*[!-~])?)")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]{1,253}")
+
+
+# What a field of that type is in a file, and how one is written there.
+_TOML_TYPES: dict[object, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false, without quotes"),
+    int: ((int,), "a whole number, without quotes"),
+    float: ((int, float), "a number, without quotes"),
+}
 
 
 class ConfigInvalid(Exception):
@@ -244,11 +252,10 @@ class NodeConfig(BaseModel):
             try:
                 text = self.cluster_key_file.read_text()
             except (OSError, UnicodeDecodeError) as exc:
-                reason = exc.strerror if isinstance(exc, OSError) else "it is not text"
-                raise ConfigInvalid(
-                    f"cluster_key_file {self.cluster_key_file}: {reason}; "
-                    "make one with: ai-cluster keyring new > cluster.key"
-                ) from exc
+                fix = "give the one that `ai-cluster keyring new` made for this mesh"
+                if isinstance(exc, FileNotFoundError):
+                    fix = "make one with: ai-cluster keyring new > cluster.key"
+                raise ConfigInvalid(f"cluster_key_file {self.cluster_key_file}: {_unread(exc, fix)}") from exc
             source = f"cluster_key_file {self.cluster_key_file}"
         elif self.key is not None:
             text, source = self.key, "AI_CLUSTER_KEY"
@@ -266,8 +273,7 @@ class NodeConfig(BaseModel):
             try:
                 text = self.tracing_headers_file.read_text()
             except (OSError, UnicodeDecodeError) as exc:
-                reason = exc.strerror if isinstance(exc, OSError) else "it is not text"
-                raise ConfigInvalid(f"{source}: {reason}; write a NAME: VALUE into each line of it") from exc
+                raise ConfigInvalid(f"{source}: {_unread(exc, 'write a NAME: VALUE into each line of it')}") from exc
         else:
             text, source = self.tracing_headers or "", "tracing_headers"
         headers = {}
@@ -351,13 +357,35 @@ def load_config(file: Path | None, environment: Mapping[str, str], flags: Mappin
         raise ConfigInvalid(f"{key}{shown} {source}: {reason}") from exc
 
 
+def _unread(fault: OSError | UnicodeDecodeError, fix: str) -> str:
+    """Why a file could not be read, and the fix; another one where it may not be."""
+    if isinstance(fault, PermissionError):
+        fix = "let the user that the node runs as read it"
+    return f"{fault.strerror if isinstance(fault, OSError) else 'it is not text'}; {fix}"
+
+
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text())
+        values = tomllib.loads(file.read_text())
     except OSError as exc:
         raise ConfigInvalid(f"configuration file {file}: {exc.strerror}") from exc
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise ConfigInvalid(f"configuration file {file} is no TOML: {exc}") from exc
+    _check_types(values, NodeConfig, file)
+    if isinstance(values.get("gossip"), dict):
+        _check_types(values["gossip"], GossipSettings, file, "gossip.")
+    return values
+
+
+def _check_types(values: dict[str, Any], of: type[BaseModel], file: Path, prefix: str = "") -> None:
+    """TOML has numbers, truth values and texts, so one is not taken for another, as it is of the environment, which has
+    texts alone. Raises ConfigInvalid."""
+    for key, value in values.items():
+        annotation = of.model_fields[key].annotation if key in of.model_fields else None
+        for kind in get_args(annotation) or (annotation,):
+            if kind in _TOML_TYPES and type(value) not in _TOML_TYPES[kind][0]:
+                shown = str(value).lower() if isinstance(value, bool) else repr(value)[:VALUE_CHARS_SHOWN]
+                raise ConfigInvalid(f"{prefix}{key} = {shown} in {file}: write {_TOML_TYPES[kind][1]}")
 
 
 def _read_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -1,19 +1,21 @@
 """What `serve` would refuse at its start, found without starting: `ai-cluster config check`.
 
-Each check is the one that the start makes, in its order and with its message; nothing is made, locked or bound, so the
-node may be running meanwhile. What only running shows is not looked at: ports in use, a graph that cannot be loaded.
+Each check is the one that the start makes, in its order and with its message; nothing is made or locked, and no port of
+the configuration is bound, so the node may be running meanwhile. What only running shows is not looked at: ports in use
+or reserved, a graph that cannot be loaded, a disk that is full, what other nodes say.
 """
 
 from __future__ import annotations
 
 from nodes.certificate import configured_certificate
 from nodes.config import ConfigInvalid, NodeConfig
-from nodes.data_directory import DataDirectory, check_writable
+from nodes.data_directory import DataDirectory, check_writable, folder_fix
+from nodes.engine.cuda import DeviceUnavailable, cannot_run, prepare_cuda
 from nodes.engine.model_kinds import read_folder
 from nodes.engine.model_loader import ModelFolderInvalid
 from nodes.http_server import connections_max
 from nodes.keyring_file import check_keyring
-from nodes.sockets import advertised_address
+from nodes.sockets import advertised_address, check_bindable
 from nodes.store import check_store
 from nodes.tracing_setup import check_tracing
 
@@ -27,6 +29,7 @@ def check_start(config: NodeConfig) -> None:
             raise ConfigInvalid(str(exc)) from exc
     data = DataDirectory(config.data_dir)
     data.check()
+    check_bindable(config)
     _check_log_dir(config)
     check_keyring(config.data_dir, config)
     if config.admin_token is None:
@@ -37,6 +40,18 @@ def check_start(config: NodeConfig) -> None:
     check_store(config.data_dir)
     advertised_address(config, config.mesh)
     connections_max(config.http_connections_max)
+    _check_cuda(config)
+
+
+def _check_cuda(config: NodeConfig) -> None:
+    """Where models may run nowhere else. Whether they fit into the device's memory is not looked at."""
+    models = config.models()
+    if config.provider != "cuda" or not models:
+        return
+    try:
+        prepare_cuda(config.device)
+    except DeviceUnavailable as exc:
+        raise ConfigInvalid(str(cannot_run(models[0][1], str(exc)))) from exc
 
 
 def _check_log_dir(config: NodeConfig) -> None:
@@ -45,4 +60,4 @@ def _check_log_dir(config: NodeConfig) -> None:
     try:
         check_writable(config.log_dir)
     except OSError as exc:
-        raise ConfigInvalid(f"log_dir {config.log_dir}: {exc.strerror}; give a writable folder with --log-dir") from exc
+        raise ConfigInvalid(f"log_dir {config.log_dir}: {exc.strerror}; {folder_fix(exc, '--log-dir')}") from exc

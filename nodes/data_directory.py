@@ -18,10 +18,11 @@ except ImportError:  # no flock outside POSIX; there two nodes in one folder go 
     fcntl = None  # type: ignore[assignment]
 
 
-# More starts than a node sees; gossip carries it in 64 bits, with room to go past what a peer remembers.
+GENERATION_FILE = "generation"
 ADMIN_TOKEN_FILE = "admin-token"  # noqa: S105 (a file name)
 ADMIN_TOKEN_BYTES = 32  # random: nobody guesses 256 bits
 SECRET_MODE = 0o600
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class DataDirectory:
@@ -47,9 +48,13 @@ class DataDirectory:
             raise ConfigInvalid(
                 f"data_dir {self.path} is in use by process {holder}; give this node its own with --data-dir"
             ) from exc
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+        try:
+            # Past the file's buffer, which would try the write again when it is closed.
+            os.ftruncate(lock.fileno(), 0)
+            os.write(lock.fileno(), f"{os.getpid()}\n".encode())
+        except OSError as exc:
+            lock.close()
+            raise self._unusable(exc) from exc
         self._lock = lock
         return self
 
@@ -66,20 +71,27 @@ class DataDirectory:
         except OSError as exc:
             raise self._unusable(exc) from exc
 
+    def write_start_file(self, file_name: str, text: str, *, mode: int = 0o644) -> None:
+        """As write_durably() a file of this folder, where a start cannot do without. Raises ConfigInvalid."""
+        try:
+            write_durably(self.path / file_name, text, mode=mode)
+        except OSError as exc:
+            raise self._unusable(exc) from exc
+
     def _unusable(self, fault: OSError) -> ConfigInvalid:
-        return ConfigInvalid(f"data_dir {self.path}: {fault.strerror}; give a writable folder with --data-dir")
+        return ConfigInvalid(f"data_dir {self.path}: {fault.strerror}; {folder_fix(fault, '--data-dir')}")
 
     def next_generation(self) -> int:
         """One more than at any earlier start from this folder. On disk before it returns, so no two lives share one.
 
         Raises ConfigInvalid."""
         generation = self.last_generation() + 1
-        self.keep_generation(generation)
+        self.write_start_file(GENERATION_FILE, f"{generation}\n")
         return generation
 
     def last_generation(self) -> int:
         """Of the latest start from this folder; 0 before the first. Raises ConfigInvalid."""
-        file = self.path / "generation"
+        file = self.path / GENERATION_FILE
         try:
             last = int(file.read_text())
             if not 0 <= last < GENERATION_MAX:
@@ -95,15 +107,15 @@ class DataDirectory:
         return last
 
     def keep_generation(self, generation: int) -> None:
-        """Remember a generation: the next start's is higher. On disk before it returns."""
-        write_durably(self.path / "generation", f"{generation}\n")
+        """Remember a generation: the next start's is higher. On disk before it returns. Raises OSError."""
+        write_durably(self.path / GENERATION_FILE, f"{generation}\n")
 
     def admin_token(self) -> str:
         """What opens this node's /admin: made at the first start, readable by this user alone. Raises ConfigInvalid."""
         token = self.kept_admin_token()
         if token is None:
             token = secrets.token_urlsafe(ADMIN_TOKEN_BYTES)
-            write_durably(self.path / ADMIN_TOKEN_FILE, f"{token}\n", mode=SECRET_MODE)
+            self.write_start_file(ADMIN_TOKEN_FILE, f"{token}\n", mode=SECRET_MODE)
         return token
 
     def kept_admin_token(self) -> str | None:
@@ -121,6 +133,13 @@ class DataDirectory:
                 "delete it, and the next start makes a new one"
             )
         return token
+
+
+def folder_fix(fault: OSError, flag: str) -> str:
+    """What to do about a folder that takes no files."""
+    if fault.errno in DISK_FULL:
+        return f"free space on its disk, or give a folder on another with {flag}"
+    return f"give a writable folder with {flag}"
 
 
 def check_writable(folder: Path) -> None:

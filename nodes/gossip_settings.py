@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -244,15 +244,6 @@ class GossipSettings(BaseModel):
         le=60,
         description="A tick later than this means that this process stood still: then it blames nobody but itself.",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _hold_numbers(cls, values: Any) -> Any:
-        """pydantic takes true for 1, which nobody means here."""
-        for key, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, bool):
-                raise ValueError(f"{key} = {str(value).lower()} is no number")
-        return values
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:

@@ -20,7 +20,7 @@ import trio
 from mesh.errors import KeyRefused
 from mesh.seal import DEVELOPMENT_KEY, KEY_ID_BYTES, Keyring, key_id
 from nodes.config import ConfigInvalid, NodeConfig, is_loopback
-from nodes.data_directory import SECRET_MODE, write_durably
+from nodes.data_directory import SECRET_MODE, folder_fix, write_durably
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def _take_configured(configured: bytes, ring: Keyring, stored: _Stored, file: Pa
     try:
         _write(file, _Stored(ring.keys, stored.removed))
     except OSError as exc:
-        raise ConfigInvalid(f"{file}: {exc.strerror}; give a writable folder with --data-dir") from exc
+        raise ConfigInvalid(f"{file}: {exc.strerror}; {folder_fix(exc, '--data-dir')}") from exc
     logger.info(
         "the configured cluster key is accepted from now on; this node goes on to seal with the primary key "
         "(ai-cluster keyring use)",

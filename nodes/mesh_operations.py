@@ -144,15 +144,20 @@ class MeshOperations:
     def use(self, key_id: bytes, *, is_forced: bool, is_here_only: bool) -> Operation:
         """Every live member seals with the key. Refused while one lacks it: nobody would be able to read the others."""
 
+        holders = 0
+
         def fault(answer: Answer) -> str | None:
+            nonlocal holders
             lacks_it = key_id.hex() not in answer["keys"]
+            holders += not lacks_it
             return f"key {key_id.hex()} is not installed there; run keyring install again" if lacks_it else None
 
         async def operation(report: Report) -> None:
             if not is_forced and not await self._all_are_fit(report, fault):
-                await report.end(
-                    f"key {key_id.hex()} is used nowhere anew (--force does it all the same)", is_done=False
-                )
+                way = "--force uses it at those nodes that have it, and cuts them off from the others"
+                if not holders:
+                    way = "no node that answered has it; ai-cluster keyring list shows those there are"
+                await report.end(f"key {key_id.hex()} is used nowhere anew; {way}", is_done=False)
                 return
             await self._everywhere(report, names.KEYRING_USE, {"key_id": key_id}, is_here_only=is_here_only)
             await self._end(
@@ -164,19 +169,21 @@ class MeshOperations:
     def remove(self, key_id: bytes, *, is_forced: bool, is_here_only: bool) -> Operation:
         """Nobody accepts the key any more. Refused while a live member seals with it: nobody would hear that one."""
 
-        holders = 0
+        holders = sealers = 0
 
         def fault(answer: Answer) -> str | None:
-            nonlocal holders
-            holders += key_id.hex() in answer["keys"]
+            nonlocal holders, sealers
             seals_with_it = answer["primary"] == key_id.hex()
+            holders += key_id.hex() in answer["keys"]
+            sealers += seals_with_it
             return f"still seals with key {key_id.hex()}; run keyring use with another key" if seals_with_it else None
 
         async def operation(report: Report) -> None:
             if not is_forced and not await self._all_are_fit(report, fault):
-                await report.end(
-                    f"key {key_id.hex()} was removed nowhere (--force does it all the same)", is_done=False
-                )
+                way = "--force removes it at those nodes that do not seal with it, and cuts them off from the others"
+                if holders == sealers:
+                    way = "no node that answered could do without it; first: ai-cluster keyring use ANOTHER-ID"
+                await report.end(f"key {key_id.hex()} was removed nowhere; {way}", is_done=False)
                 return
             if not is_forced and not holders:
                 await report.end(f"no live member has key {key_id.hex()}: nothing was removed", is_done=True)

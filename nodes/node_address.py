@@ -21,9 +21,17 @@ _NOT_YET_VALID, _EXPIRED, _OTHER_HOST, _OTHER_ADDRESS = 9, 10, 62, 64
 class NodeAnswered(Exception):
     """The node refused, or could not be reached. The message is one line for the terminal."""
 
+    exit_code = 1  # of the command that asked
+
 
 class NodeUnreachable(NodeAnswered):
     """Nobody answers there as a node does."""
+
+
+class NodeNotAsked(NodeAnswered):
+    """What was given to reach one is wrong."""
+
+    exit_code = 2
 
 
 @dataclass(frozen=True)
@@ -36,14 +44,14 @@ class NodeAddress:
 
     @cached_property
     def tls(self) -> ssl.SSLContext | None:
-        """None for plain HTTP. Raises NodeAnswered for a file that holds no certificates."""
+        """None for plain HTTP. Raises NodeNotAsked for a file that holds no certificates."""
         if not self.url.startswith("https://"):
             return None
         try:
             return ssl.create_default_context(cafile=self.ca_file)
         except OSError as exc:  # an SSLError is one
             reason = "it holds no PEM certificates" if isinstance(exc, ssl.SSLError) else exc.strerror
-            raise NodeAnswered(
+            raise NodeNotAsked(
                 f"the file of trusted certificates {self.ca_file}: {reason}; give a PEM file {CA_FIX}"
             ) from exc
 
@@ -52,7 +60,8 @@ class NodeAddress:
 
 
 def parse_url(text: str, ca_file: Path | None = None) -> NodeAddress:
-    """As people write it: with or without a slash or /v1 at its end. Raises NodeAnswered for what is no URL."""
+    """As people write it: with or without a slash or /v1 at its end. Raises NodeNotAsked for what is no URL, and for a
+    file that holds no certificates."""
     url = text.strip().rstrip("/").removesuffix(API_BASE).rstrip("/")
     try:
         parts = urlsplit(url)
@@ -60,8 +69,10 @@ def parse_url(text: str, ca_file: Path | None = None) -> NodeAddress:
     except ValueError:  # a port that is none
         is_url = False
     if not is_url or not url.isascii() or not url.isprintable() or " " in url:
-        raise NodeAnswered(f"{text!r} is no URL; try --url http://127.0.0.1:8080")
-    return NodeAddress(url, ca_file)
+        raise NodeNotAsked(f"{text!r} is no URL; try --url http://127.0.0.1:8080")
+    node = NodeAddress(url, ca_file)
+    _ = node.tls
+    return node
 
 
 def describe_fault(node: NodeAddress, url: str, fault: Exception) -> str:

@@ -16,12 +16,12 @@ import trio
 from nodes import garbage
 from nodes.certificate import configured_certificate
 from nodes.config import ConfigInvalid, NodeConfig, is_loopback
-from nodes.data_directory import DataDirectory
+from nodes.data_directory import DataDirectory, folder_fix
 from nodes.engine.model_folder import ModelFolderInvalid
 from nodes.engine.model_kinds import AnyFolder, read_folder
 from nodes.keyring_file import load_keyring
 from nodes.node import Node, StopRequest
-from nodes.sockets import NodeSockets, bind_http, bind_mesh, bound_address
+from nodes.sockets import NodeSockets, bind_http, bind_mesh, bound_address, check_distinct
 from nodes.store import open_store
 from nodes.tracing_setup import enter_tracing
 from observability.log_writer import WriterThread
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 # Read from a standard input that is only watched for its end.
 STDIN_BYTES = 4096
+ADDRESS_FILE = "node.json"
 
 
 def run_node(config: NodeConfig) -> None:
@@ -38,11 +39,12 @@ def run_node(config: NodeConfig) -> None:
     folders = [(name, _read_folder(config, path)) for name, path in config.models()]
     with ExitStack() as stack:
         data = stack.enter_context(DataDirectory(config.data_dir))
+        check_distinct(config)
         sockets = NodeSockets(stack.enter_context(bind_http(config.http)), *bind_mesh(config.mesh))
         stack.enter_context(sockets.mesh_udp)
         stack.enter_context(sockets.mesh_tcp)
         log_writer = _enter_logging(stack, config)
-        stack.enter_context(_address_file(config, sockets))
+        stack.enter_context(_address_file(data, config, sockets))
         keyring = load_keyring(config.data_dir, config)
         admin_token = config.admin_token or data.admin_token()
         generation = data.next_generation()
@@ -106,7 +108,7 @@ def _enter_logging(stack: ExitStack, config: NodeConfig) -> WriterThread[logging
     try:
         return stack.enter_context(logs)
     except OSError as exc:
-        raise ConfigInvalid(f"log_dir {config.log_dir}: {exc.strerror}; give a writable folder with --log-dir") from exc
+        raise ConfigInvalid(f"log_dir {config.log_dir}: {exc.strerror}; {folder_fix(exc, '--log-dir')}") from exc
 
 
 def _read_folder(config: NodeConfig, path: Path) -> AnyFolder:
@@ -117,22 +119,21 @@ def _read_folder(config: NodeConfig, path: Path) -> AnyFolder:
 
 
 @contextmanager
-def _address_file(config: NodeConfig, sockets: NodeSockets) -> Iterator[None]:
-    """`<data_dir>/node.json` while the node runs: where it is and which process it is, for scripts."""
-    file = config.data_dir / "node.json"
+def _address_file(data: DataDirectory, config: NodeConfig, sockets: NodeSockets) -> Iterator[None]:
+    """`<data_dir>/node.json` while the node runs: where it is and which process it is, for scripts.
+
+    Raises ConfigInvalid where it cannot be written."""
     content = {
         "name": config.node_id(),
         "pid": os.getpid(),
         "http": str(bound_address(config.http, sockets.http)),
         "mesh": str(bound_address(config.mesh, sockets.mesh_tcp)),
     }
-    temporary = file.with_suffix(".new")
-    temporary.write_text(json.dumps(content) + "\n")
-    temporary.replace(file)
+    data.write_start_file(ADDRESS_FILE, json.dumps(content) + "\n")
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)
+        (data.path / ADDRESS_FILE).unlink(missing_ok=True)
 
 
 def _first_fault(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -20,6 +20,7 @@ import trio
 from mesh.counters_wire import Totals
 from mesh.replica import Record
 from nodes.config import ConfigInvalid
+from nodes.data_directory import folder_fix
 
 FILE_NAME = "cluster.sqlite3"
 APPLICATION_ID = 0x41_49_43_4C  # "AICL" in the file's header: tells our database from others
@@ -312,7 +313,7 @@ def _open(file: Path, pages_max: int) -> sqlite3.Connection:
     try:
         os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))  # hashes of keys are nobody else's business
     except OSError as exc:
-        raise ConfigInvalid(f"{file}: {exc.strerror}; give a writable folder with --data-dir") from exc
+        raise ConfigInvalid(f"{file}: {exc.strerror}; {folder_fix(exc, '--data-dir')}") from exc
     # Calls come from several worker threads, but never two at a time.
     connection = sqlite3.connect(file, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
     try:

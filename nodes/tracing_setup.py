@@ -50,7 +50,7 @@ def check_tracing(config: NodeConfig) -> None:
             raise
         raise ConfigInvalid(
             f"tracing_endpoint {config.tracing_endpoint} needs OpenTelemetry, which is not installed here; "
-            "install it with: pip install 'ai-cluster[tracing]'"
+            "install it with: pip install -e '.[tracing]' in the checkout"
         ) from exc
 
 

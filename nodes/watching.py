@@ -33,7 +33,7 @@ def show_status(url: str, ca_file: Path | None, *, watch: bool, as_json: bool) -
         status = get_json(parse_url(url, ca_file), "/cluster/status")
     except NodeAnswered as exc:
         print(f"ai-cluster: {exc}", file=sys.stderr)
-        return 1
+        return exc.exit_code
     if as_json:
         print(json.dumps(status, indent=2))
     else:
@@ -57,7 +57,7 @@ def follow_mesh(url: str, ca_file: Path | None, *, as_json: bool, once: bool) ->
                 _draw(node, messages, status, events)
     except NodeAnswered as exc:
         print(f"ai-cluster: {exc}", file=sys.stderr)
-        return 1
+        return exc.exit_code
     except KeyboardInterrupt:
         return 0
     return 0

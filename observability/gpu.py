@@ -1,6 +1,6 @@
 """Utilisation, memory and temperature of NVIDIA GPUs, asked of the driver at each scrape; nothing where there is none.
 
-Needs the optional package nvidia-ml-py (`pip install ai-cluster[gpu]`). The driver answers in about a millisecond for
+Needs the optional package nvidia-ml-py (`pip install -e '.[gpu]'`). The driver answers in about a millisecond for
 each figure, in the thread that renders the scrape.
 """
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import trio
 from pydantic import AfterValidator, BeforeValidator, Field
 from quart import Quart, Response, jsonify, request
+from werkzeug.routing import PathConverter
 
 from mesh.replica import EditRefused
 from nodes.access.api_key import ApiKey, KeyMalformed, KeySettings
@@ -18,7 +19,7 @@ from nodes.access.usage import DAY_S
 from nodes.api.operator_body import OperatorBody, read_operator_body
 from nodes.api.services import Services
 from nodes.generation import PRIORITY_DEFAULT, RequestInvalid
-from nodes.iso_time import iso_time
+from nodes.iso_time import iso_time, parse_day, parse_time
 from nodes.store import StoreFailed
 
 USAGE_DAYS_DEFAULT = 30
@@ -29,13 +30,7 @@ KEYS_PER_CHECKPOINT = 64
 
 def _time(value: object) -> object:
     """A date, a time of ISO 8601 (UTC where it names no zone), or seconds since 1970. Raises ValueError."""
-    if not isinstance(value, str):
-        return value
-    try:
-        moment = datetime.fromisoformat(value)
-    except ValueError:
-        raise ValueError("a date such as 2027-01-31, or a time such as 2027-01-31T12:00+01:00") from None
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+    return parse_time(value) if isinstance(value, str) else value
 
 
 def _models(value: tuple[str, ...]) -> tuple[str, ...]:
@@ -45,6 +40,13 @@ def _models(value: tuple[str, ...]) -> tuple[str, ...]:
 Limit = Annotated[int | None, Field(ge=1)]
 Time = Annotated[int | None, BeforeValidator(_time, json_schema_input_type=int | str | None)]
 Models = Annotated[tuple[str, ...], AfterValidator(_models)]
+
+
+class _KeyName(PathConverter):
+    """A name may have slashes anywhere, which `%2F` in a path has become when routes are looked at."""
+
+    part_isolating = False
+    regex = ".+?"
 
 
 class CreateBody(OperatorBody):
@@ -79,6 +81,8 @@ class RotateBody(OperatorBody):
 
 def register(app: Quart, services: Services) -> None:
     admin = services.key_admin
+    app.url_map.converters["key_name"] = _KeyName
+    one = "/admin/keys/<key_name:name>"
 
     def unserved(key: ApiKey) -> list[str]:
         """Of the models that it may use, those that no live node has: a typing error, or a node that is away."""
@@ -113,11 +117,11 @@ def register(app: Quart, services: Services) -> None:
         settings = _settings(await read_operator_body(request, CreateBody))
         return answer(await _done(lambda: admin.create(settings)))
 
-    @app.get("/admin/keys/<name>")
+    @app.get(one, merge_slashes=False)
     async def show_api_key(name: str) -> Response:
         return jsonify(_shown(_found(admin, name), admin))
 
-    @app.patch("/admin/keys/<name>")
+    @app.patch(one, merge_slashes=False)
     async def change_api_key(name: str) -> Response:
         body = await read_operator_body(request, ChangeBody)
         changes = {field: getattr(body, field) for field in body.model_fields_set}
@@ -127,12 +131,12 @@ def register(app: Quart, services: Services) -> None:
             raise RequestInvalid("name: a key has one", param="name")
         return answer(await _done(lambda: admin.change(name, changes)))
 
-    @app.post("/admin/keys/<name>/rotate")
+    @app.post(f"{one}/rotate", merge_slashes=False)
     async def rotate_api_key(name: str) -> Response:
         body = await read_operator_body(request, RotateBody)
         return answer(await _done(lambda: admin.rotate(name, body.grace_s)))
 
-    @app.delete("/admin/keys/<name>")
+    @app.delete(one, merge_slashes=False)
     async def revoke_api_key(name: str) -> Response:
         is_all = _flag("all")
         return answer(await _done(lambda: admin.revoke(name, is_all=is_all)))
@@ -171,9 +175,9 @@ def _day(argument: str, default: str) -> int:
     """Days since 1970. Raises RequestInvalid."""
     value = request.args.get(argument, default)
     try:
-        return int(datetime.fromisoformat(value).replace(tzinfo=UTC).timestamp()) // DAY_S
-    except (ValueError, OverflowError) as exc:
-        raise RequestInvalid(f"{argument}: a day such as 2026-11-27", param=argument) from exc
+        return parse_day(value)
+    except ValueError as exc:
+        raise RequestInvalid(f"{argument}: {exc}", param=argument) from exc
 
 
 def _flag(argument: str) -> bool:

@@ -10,17 +10,19 @@ import io
 import logging
 import sys
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import onnxruntime
 
 from nodes.engine import devices
+from nodes.engine.model_folder import ModelFolderInvalid
 
 logger = logging.getLogger(__name__)
 
 CUDA = "CUDAExecutionProvider"
 LOG_FATAL_ONLY = 4  # what ONNX Runtime would write to stderr as an error is raised as well
-INSTALL_FIX = "install ai-cluster[cuda]"
+INSTALL_FIX = "install the extra cuda (pip install -e '.[cuda]' in the checkout)"
 DEVICE_TO_DEVICE = 3  # cudaMemcpyKind
 COMPLAINT_CHARS_MAX = 200
 
@@ -48,6 +50,12 @@ def prepare_cuda(device_index: int) -> CudaRuntime:
     if device_index >= count:
         raise DeviceUnavailable(f"there is no device {device_index}: CUDA sees {count}, counted from 0")
     return runtime
+
+
+def cannot_run(path: Path, reason: str) -> ModelFolderInvalid:
+    """Of a folder that is to run on CUDA and nowhere else."""
+    fix = f'give the provider "auto" or "cpu", or {INSTALL_FIX} on a machine with a GPU'
+    return ModelFolderInvalid(path, f"CUDA cannot run it ({reason})", fix)
 
 
 def provider_options(device_index: int, memory_limit_bytes: int | None) -> dict[str, str]:

@@ -15,7 +15,15 @@ import numpy.typing as npt
 import onnxruntime
 
 from nodes.engine import memory
-from nodes.engine.cuda import CUDA, INSTALL_FIX, LOG_FATAL_ONLY, DeviceUnavailable, prepare_cuda, provider_options
+from nodes.engine.cuda import (
+    CUDA,
+    INSTALL_FIX,
+    LOG_FATAL_ONLY,
+    DeviceUnavailable,
+    cannot_run,
+    prepare_cuda,
+    provider_options,
+)
 from nodes.engine.devices import Provider
 from nodes.engine.embedding_folder import (
     ATTENTION_MASK,
@@ -119,8 +127,7 @@ def load_embedding_session(
             return _on_cuda(folder, threads, spinning, memory_limit_bytes, device_index)
         except DeviceUnavailable as exc:
             if provider == "cuda":
-                fix = f'give the provider "auto" or "cpu", or {INSTALL_FIX} on a machine with a GPU'
-                raise ModelFolderInvalid(folder.path, f"CUDA cannot run it ({exc})", fix) from exc
+                raise cannot_run(folder.path, str(exc)) from exc
             logger.info("running on the CPU", extra={"reason": str(exc)})
     available = memory.available_host_bytes()
     if available is not None and needed > available:

@@ -16,7 +16,15 @@ import onnxruntime
 
 from nodes.engine import memory
 from nodes.engine.concat_kv_session import ConcatKvSession, HolesUnsupported
-from nodes.engine.cuda import CUDA, INSTALL_FIX, LOG_FATAL_ONLY, DeviceUnavailable, prepare_cuda, provider_options
+from nodes.engine.cuda import (
+    CUDA,
+    INSTALL_FIX,
+    LOG_FATAL_ONLY,
+    DeviceUnavailable,
+    cannot_run,
+    prepare_cuda,
+    provider_options,
+)
 from nodes.engine.devices import Provider
 from nodes.engine.graph import DecoderGraph, describe_graph
 from nodes.engine.huge_pages import collapse_new, private_regions
@@ -79,8 +87,7 @@ def load_session(
             reason = str(exc)
             if provider == "cuda":
                 logger.error("CUDA cannot be used", extra={"reason": reason})
-                fix = f'give the provider "auto" or "cpu", or {INSTALL_FIX} on a machine with a GPU'
-                raise ModelFolderInvalid(folder.path, f"CUDA cannot run it ({reason})", fix) from exc
+                raise cannot_run(folder.path, reason) from exc
             folder = _for_cpu(folder, reason)
     return call_making_way(make_loader(folder).on_cpu), folder
 

@@ -136,7 +136,7 @@ def test_tracing_without_its_extra_names_the_package_to_install(tmp_path: Path) 
     (absent / "__init__.py").write_text("raise ModuleNotFoundError('No module', name='opentelemetry')\n")
     path = os.pathsep.join([str(absent.parent), os.environ.get("PYTHONPATH", "")])
     result = serve(tmp_path, "--tracing-endpoint", "http://127.0.0.1:4318", environment={"PYTHONPATH": path})
-    assert_refused(result, "tracing_endpoint", "pip install 'ai-cluster[tracing]'")
+    assert_refused(result, "tracing_endpoint", "pip install -e '.[tracing]'")
 
 
 def test_a_file_of_headers_for_the_collector_that_is_missing_is_named(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from nodes import cli
+from nodes.api.keys import GRACE_S_MAX
+from nodes.cli_keys import GRACE_HOURS_MAX
 from tests.unit.test_cli_mesh import ScriptedNode, run
 
 KEY: dict[str, object] = {"id": "bbbb", "name": "alice", "expires_at": None}
@@ -74,3 +76,55 @@ def test_help_says_what_a_limit_means_over_several_nodes(command: str) -> None:
     words = " ".join(CliRunner().invoke(cli.app, ["keys", command, "--help"]).output.split())
     assert "in any 60 seconds over all nodes together" in words
     assert "docs/limits.md" in words
+
+
+CREATE = ("keys", "create", "--name", "n")
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ((*CREATE, "--expires", "tomorrow"), "--expires tomorrow: a date such as 2027-01-31"),
+        ((*CREATE, "--expires", "2020-01-01"), "--expires 2020-01-01: this time has passed"),
+        ((*CREATE, "--expires", "1960-01-01"), "--expires: a time after 1970"),
+        ((*CREATE, "--models", "m" * 300), "--models: at most"),
+        (("keys", "create", "--name", ""), "--name: 1 to 100 printable characters"),
+        (("keys", "change", "n", "--name", "a\nb"), "--name: 1 to 100 printable characters"),
+        (("keys", "change", "n", "--expires", "soon"), "--expires soon: a date such as 2027-01-31"),
+        (("keys", "rotate", "n", "--grace-hours", "1e9"), "--grace-hours 1e+09: at most 2160 hours"),
+        (("keys", "rotate", "n", "--grace-hours", "inf"), "--grace-hours inf: at most 2160 hours"),
+        (("usage", "--from", "foo"), "--from foo: a day such as 2026-11-27"),
+        (("usage", "--to", "2026-13-01"), "--to 2026-13-01: a day such as 2026-11-27"),
+        (("usage", "--from", "2026-11-02", "--to", "2026-11-01"), "--from 2026-11-02 is after --to 2026-11-01"),
+    ],
+)
+def test_what_no_node_would_take_is_told_by_its_option_and_no_node_is_asked(
+    node: ScriptedNode, data_dir: Path, command: tuple[str, ...], line: str
+) -> None:
+    result = run(node, data_dir, *command)
+    assert (result.exit_code, result.stdout, node.requests) == (2, "", [])
+    assert result.stderr.startswith(f"ai-cluster: {line}")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "body"),
+    [
+        (("--expires", "2020-01-01"), {"expires_at": "2020-01-01"}),
+        (
+            ("--expires", "never", "--models", "all", "--concurrency", "0"),
+            {"expires_at": None, "models": [], "concurrency": None},
+        ),
+        (("--disable", "--priority", "3", "--models", "a,b"), {"enabled": False, "priority": 3, "models": ["a", "b"]}),
+    ],
+)
+def test_a_change_asks_for_what_was_given(
+    node: ScriptedNode, data_dir: Path, options: tuple[str, ...], body: dict[str, object]
+) -> None:
+    node.lines = [EDITED]
+    assert run(node, data_dir, "keys", "change", "a/b", *options).exit_code == 0
+    assert node.requests == [("PATCH", "/admin/keys/a%2Fb", body)]
+
+
+def test_the_longest_grace_is_that_of_a_node() -> None:
+    assert GRACE_HOURS_MAX * 3600 == GRACE_S_MAX

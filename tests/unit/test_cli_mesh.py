@@ -45,6 +45,9 @@ class ScriptedNode:
             def do_GET(self) -> None:
                 self.do_POST()
 
+            def do_PATCH(self) -> None:
+                self.do_POST()
+
             def do_DELETE(self) -> None:
                 self.do_POST()
 

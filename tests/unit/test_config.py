@@ -1,5 +1,7 @@
 import base64
 import dataclasses
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -42,11 +44,18 @@ def test_lists_are_comma_separated_in_the_environment() -> None:
         ("", {"AI_CLUSTER_SLOTS": "many"}, {}, ["slots = 'many'", "environment", "integer"]),
         ("", {}, {"http": "8080"}, ["http = '8080'", "HOST:PORT", "command line"]),
         ("", {}, {"join": ["nowhere"]}, ["join", "HOST:PORT"]),
+        ("slots = true", {}, {}, ["slots = true", "node.toml", "a whole number"]),
+        ('slots = "8"', {}, {}, ["slots = '8'", "node.toml", "a whole number, without quotes"]),
+        ("queue = 8.0", {}, {}, ["queue = 8.0", "a whole number"]),
+        ('deadline_s = "8"', {}, {}, ["deadline_s = '8'", "a number, without quotes"]),
+        ("deadline_s = true", {}, {}, ["deadline_s = true", "a number"]),
+        ("hedge = 1", {}, {}, ["hedge = 1", "true or false"]),
+        ('open = "yes"', {}, {}, ["open = 'yes'", "true or false"]),
+        ('[gossip]\nconfirmations = "1"', {}, {}, ["gossip.confirmations = '1'", "node.toml", "a whole number"]),
         ("slots = ", {}, {}, ["node.toml", "TOML"]),
         ("", {}, {"provider": "tpu"}, ["provider = 'tpu'", "cuda"]),
         ("", {}, {"name": "two words"}, ["name = 'two words'"]),
     ],
-    ids=["toml-key", "env-key", "toml-value", "env-value", "address", "list", "syntax", "choice", "name"],
 )
 def test_a_bad_configuration_is_one_line_that_names_key_value_and_source(
     tmp_path: Path, toml: str, environment: dict[str, str], flags: dict[str, object], words: list[str]
@@ -58,6 +67,15 @@ def test_a_bad_configuration_is_one_line_that_names_key_value_and_source(
     message = str(raised.value)
     assert "\n" not in message
     assert [word for word in words if word not in message] == []
+
+
+def test_texts_of_the_environment_are_read_as_numbers_and_whole_numbers_of_a_file_as_seconds(tmp_path: Path) -> None:
+    file = tmp_path / "node.toml"
+    file.write_text("deadline_s = 8\nslots = 4\nspinning = false\n[gossip]\nprobe_interval_s = 2\n")
+    environment = {"AI_CLUSTER_QUEUE": "7", "AI_CLUSTER_HEDGE": "true", "AI_CLUSTER_GOSSIP_CONFIRMATIONS": "1"}
+    config = load_config(file, environment, {})
+    assert (config.deadline_s, config.slots, config.spinning, config.gossip.probe_interval_s) == (8.0, 4, False, 2.0)
+    assert (config.queue, config.hedge, config.gossip.confirmations) == (7, True, 1)
 
 
 def test_a_missing_configuration_file_is_named(tmp_path: Path) -> None:
@@ -115,6 +133,17 @@ def test_a_missing_key_file_is_named_with_the_fix(tmp_path: Path) -> None:
         load_config(None, {}, {"cluster_key_file": tmp_path / "absent.key"}).cluster_key()
 
 
+def test_a_key_file_that_may_not_be_read_is_not_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    config = load_config(None, {}, {"cluster_key_file": tmp_path / "cluster.key"})
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(ConfigInvalid) as raised:
+        config.cluster_key()
+    assert str(raised.value).endswith("cluster.key: Permission denied; let the user that the node runs as read it")
+
+
 def test_models_are_named_by_their_folder_or_as_given() -> None:
     config = load_config(None, {}, {"model": ["/models/llama", "/other/llama=second"]})
     assert config.models() == [("llama", Path("/models/llama")), ("second", Path("/other/llama"))]
@@ -169,7 +198,7 @@ def test_the_gossip_table_is_read_from_file_and_environment(tmp_path: Path) -> N
     [
         pytest.param("probe_intervall_s = 2.0", ["probe_intervall_s", "did you mean probe_interval_s"], id="typo"),
         pytest.param("confirmations = 3", ["gossip.confirmations = 3", "less than or equal to 2"], id="out of bounds"),
-        pytest.param("probe_interval_s = true", ["probe_interval_s = true is no number"], id="no number"),
+        pytest.param("probe_interval_s = true", ["gossip.probe_interval_s = true", "write a number"], id="no number"),
         pytest.param("packet_burst = 6", ["packet_burst = 6", "3 times packet_reserve"], id="nothing left to publish"),
         pytest.param("verdict_timeout_s = 0.3", ["at least 2 times direct_timeout_s"], id="a contradiction"),
     ],

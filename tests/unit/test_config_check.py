@@ -5,10 +5,12 @@ import pytest
 from typer.testing import CliRunner
 
 from mesh.seal import new_key
+from mesh.view import Address
 from nodes import cli
 from nodes.config import ConfigInvalid, load_config
 from nodes.config_check import check_start
 from nodes.process import run_node
+from nodes.sockets import bind_http, bound_address, check_distinct
 from nodes.store import check_store, open_store
 from tests.unit.certificates import write_certificate
 
@@ -80,6 +82,38 @@ def _no_headers_for_the_collector(tmp_path: Path) -> Settings:
     return {"tracing_endpoint": "http://127.0.0.1:4318", "tracing_headers_file": tmp_path / "gone"}
 
 
+def _http_host_that_does_not_resolve(tmp_path: Path) -> Settings:
+    return {"http": "no-such-host.invalid:0"}
+
+
+def _http_host_that_no_lookup_takes(tmp_path: Path) -> Settings:
+    return {"http": "a..b:0"}
+
+
+def _mesh_host_that_does_not_resolve(tmp_path: Path) -> Settings:
+    return {"mesh": "no-such-host.invalid:0"}
+
+
+def _http_address_of_another_machine(tmp_path: Path) -> Settings:
+    return {"http": "192.0.2.1:0"}
+
+
+def _mesh_address_of_another_machine(tmp_path: Path) -> Settings:
+    return {"mesh": "192.0.2.1:0"}
+
+
+def _one_port_twice(tmp_path: Path) -> Settings:
+    return {"http": "127.0.0.1:7946", "mesh": "127.0.0.1:7946"}
+
+
+def _one_port_of_all_addresses_and_of_one(tmp_path: Path) -> Settings:
+    return {"http": "0.0.0.0:7946", "mesh": "localhost:7946"}
+
+
+def _cuda_without_that_device(tmp_path: Path) -> Settings:
+    return {"provider": "cuda", "device": 63}
+
+
 def _advertises_nothing(tmp_path: Path) -> Settings:
     (tmp_path / "cluster.key").write_text(new_key())
     return {"mesh": "0.0.0.0:0", "cluster_key_file": tmp_path / "cluster.key"}
@@ -99,6 +133,14 @@ FAULTS = (
     _key_of_another_certificate,
     _store_of_another_program,
     _no_headers_for_the_collector,
+    _http_host_that_does_not_resolve,
+    _http_host_that_no_lookup_takes,
+    _mesh_host_that_does_not_resolve,
+    _http_address_of_another_machine,
+    _mesh_address_of_another_machine,
+    _one_port_twice,
+    _one_port_of_all_addresses_and_of_one,
+    _cuda_without_that_device,
 )
 
 
@@ -130,6 +172,21 @@ def test_the_check_says_what_the_start_says_and_makes_nothing(
 def test_the_check_refuses_a_mesh_address_that_others_cannot_reach(tmp_path: Path) -> None:
     with pytest.raises(ConfigInvalid, match="--advertise"):
         check_start(load_config(None, {}, _settings(tmp_path, _advertises_nothing)))
+
+
+def test_the_check_takes_addresses_that_a_node_has_bound(tmp_path: Path) -> None:
+    with bind_http(Address("127.0.0.1", 0)) as http:
+        address = str(bound_address(Address("127.0.0.1", 0), http))
+        check_start(load_config(None, {}, _settings(tmp_path, lambda _: {"http": address})))
+
+
+@pytest.mark.parametrize(
+    "addresses",
+    [("127.0.0.1:7946", "127.0.0.2:7946"), ("127.0.0.1:0", "127.0.0.1:0"), ("0.0.0.0:7946", "[::1]:7946")],
+)
+def test_ports_that_do_not_meet_are_taken(addresses: tuple[str, str]) -> None:
+    http, mesh = addresses
+    check_distinct(load_config(None, {}, {"http": http, "mesh": mesh}))
 
 
 def test_the_check_takes_what_starts_and_makes_nothing(tmp_path: Path) -> None:

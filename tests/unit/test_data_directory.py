@@ -1,9 +1,19 @@
+import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from nodes.config import ConfigInvalid
+from nodes.config import ConfigInvalid, load_config
 from nodes.data_directory import DataDirectory, write_durably
+from nodes.process import run_node
+
+FULL = r"data_dir .*: No space left on device; free space on its disk"
+
+
+def fail_as_on_a_full_disk(*_: object) -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_each_start_has_a_higher_generation(tmp_path: Path) -> None:
@@ -46,6 +56,32 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigInvalid, match="--data-dir"), DataDirectory(tmp_path / "file" / "data"):
         pass
+
+
+def test_a_full_disk_is_told_when_the_folder_is_taken_hold_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "write", fail_as_on_a_full_disk)
+        with pytest.raises(ConfigInvalid, match=FULL), DataDirectory(tmp_path):
+            pass
+    with DataDirectory(tmp_path):  # the lock was let go of
+        pass
+
+
+@pytest.mark.parametrize("write", [DataDirectory.next_generation, DataDirectory.admin_token])
+def test_a_full_disk_is_told_by_each_file_of_a_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[DataDirectory], object]
+) -> None:
+    with DataDirectory(tmp_path) as data:
+        monkeypatch.setattr(os, "fsync", fail_as_on_a_full_disk)
+        with pytest.raises(ConfigInvalid, match=FULL):
+            write(data)
+
+
+def test_a_start_on_a_full_disk_ends_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = {"http": "127.0.0.1:0", "mesh": "127.0.0.1:0", "data_dir": tmp_path / "data", "log_dir": tmp_path / "logs"}
+    monkeypatch.setattr(os, "fsync", fail_as_on_a_full_disk)
+    with pytest.raises(ConfigInvalid, match=FULL):
+        run_node(load_config(None, {}, {**places, "no_model": True, "log_console": "none"}))
 
 
 def test_the_admin_token_is_made_once_and_readable_by_its_user_alone(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from mesh.counters_wire import Totals
 from mesh.errors import NoCapacity
 from mesh.view import EMBEDDING, ClusterView
 from nodes.api.answer_schema import EmbeddingList, ErrorAnswer
-from nodes.api.embedding_schema import DIMENSIONS_MAX, INPUT_IDS_TOTAL_MAX, INPUTS_MAX
+from nodes.api.embedding_schema import DIMENSIONS_MAX, FORMS, INPUT_IDS_TOTAL_MAX, INPUTS_MAX
 from nodes.api.embeddings import WRITE_INLINE_NUMBERS_MAX
+from nodes.api.schema import TOKENS_MAX
 from nodes.generation import GenerationFailed, RequestInvalid
 from tests.unit.scripted_api import ANSWER, Api, ScriptedDispatch, ScriptedEmbeddings, view
 
@@ -107,6 +108,34 @@ async def test_what_is_no_request_is_refused_by_name(fields: dict[str, Any], par
     ErrorAnswer.model_validate(response.json())
     assert response.json()["error"]["param"].startswith(param)
     assert api.embeddings.requests == []
+
+
+@pytest.mark.parametrize(
+    ("value", "param", "message"),
+    [
+        (["x"] * (INPUTS_MAX + 1), "input", f"has {INPUTS_MAX + 1} inputs, and may have at most {INPUTS_MAX} inputs"),
+        ([[1]] * (INPUTS_MAX + 1), "input", f"has {INPUTS_MAX + 1} inputs, and may have at most {INPUTS_MAX} inputs"),
+        ([], "input", "is an empty list; give at least one text"),
+        ({}, "input", f"is an object, and should be {FORMS}"),
+        (None, "input", f"is null, and should be {FORMS}"),
+        (7, "input", f"is a number, and should be {FORMS}"),
+        ([True], "input[0]", "is true, and should be a text, a token id or a list of token ids"),
+        ([1, -2], "input[1]", f"is no token id: they are 0 to {TOKENS_MAX}"),
+        ([1, True], "input[1]", "is true, and should be a token id, a whole number"),
+        ([1, 2.5], "input[1]", "is a number with a fraction, and should be a token id, a whole number"),
+        (["a", 1], "input[1]", "is a number, and should be a text as input[0] is"),
+        ([[1], "a"], "input[1]", "is a text, and should be a list of token ids as input[0] is"),
+        ([[1], []], "input[1]", "is empty; give at least one token id"),
+        ([[1], [2, TOKENS_MAX + 1]], "input[1][1]", f"is no token id: they are 0 to {TOKENS_MAX}"),
+        ([1] * (INPUT_IDS_TOTAL_MAX + 1), "input", f"has {INPUT_IDS_TOTAL_MAX + 1} token ids, the limit is"),
+    ],
+)
+async def test_what_is_no_input_is_told_why(value: object, param: str, message: str) -> None:
+    api = api_of()
+    api.app._app._app.config["MAX_CONTENT_LENGTH"] = 10**7  # type: ignore[attr-defined]
+    error = (await api.embed(input=value)).json()["error"]
+    assert error["param"] == param
+    assert error["message"].startswith(f"{param} {message}")
 
 
 async def test_token_ids_are_bounded_in_all() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -74,6 +75,20 @@ async def test_what_no_key_can_be_is_refused_by_name(body: dict[str, Any], param
         answer = await admin(api, "POST", "keys", **body)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
         assert not api.access.book.was_ever_used
+
+
+@pytest.mark.parametrize("name", ["a/b c", "/a", "a/", "a//b", "/", "x/rotate", "rotate", "a?b#c", "50 %2F"])
+async def test_a_key_is_reached_by_whatever_name_it_was_given(name: str) -> None:
+    api = Api(ScriptedDispatch())
+    path = f"keys/{quote(name, safe='')}"
+    async with api.client:
+        public_id = (await admin(api, "POST", "keys", name=name)).json()["key"]["id"]
+        assert (await admin(api, "GET", path)).json()["id"] == public_id
+        changed = await admin(api, "PATCH", path, priority=7)
+        assert (changed.json()["key"]["id"], changed.json()["key"]["priority"]) == (public_id, 7)
+        rotated = (await admin(api, "POST", f"{path}/rotate")).json()["key"]
+        assert (rotated["family"], rotated["name"]) == (public_id, name)
+        assert (await admin(api, "DELETE", path)).json()["key"]["id"] == rotated["id"]
 
 
 async def test_keys_are_for_who_shows_the_admin_token() -> None:

@@ -211,6 +211,19 @@ async def test_remove_is_refused_at_all_nodes_while_one_seals_with_the_key() -> 
         assert [OLD_ID in ring for ring in mesh.rings.values()] == [False, True, False]
 
 
+async def test_force_is_offered_only_where_some_node_could_do_it() -> None:
+    async with running(FakeMesh("b")) as mesh:
+        unknown = str((await mesh.summary(use(mesh)))["message"])
+        assert unknown.startswith(f"key {NEW_ID.hex()} is used nowhere anew; no node that answered has it")
+        everywhere = str((await mesh.summary(remove(mesh)))["message"])
+        assert everywhere.startswith(f"key {OLD_ID.hex()} was removed nowhere; no node that answered could do without")
+        assert "--force" not in unknown + everywhere
+        mesh.rings["a"].install(NEW)
+        assert "--force uses it at those nodes that have it" in str((await mesh.summary(use(mesh)))["message"])
+        mesh.rings["a"].use(NEW_ID)
+        assert "--force removes it at those nodes" in str((await mesh.summary(remove(mesh)))["message"])
+
+
 async def test_use_and_remove_are_refused_while_a_member_gives_no_answer(
     autojump_clock: trio.testing.MockClock,
 ) -> None:

@@ -78,6 +78,17 @@ def test_what_is_no_url_is_refused(written: str) -> None:
         parse_url(written)
 
 
+@pytest.mark.parametrize(
+    "command", [["models", "list"], ["status"], ["top"], ["chat", "hi"], ["members"], ["keys", "list"]]
+)
+def test_a_command_that_is_given_no_url_asks_nothing_and_says_so_by_its_exit_code(command: list[str]) -> None:
+    result = CliRunner().invoke(cli.app, [*command, "--url", "localhost:8080"])
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "ai-cluster: 'localhost:8080' is no URL; try --url http://127.0.0.1:8080\n",
+    )
+
+
 def test_a_command_takes_the_base_url_of_the_api() -> None:
     with serving() as port:
         result = list_models(f"http://127.0.0.1:{port}/v1")
@@ -116,7 +127,7 @@ def test_a_file_of_trusted_certificates_that_is_none_is_named(tmp_path: Path) ->
     (tmp_path / "none.pem").write_text("nothing")
     for name, reason in (("none.pem", "no PEM certificates"), ("absent.pem", "No such file")):
         result = list_models("https://127.0.0.1:1", "--ca-file", str(tmp_path / name))
-        assert result.exit_code == 1
+        assert result.exit_code == 2
         assert f"{name}: " in result.stderr
         assert reason in result.stderr
 
