@@ -301,9 +301,12 @@ def main() -> None:
 
 
 def _is_output_broken() -> bool:
-    """Tells a fault of writing the output from others: what could not be written is still there, and fails again."""
+    """Tells a fault of writing the output from others: what could not be written is still there, and fails again. An
+    output without a buffer has kept nothing, and is tried with an empty line."""
     try:
         sys.stdout.flush()
+        if getattr(sys.stdout, "write_through", False):
+            print(flush=True)
     except OSError:
         return True
     return False
