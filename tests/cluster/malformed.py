@@ -300,7 +300,7 @@ class _Run:
             if self.sent == int(self.options.requests * WARM_SHARE):
                 self.rss.append(rss_mib([self.node])[self.node.name])
             if self.sent % 5_000 == 0:
-                progress(f"{self.sent} requests, {dict(self.broken)}")
+                progress(f"{self.sent} requests, {rss_mib([self.node])[self.node.name]} MiB, {dict(self.broken)}")
             kind, data = self.draw.next()
             self.kinds[kind] += 1
             fault, statuses = await self._send(data)
