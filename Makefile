@@ -40,10 +40,11 @@ $(VENV)/.tests-installed: $(VENV)/.installed requirements.lock
 run: $(VENV)/.installed
 	@exec $(BIN)/ai-cluster up --nodes $(NODES)
 
-# Unit tests share nothing, so two processes run them; those of real nodes take turns on the cores.
+# Unit tests and those in virtual time share nothing, so two processes run them; those of real nodes take turns on the
+# cores.
 test: $(VENV)/.tests-installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
-	$(BIN)/python -m pytest tests/cluster tests/simulation
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/simulation tests/unit
+	$(BIN)/python -m pytest tests/cluster
 
 # What needs programs of the system beside Python: Debian's prometheus (with promtool) and chromium, and npm.
 test-tools: $(VENV)/.tests-installed browser-tools

@@ -211,8 +211,7 @@ class Gate:
 
     def _limit_reached(self, key: ApiKey, limits: Limits, refusal: Refusal, tokens: int) -> LimitReached:
         what = {"requests": "requests per minute", "tokens": "tokens per minute", "concurrency": "requests at once"}
-        count = what[refusal.kind].replace("requests", "request") if refusal.limit == 1 else what[refusal.kind]
-        message = f"the limit of this API key is {refusal.limit} {count}, over all nodes together"
+        message = f"the limit of this API key is {refusal.limit} {what[refusal.kind]}, over all nodes together"
         if refusal.retry_after_s is None:
             message += f"; this request alone may use {tokens}: ask for fewer with max_completion_tokens"
         return LimitReached(message, refusal.kind, refusal.retry_after_s, self.remaining(key, limits))

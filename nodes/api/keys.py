@@ -49,6 +49,12 @@ class _KeyName(PathConverter):
     regex = ".+?"
 
 
+class _KeyNameAlone(_KeyName):
+    """At the end of a path. One that ends with the word of the other route is reached by its key's id."""
+
+    regex = "(?!.*/rotate$).+?"
+
+
 class CreateBody(OperatorBody):
     name: str
     requests_per_minute: Limit = None
@@ -81,8 +87,8 @@ class RotateBody(OperatorBody):
 
 def register(app: Quart, services: Services) -> None:
     admin = services.key_admin
-    app.url_map.converters["key_name"] = _KeyName
-    one = "/admin/keys/<key_name:name>"
+    app.url_map.converters |= {"key_name": _KeyName, "key_name_alone": _KeyNameAlone}
+    one = "/admin/keys/<key_name_alone:name>"
 
     def unserved(key: ApiKey) -> list[str]:
         """Of the models that it may use, those that no live node has: a typing error, or a node that is away."""
@@ -131,7 +137,7 @@ def register(app: Quart, services: Services) -> None:
             raise RequestInvalid("name: a key has one", param="name")
         return answer(await _done(lambda: admin.change(name, changes)))
 
-    @app.post(f"{one}/rotate", merge_slashes=False)
+    @app.post("/admin/keys/<key_name:name>/rotate", merge_slashes=False)
     async def rotate_api_key(name: str) -> Response:
         body = await read_operator_body(request, RotateBody)
         return answer(await _done(lambda: admin.rotate(name, body.grace_s)))
