@@ -64,7 +64,8 @@ class GenerationBody(Body):
     user: str | None = Field(None, description="Accepted; nothing depends on it.")
     top_k: int | None = Field(None, ge=-1, le=TOKENS_MAX, description="Of the likeliest tokens; 0 or -1 keeps all.")
     min_p: Fraction | None = None
-    repetition_penalty: float | None = Field(None, gt=0, le=10, allow_inf_nan=False)
+    # Its inverse multiplies logits: what is smaller leaves no finite numbers.
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10, allow_inf_nan=False)
     min_tokens: int | None = Field(None, ge=0, le=TOKENS_MAX)
     ignore_eos: bool | None = None
 

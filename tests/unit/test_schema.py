@@ -235,6 +235,7 @@ def test_a_schema_and_tools_together_allow_either() -> None:
         ({"top_k": -2}, "top_k"),
         ({"min_p": 2}, "min_p"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 9e-153}, "repetition_penalty"),  # which is 0 as float32
         ({"min_tokens": 5, "max_tokens": 3}, "min_tokens"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
