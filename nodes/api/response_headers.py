@@ -1,6 +1,7 @@
 """What every answer tells browsers: nothing is guessed, framed or kept, and no web page reads it but those configured.
 
-An ASGI layer inside the accounting, so that it sees errors too and what it answers itself is counted. Cross-origin
+An ASGI layer inside the accounting, so that it sees errors too and what it answers itself is counted: also what has to
+be refused before the application sees it, such as a request with two ends, or a host that can be none. Cross-origin
 requests (Fetch standard, CORS): without configured origins no answer allows any, and preflights are refused as any
 method is that a route does not have. With them, /v1 alone is opened, and without credentials: a page sends its API key
 itself. /admin never is.

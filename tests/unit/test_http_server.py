@@ -45,7 +45,7 @@ def clock(autojump_clock: trio.testing.MockClock) -> trio.testing.MockClock:
 
 class Application:
     """/short answers at once, /early before the body has come, /slow when told to, /large with LARGE_BYTES in parts,
-    /long with LONG in one."""
+    /long with LONG in one, /deaf at once and without looking whether its client has left."""
 
     def __init__(self) -> None:
         self.may_end = trio.Event()
@@ -64,7 +64,8 @@ class Application:
         is_read = path == "/early"
         while not is_read:
             is_read = not (await receive()).get("more_body", False)
-        nursery.start_soon(self._watch, receive, nursery)
+        if path != "/deaf":
+            nursery.start_soon(self._watch, receive, nursery)
         if path == "/slow":
             await send({"type": "http.response.start", "status": 200, "headers": []})
             await send({"type": "http.response.body", "body": b"begun ", "more_body": True})
@@ -413,7 +414,7 @@ async def test_an_http2_client_that_reads_gets_all_of_a_long_answer(clock: trio.
 
 
 @pytest.mark.parametrize("is_upgrade", [True, False], ids=["upgrade", "prior knowledge"])
-@pytest.mark.parametrize("path", ["/short", "/long", "/slow"])
+@pytest.mark.parametrize("path", ["/short", "/long", "/slow", "/deaf"])
 async def test_an_http2_client_that_ends_its_side_holds_no_connection(
     clock: trio.testing.MockClock, path: str, is_upgrade: bool
 ) -> None:
