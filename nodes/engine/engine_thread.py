@@ -85,7 +85,7 @@ class EngineThread(StepThread[Tick]):
             self._now(),
             len(plan.decode),
             done.decode_s,
-            len(plan.prefill.token_ids) if plan.prefill is not None else 0,
+            sum(len(chunk.token_ids) for chunk in plan.prefill),
             done.prefill_s,
         )
 
@@ -102,6 +102,6 @@ class EngineThread(StepThread[Tick]):
             if done.are_rows_lost:
                 return self.scheduler.fail_placed(error)
             outcomes: list[Outcome] = []
-            if done.tokens:  # the decode step went well, the chunk after it did not
-                outcomes += self.scheduler.commit(replace(plan, prefill=None), done.tokens, None)
+            if done.tokens:  # the decode step went well, a chunk after it did not
+                outcomes += self.scheduler.commit(replace(plan, prefill=()), done.tokens, None)
             return outcomes + self.scheduler.fail(done.broken, error)

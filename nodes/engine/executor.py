@@ -1,4 +1,4 @@
-"""Runs one plan of the scheduler on a session: moves, the decode step, the prompt chunk, and the choice of tokens.
+"""Runs one plan of the scheduler on a session: moves, the decode step, the prompt chunks, and the choice of tokens.
 
 On the engine thread alone. What raises in between is caught here, because only here is known whose step it was.
 """
@@ -106,9 +106,10 @@ class Executor:
             if plan.decode:
                 done.broken = plan.decode
                 done.tokens, done.decode_s = self._decode(plan.decode, kv)
-            if plan.prefill is not None:
-                done.broken = (plan.prefill.sequence,)
-                done.first_token, done.prefill_s = self._prefill(plan.prefill)
+            for chunk in plan.prefill:
+                done.broken = (chunk.sequence,)
+                done.first_token, seconds = self._prefill(chunk)
+                done.prefill_s += seconds
         except Exception as exc:  # ONNX Runtime has no common root for what it raises
             done.fault = exc
         return done

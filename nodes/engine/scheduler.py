@@ -3,7 +3,8 @@ no thread and no session.
 
 A tick is plan(), its execution by the caller, commit(). Between the two, submit() and cancel() may be called; they
 change neither a slot nor a length. A tick decodes one token of every sequence whose prompt is done, then prefills at
-most one chunk of one prompt, so a long prompt delays the others by one chunk a token. Prompts are prefilled in order of
+most one chunk of one prompt, so a long prompt delays the others by one chunk a token. An answer that another engine has
+begun gets several a tick: its reader is in the middle of a text that has stopped. Prompts are prefilled in order of
 arrival, fairly between askers. Chunks end at absolute multiples of PREFILL_CHUNK_TOKENS: how a prompt was cut never
 depends on who else was there, which keeps quantised results reproducible.
 """
@@ -22,6 +23,9 @@ from nodes.engine.sequence import Phase, Progress, Sequence
 
 # One chunk takes about as long as one decode step of a full batch, so prefilling halves the others' rate, not more.
 PREFILL_CHUNK_TOKENS = BLOCK_TOKENS
+# Chunks a tick of an answer begun elsewhere. When a node dies its answers come together, each with all its tokens so
+# far to prefill; with one chunk a tick the last of them would stand still for as many steps as all have chunks.
+RESUMED_CHUNKS = 4
 # Answers begun elsewhere that may wait beyond a full queue, for each slot: what three nodes as large as this decoded
 # when they died. They are never refused for the sake of requests that nobody has answered yet.
 RESUMED_PER_SLOT = 3
@@ -54,16 +58,17 @@ Outcome = Progress | Failed
 class Plan:
     """One tick: do `moves` in order, decode one token of each of `decode` in slots [0, len), then `prefill`.
 
-    expired: what passed its deadline, to be told to the readers."""
+    prefill: chunks of one sequence, one after the other. expired: what passed its deadline, to be told to the readers.
+    """
 
     moves: SequenceOf[Move] = ()
     decode: SequenceOf[Sequence] = ()
-    prefill: PrefillChunk | None = None
+    prefill: SequenceOf[PrefillChunk] = ()
     expired: SequenceOf[Failed] = field(default_factory=tuple)
 
     @property
     def has_steps(self) -> bool:
-        return bool(self.decode) or self.prefill is not None
+        return bool(self.decode or self.prefill)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +152,7 @@ class Scheduler:
         if decoding and self.kv.prefilling is None:
             self._steady = Plan(decode=decoding)
             self._steady_until = min(sequence.deadline for sequence in decoding)
-        return Plan(moves, decoding, self._next_chunk(), expired)
+        return Plan(moves, decoding, self._next_chunks(), expired)
 
     def commit(self, plan: Plan, tokens: SequenceOf[Sampled], first_token: Sampled | None) -> list[Outcome]:
         """Record that the plan was executed.
@@ -159,8 +164,7 @@ class Scheduler:
         self.kv.lengths[: len(plan.decode)] += 1
         for slot, (sequence, token) in enumerate(zip(plan.decode, tokens, strict=True)):
             self._accept(sequence, slot, token, outcomes)
-        chunk = plan.prefill
-        if chunk is not None:
+        for chunk in plan.prefill:
             self.kv.lengths[chunk.slot] += len(chunk.token_ids)
             chunk.sequence.prefilled += len(chunk.token_ids)
             self._queued_tokens -= len(chunk.token_ids)
@@ -287,13 +291,17 @@ class Scheduler:
             return True
         return False
 
-    def _next_chunk(self) -> PrefillChunk | None:
+    def _next_chunks(self) -> list[PrefillChunk]:
         if self.kv.prefilling is None:
-            return None
+            return []
         slot, sequence = self.kv.prefilling
-        start, total = sequence.prefilled, len(sequence.prefill_ids)
-        end = min(total, start - start % PREFILL_CHUNK_TOKENS + PREFILL_CHUNK_TOKENS)
-        return PrefillChunk(sequence, slot, start, sequence.prefill_ids[start:end], end == total)
+        chunks: list[PrefillChunk] = []
+        end, total = sequence.prefilled, len(sequence.prefill_ids)
+        while end < total and len(chunks) < (RESUMED_CHUNKS if sequence.is_resumed else 1):
+            start = end
+            end = min(total, start - start % PREFILL_CHUNK_TOKENS + PREFILL_CHUNK_TOKENS)
+            chunks.append(PrefillChunk(sequence, slot, start, sequence.prefill_ids[start:end], end == total))
+        return chunks
 
     def _leave(self, sequence: Sequence) -> None:
         """The sequence in a slot is over; the next plan() gives the slot back."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import trio
 
+from deploy.models.demo.tokenizer import END_ID
 from tests.cluster.stream_client import Answer, ask
 
 # In this order over and over: mostly what has but ids and a seed, among it what carries more across nodes.
@@ -114,6 +115,7 @@ def _served_kinds(refused: Iterable[str]) -> Iterator[str]:
 
 
 def _body(kind: str, index: int, rng: random.Random, tokens: tuple[int, int]) -> dict[str, Any]:
+    """The token that ends an answer has no text: a run of them would look like a pause. So it is never drawn."""
     body: dict[str, Any] = {
         "model": "demo",
         "messages": [{"role": "user", "content": rng.choice(QUESTIONS)}],
@@ -125,6 +127,8 @@ def _body(kind: str, index: int, rng: random.Random, tokens: tuple[int, int]) ->
     # Hot enough that the text does not end in a repetition, in which a lost token would not show.
     sampled = {"temperature": round(rng.uniform(1.2, 1.9), 2), "seed": index + 1}
     body |= {"temperature": 0} if kind in ("greedy", "json_object") else sampled
+    if kind != "json_object":  # which ends by that token
+        body["logit_bias"] = {str(END_ID): -100}
     extra: dict[str, dict[str, Any]] = {
         "n2": {"n": 2},
         "logprobs": {"logprobs": True, "top_logprobs": 2},

@@ -11,7 +11,7 @@ from nodes.engine.errors import DeadlinePassed, EngineFault, QueueFull
 from nodes.engine.kv_slots import CopyRows, SwapRows
 from nodes.engine.sampler import INVALID, sample
 from nodes.engine.sampling import Sampled, SamplingParams
-from nodes.engine.scheduler import RESUMED_PER_SLOT, Failed, Outcome, Plan, Progress, Scheduler
+from nodes.engine.scheduler import RESUMED_CHUNKS, RESUMED_PER_SLOT, Failed, Outcome, Plan, Progress, Scheduler
 from nodes.engine.sequence import Phase, Sequence
 from tests.unit.fake_session import CAPACITY, FakeSession, greedy
 from tests.unit.test_sequence import LetterDecoder
@@ -28,13 +28,14 @@ def sequence(
     params: SamplingParams | None = None,
     asker: str = "",
     generated_ids: tuple[int, ...] = (),
+    capacity: int = CAPACITY,
 ) -> Sequence:
     return Sequence(
         [10 + i % 90 for i in range(prompt_tokens)],
         params or greedy(),
         LetterDecoder(),
         eos_ids=frozenset(),
-        capacity=CAPACITY,
+        capacity=capacity,
         deadline=deadline,
         generated_ids=generated_ids,
         fairness_id=asker,
@@ -55,7 +56,7 @@ def execute(plan: Plan, scheduler: Scheduler, session: FakeSession) -> list[Outc
         logits = session.decode(scheduler.kv.next_ids[:count], scheduler.kv.lengths[:count])
         tokens = sample(logits, [s.sampling for s in plan.decode])
     first_token = None
-    if (chunk := plan.prefill) is not None:
+    for chunk in plan.prefill:
         logits = session.prefill(chunk.slot, np.array(chunk.token_ids), chunk.start)
         if chunk.is_last:
             first_token = sample(logits[None], [chunk.sequence.sampling])[0]
@@ -65,7 +66,7 @@ def execute(plan: Plan, scheduler: Scheduler, session: FakeSession) -> list[Outc
 def tick(scheduler: Scheduler, now: float = NOW, token: int = 5) -> Plan:
     """One tick in which every token is `token`."""
     plan = scheduler.plan(now)
-    is_last = plan.prefill is not None and plan.prefill.is_last
+    is_last = any(chunk.is_last for chunk in plan.prefill)
     scheduler.commit(plan, [Sampled(token)] * len(plan.decode), Sampled(token) if is_last else None)
     return plan
 
@@ -75,7 +76,8 @@ def chunks(prompt_tokens: int) -> list[tuple[int, int]]:
     scheduler = Scheduler(SLOTS, QUEUE_LIMIT)
     scheduler.submit(sequence(prompt_tokens))
     found = []
-    while (chunk := tick(scheduler).prefill) is not None:
+    while planned := tick(scheduler).prefill:
+        (chunk,) = planned
         found.append((chunk.start, chunk.start + len(chunk.token_ids)))
         assert chunk.is_last == (found[-1][1] == prompt_tokens)
     return found
@@ -103,8 +105,23 @@ def test_a_long_prompt_delays_the_others_by_one_chunk_a_token() -> None:
     for _ in range(4):
         plan = tick(scheduler)
         assert list(plan.decode) == [first]
-        assert plan.prefill is not None
+        assert len(plan.prefill) == 1
     assert len(tick(scheduler).decode) == 2
+
+
+def test_an_answer_begun_elsewhere_gets_several_chunks_a_token_cut_like_any_other() -> None:
+    scheduler = Scheduler(SLOTS, QUEUE_LIMIT)
+    running, resumed = sequence(), sequence(70, params=greedy(400), generated_ids=tuple(range(290)), capacity=512)
+    scheduler.submit(running)
+    tick(scheduler)
+    scheduler.submit(resumed)
+    ends = []
+    while planned := tick(scheduler).prefill:
+        assert {chunk.sequence for chunk in planned} == {resumed}
+        assert len(planned) <= RESUMED_CHUNKS
+        ends.append([chunk.start + len(chunk.token_ids) for chunk in planned])
+    assert ends == [[64, 128, 192, 256], [320, 360]]
+    assert list(tick(scheduler).decode) == [running, resumed]
 
 
 def test_prompts_are_prefilled_in_order_of_arrival() -> None:
@@ -112,7 +129,7 @@ def test_prompts_are_prefilled_in_order_of_arrival() -> None:
     sequences = [sequence() for _ in range(SLOTS)]
     for one in sequences:
         scheduler.submit(one)
-    begun = [plan.prefill.sequence for plan in (tick(scheduler) for _ in range(SLOTS)) if plan.prefill]
+    begun = [chunk.sequence for _ in range(SLOTS) for chunk in tick(scheduler).prefill]
     assert begun == sequences
 
 
@@ -211,8 +228,7 @@ def test_cancelling_a_queued_request_leaves_the_others_alone() -> None:
     assert list(tick(scheduler).decode) == [running]
     scheduler.cancel(running)
     plan = tick(scheduler)
-    assert plan.prefill is not None
-    assert plan.prefill.sequence is last
+    assert [chunk.sequence for chunk in plan.prefill] == [last]
 
 
 @pytest.mark.parametrize("ticks", [1, 2, 5], ids=["in prefill", "at the last chunk", "decoding"])
@@ -225,7 +241,7 @@ def test_a_late_running_sequence_ends_and_the_others_go_on(ticks: int) -> None:
         tick(scheduler)
     plan = tick(scheduler, NOW + 1)
     assert [(failed.sequence, type(failed.error)) for failed in plan.expired] == [(late, DeadlinePassed)]
-    assert other in [*plan.decode, plan.prefill.sequence if plan.prefill else None]
+    assert other in [*plan.decode, *(chunk.sequence for chunk in plan.prefill)]
     assert scheduler.load().active == 1
 
 
@@ -257,8 +273,7 @@ def test_a_slot_counts_as_free_as_soon_as_its_sequence_is_over(how: str) -> None
         scheduler.submit(sequence())
     assert (scheduler.load().active, scheduler.load().free_slots) == (1, 0)
     plan = scheduler.plan(NOW)
-    assert plan.prefill is not None
-    assert plan.prefill.sequence is other
+    assert [chunk.sequence for chunk in plan.prefill] == [other]
 
 
 def test_queued_tokens_are_the_prompt_tokens_still_to_prefill() -> None:
