@@ -23,7 +23,7 @@ from mesh.wire import (
 
 # The entries of one digest; the rest of its packet is for the head and the sender's own record.
 ENTRIES_BYTES_MAX = 1_000 - NODE_ID_BYTES_MAX
-# Members whose profile is asked for at one time; comparisons with each of them bring those of others too.
+# Members whose profile or load is asked for at one time; comparisons with each of them bring those of others too.
 LACKING_MAX = 64
 
 
@@ -39,7 +39,7 @@ class DigestTurns:
         self._lacking: OrderedDict[str, None] = OrderedDict()
 
     def hurry(self, member: Member, now: float) -> None:
-        """The profile of this member is missing: compare with itself soon and until it is there, beginning at it."""
+        """A profile or load of this member is missing: compare with itself soon, until it is there, beginning at it."""
         if len(self._lacking) < LACKING_MAX:
             self._lacking[member.node_id] = None
         self.next_at = min(self.next_at, now + self._config.digest_hurry_s)
@@ -51,7 +51,9 @@ class DigestTurns:
         while self._lacking:
             node_id, _ = self._lacking.popitem(last=False)
             member = self._table.members.get(node_id)
-            if member is not None and member.is_live and member.warm_version > member.profile_version:
+            if member is None or not member.is_live:
+                continue
+            if member.lacks_load or member.warm_version > member.profile_version:
                 self._lacking[node_id] = None  # asked again after the others, unless it answers
                 self._low = member.id_hash
                 self.next_at = now + self._config.digest_hurry_s

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 
 from mesh.membership import MemberTable
@@ -18,13 +19,24 @@ MISFITS_MAX = 3
 # So many are looked at for one packet, those passed over included, however many wait.
 SCANNED_MAX = 128
 RECORD_BYTES_MIN = 24  # no record with a load is smaller
+SIGN_BYTES_MIN = 8  # no sign of life is, but for one member in 65,536
+
+
+@dataclass(slots=True)
+class Taken:
+    """News for one packet, encoded. room_bytes: what they leave of the room."""
+
+    room_bytes: int
+    records: list[bytes] = field(default_factory=list)
+    signs: list[bytes] = field(default_factory=list)
 
 
 class Rumours:
     """News to pass on, most recent first, each a bounded number of times. At most one entry a member in each class.
 
     Urgent: membership, readiness and profiles. Loads: those that changed. Signs: newer versions of the same load, which
-    say only that the member lives."""
+    say only that the member lives, told as signs of life (mesh.wire.Sign) where it is known since when it is the same.
+    """
 
     def __init__(self, table: MemberTable, retransmit_max: int) -> None:
         self._table = table
@@ -45,12 +57,12 @@ class Rumours:
         self._with_warm.difference_update(self._shed(self._urgent))
 
     def add_load(self, node_id: str, *, is_changed: bool) -> None:
-        """News that the next publication replaces. A changed load is told half as often as urgent news: with four
-        tellings one member in fifty of 1,000 heard of it a publication later."""
+        """A changed load is told as often as urgent news, since the signs of life that follow do not carry it; the next
+        publication replaces a sign."""
         # What is still on its way as a change stays one, whatever newer version carries it.
         if is_changed or node_id in self._loads:
             self._signs.pop(node_id, None)
-            waiting, tellings = self._loads, self._retransmit_max * max(2, self._tenfolds) // 2
+            waiting, tellings = self._loads, self._retransmit_max * self._tenfolds
         else:
             waiting, tellings = self._signs, self._retransmit_max
         waiting[node_id] = tellings
@@ -85,32 +97,28 @@ class Rumours:
         self._told(self._urgent, [own.node_id])
         return encoded
 
-    def take(self, room_bytes: int, receiver_id: str) -> list[bytes]:
-        """Encoded records for one packet to one receiver, at most room_bytes together. Each class takes what room the
-        ones before it leave; while less urgent ones wait it leaves some."""
+    def take(self, room_bytes: int, receiver_id: str) -> Taken:
+        """News for one packet to one receiver, at most room_bytes together. Each class takes what room the ones before
+        it leave; while less urgent ones wait it leaves some."""
+        taken = Taken(room_bytes)
         waits = bool(self._loads or self._signs)
-        records, left = self._choose(self._urgent, room_bytes, URGENT_SHARE if waits else 1.0, receiver_id)
-        if self._loads:
-            loads, left = self._choose(self._loads, left, LOADS_SHARE if self._signs else 1.0, receiver_id)
-            records += loads
-        if self._signs:
-            records += self._choose(self._signs, left, 1.0, receiver_id)[0]
-        return records
+        self._choose(self._urgent, taken, URGENT_SHARE if waits else 1.0, receiver_id)
+        self._choose(self._loads, taken, LOADS_SHARE if self._signs else 1.0, receiver_id)
+        self._choose(self._signs, taken, 1.0, receiver_id)
+        return taken
 
-    def _choose(
-        self, waiting: OrderedDict[str, int], room_bytes: int, share: float, receiver_id: str
-    ) -> tuple[list[bytes], int]:
-        """(records that fit in that share of the room, bytes of the room left); they count as told."""
-        records: list[bytes] = []
+    def _choose(self, waiting: OrderedDict[str, int], taken: Taken, share: float, receiver_id: str) -> None:
+        """Take what fits in that share of the room; it counts as told."""
         chosen: list[str] = []
         forgotten: list[str] = []
         misfits = 0
         members, own_id = self._table.members, self._table.own.node_id
-        is_urgent = waiting is self._urgent
-        kept = room_bytes - int(room_bytes * share)
-        left = room_bytes - kept
+        is_urgent, is_signs = waiting is self._urgent, waiting is self._signs
+        kept = taken.room_bytes - int(taken.room_bytes * share)
+        smallest = SIGN_BYTES_MIN if is_signs else RECORD_BYTES_MIN
         for node_id in islice(reversed(waiting), SCANNED_MAX):
-            if left < RECORD_BYTES_MIN:
+            left = taken.room_bytes - kept
+            if left < smallest:
                 break
             member = members.get(node_id)
             if member is None:
@@ -120,11 +128,12 @@ class Rumours:
                 continue
             if not is_urgent and node_id in self._urgent:
                 continue
-            encoded = member.encoded(with_warm=is_urgent and node_id in self._with_warm)
+            sign = member.encoded_sign() if is_signs else b""
+            encoded = sign or member.encoded(with_warm=is_urgent and node_id in self._with_warm)
             if len(encoded) <= left:
-                records.append(encoded)
+                (taken.signs if sign else taken.records).append(encoded)
+                taken.room_bytes -= len(encoded)
                 chosen.append(node_id)
-                left -= len(encoded)
             else:
                 misfits += 1
                 if misfits >= MISFITS_MAX:
@@ -133,7 +142,6 @@ class Rumours:
             del waiting[node_id]
             self._with_warm.discard(node_id)
         self._told(waiting, chosen)
-        return records, left + kept
 
     def _told(self, waiting: OrderedDict[str, int], node_ids: Sequence[str]) -> None:
         for node_id in node_ids:

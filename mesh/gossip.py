@@ -31,7 +31,7 @@ from mesh.gossip_types import (
     UsageHeard,
 )
 from mesh.identity import Claim, Identity
-from mesh.membership import NEWS, Change, Member, MemberTable, PeerCycle, Plan, own_member
+from mesh.membership import NEWS, Change, Member, MemberTable, PeerCycle, Plan, own_member, sign_record
 from mesh.outbox import Outbox
 from mesh.own_state import OwnState
 from mesh.pace import Pace
@@ -310,6 +310,7 @@ class Gossip:
             self._answers.answer_second_process(packet, self._table.members[packet.sender], source, now)
         else:
             self._take(arrival.plans, packet.sender, now)
+            self._take_signs(packet.signs, packet.sender, now)
             for record in packet.records:
                 if record.node_id == self.node_id:
                     self._hear_about_self(record, source, now)
@@ -327,6 +328,18 @@ class Gossip:
                 continue
             merged.add(current.record.node_id)
             self._merge(current, sender, now)
+
+    def _take_signs(self, signs: Iterable[wire.Sign], sender: str, now: float) -> None:
+        for sign in signs:
+            member = self._table.news_in(sign)
+            if member is None:
+                continue
+            plan = self._table.plan(sign_record(member, sign))
+            if plan is not None:
+                self._merge(plan, sender, now)
+            member.know_unchanged(sign)
+            if member.lacks_load and member.is_live:
+                self._digests.hurry(member, now)
 
     # --- comparing everything over a peer link ---
 

@@ -15,6 +15,7 @@ from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 
 from mesh.state import decode_load, decode_profile
 from mesh.view import Address, MemberStatus, MemberView, NodeLoad, NodeProfile
@@ -25,7 +26,9 @@ from mesh.wire import (
     SECTION_BYTES_MAX,
     DigestEntry,
     Record,
+    Sign,
     encode_record,
+    encode_sign,
 )
 
 MEMBERS_MAX = 16_384  # in the table, tombstones included; about 2 KiB each
@@ -57,6 +60,7 @@ class Member:
 
     __slots__ = (
         "_encoded",
+        "_encoded_sign",
         "accusers",
         "address",
         "advanced_at",
@@ -66,11 +70,14 @@ class Member:
         "bulk_version_heard",
         "generation",
         "hot",
+        "hot_load",
+        "hot_since",
         "id_hash",
         "known_since",
         "load",
         "load_at",
         "load_version",
+        "long_hash",
         "node_id",
         "profile",
         "profile_version",
@@ -85,6 +92,7 @@ class Member:
     def __init__(self, record: Record, now: float) -> None:
         self.node_id = record.node_id
         self.id_hash = id_hash(record.node_id)
+        self.long_hash = long_hash(record.node_id)
         self.address = record.address
         self.generation = record.generation
         self.version = record.version
@@ -96,6 +104,8 @@ class Member:
         self.load = NodeLoad()
         self.profile = NodeProfile()
         self.hot: bytes | None = None
+        self.hot_load = NodeLoad()  # what `hot` says; `load` may be fresher
+        self.hot_since = 0  # the first version of the load that is published at `version`, as far as is known
         self.warm: bytes | None = None
         self.bulk = b""
         self.bulk_version = 0  # the one held
@@ -107,10 +117,16 @@ class Member:
         self.told_by = ""  # the peer that last told news of it, who need not be told
         self.boot_id = record.boot_id  # of the process that speaks for it, once heard of
         self._encoded: dict[tuple[bool, bool], bytes] = {}
+        self._encoded_sign = b""
 
     @property
     def is_live(self) -> bool:
         return self.status in LIVE
+
+    @property
+    def lacks_load(self) -> bool:
+        """A sign of life told of a load that has not come: whoever holds it is to be asked."""
+        return self.hot_since > self.load_version
 
     @property
     def is_bulk_news(self) -> bool:
@@ -165,13 +181,31 @@ class Member:
             encoded = self._encoded[kind] = encode_record(self.record(with_warm=kind[0], with_bulk=kind[1]))
         return encoded
 
+    def encoded_sign(self) -> bytes:
+        """Its newest version as a sign of life, encoded once per change. Empty where that needs a record: it is not
+        ALIVE, has changed its load in this version, or whether it has is not known."""
+        if self.status is not MemberStatus.ALIVE or not 0 < self.hot_since < self.version:
+            return b""
+        if not self._encoded_sign:
+            unchanged = self.version - self.hot_since
+            self._encoded_sign = encode_sign(Sign(self.long_hash, self.generation, self.version, unchanged))
+        return self._encoded_sign
+
+    def know_unchanged(self, sign: Sign) -> None:
+        """What a sign of life that was merged says of the load at the version known."""
+        since = sign.version - sign.unchanged
+        is_current = (sign.generation, sign.version) == (self.generation, self.version)
+        if is_current and since > 0 and not 0 < self.hot_since <= since:
+            self.hot_since = since
+            self._encoded_sign = b""
+
     def touched(self) -> None:
         self._encoded.clear()
+        self._encoded_sign = b""
 
     def digest_entry(self) -> DigestEntry:
-        return DigestEntry(
-            self.id_hash, self.generation, self.version, self.status, self.profile_version, self.bulk_version
-        )
+        version = 0 if self.lacks_load else self.version  # anything is newer
+        return DigestEntry(self.id_hash, self.generation, version, self.status, self.profile_version, self.bulk_version)
 
     def view(self, now: float, *, is_self: bool) -> MemberView:
         return MemberView(
@@ -189,6 +223,22 @@ class Member:
             bulk=self.bulk,
             bulk_version=self.bulk_version,
         )
+
+
+def sign_record(member: Member, sign: Sign) -> Record:
+    """The record for which a sign stands to one who holds this row: with the load, where that held is of a version
+    since which it did not change."""
+    is_load_held = member.load_version >= sign.version - sign.unchanged > 0
+    return Record(
+        member.node_id,
+        sign.generation,
+        sign.version,
+        MemberStatus.ALIVE,
+        member.address,
+        member.warm_version,
+        member.hot if is_load_held else None,
+        bulk_version=member.bulk_version_heard,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +263,7 @@ class MemberTable:
         self.tombstones: OrderedDict[str, float] = OrderedDict()  # DEAD and LEFT: since when, as they were learnt
         self.dead: dict[str, None] = {}  # of the tombstones those that are called again: DEAD and not LEFT
         self.id_of_hash: dict[int, str] = {own.id_hash: own.node_id}  # of two equal hashes the later one
+        self._id_of_long_hash: dict[int, str] = {own.long_hash: own.node_id}
         self.refused = 0  # new members that found the table full
         self._live_index: dict[str, int] = {}
         self._stalest: OrderedDict[str, None] = OrderedDict()  # live ids by last advance, oldest first
@@ -250,7 +301,10 @@ class MemberTable:
             takes_warm = record.warm is not None and record.warm_version > profile_version
             bulk_version = 0 if is_later_life else member.bulk_version
             takes_bulk = record.bulk is not None and record.bulk_version > bulk_version
-        load = decode_load(record.hot) if takes_hot and record.hot is not None else None
+        load: NodeLoad | None = None
+        if takes_hot and record.hot is not None:
+            is_held = member is not None and record.hot == member.hot
+            load = member.hot_load if member is not None and is_held else decode_load(record.hot)
         profile = decode_profile(record.warm) if takes_warm and record.warm is not None else None
         if load is not None:
             change |= Change.LOAD
@@ -262,6 +316,17 @@ class MemberTable:
             change |= Change.BULK
         return Plan(record, change, load, profile) if change else None
 
+    def news_in(self, sign: Sign) -> Member | None:
+        """The member that this sign of life says something new of, None as a rule: most signs come several times."""
+        node_id = self._id_of_long_hash.get(sign.id_hash)
+        if node_id is None or node_id == self.own.node_id:
+            return None
+        member = self.members[node_id]
+        if sign.generation != member.generation or sign.version < member.version:
+            return None
+        is_known = sign.version == member.load_version and 0 < member.hot_since <= sign.version - sign.unchanged
+        return None if is_known else member
+
     def apply(self, plan: Plan, now: float, *, told_by: str) -> Member | None:
         """Make the change. Returns the row, or None where the table is full (counted in `refused`)."""
         record, change = plan.record, plan.change
@@ -272,13 +337,18 @@ class MemberTable:
                 return None
             member = self.members[record.node_id] = Member(record, now)
             self.id_of_hash[member.id_hash] = member.node_id
+            self._id_of_long_hash[member.long_hash] = member.node_id
             self._place(member, now)
         elif change & (Change.ADVANCED | Change.STATUS):
             self._claim(member, record, change, now)
         elif change & Change.ACCUSED:
             member.accusers = join_accusers(member.accusers, record.accusers)
         if plan.load is not None:
-            member.hot, member.load_version = record.hot, record.version
+            if record.version == member.version and not member.hot_since:
+                member.hot_since = record.version
+            is_current = 0 < member.hot_since <= record.version  # a sign of life may have come before
+            member.hot, member.hot_load = record.hot, plan.load
+            member.load_version = member.version if is_current else record.version
             if record.version > member.load.after_version:  # else what the peer link brought is newer
                 member.load, member.load_at = plan.load, now
         if plan.profile is not None:
@@ -311,6 +381,7 @@ class MemberTable:
             member.suspected_at = now
         if change & Change.ADVANCED:
             member.advanced_at = now
+            member.hot_since = 0
             if member.node_id in self._stalest:
                 self._stalest.move_to_end(member.node_id)
         if was_live != member.is_live:
@@ -369,6 +440,7 @@ class MemberTable:
         member = self.members.pop(node_id)
         if self.id_of_hash.get(member.id_hash) == node_id:
             del self.id_of_hash[member.id_hash]
+        self._id_of_long_hash.pop(member.long_hash, None)
 
     def stalest(self) -> Member | None:
         """The live member whose last advance is the longest ago."""
@@ -442,6 +514,11 @@ def id_hash(node_id: str) -> int:
     """32 bits that stand for a node id in digests and accusations. Of two equal ones digests see the later alone; the
     exchange over peer links goes by names."""
     return zlib.crc32(node_id.encode()) & HASH_MAX
+
+
+def long_hash(node_id: str) -> int:
+    """64 bits that stand for a node id where two must not have one: in signs of life."""
+    return int.from_bytes(blake2b(node_id.encode(), digest_size=8).digest(), "big")
 
 
 def own_member(node_id: str, generation: int, address: Address, boot_id: bytes, now: float) -> Member:

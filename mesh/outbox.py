@@ -60,8 +60,9 @@ class Outbox:
         if not is_unlimited and not self._budget.take(now, reserve=reserve):
             self.withheld += 1
             return False
-        parts = [wire.encode_head(self._own.node_id, message), *records]
-        size = sum(map(len, parts))
+        head = wire.encode_head(self._own.node_id, message)
+        parts = [*records]
+        size = len(head) + sum(map(len, parts))
         must = [self.rumours.take_own() if is_filled else self._own.encoded(with_warm=False)]
         if to is not None and to.status is not MemberStatus.ALIVE:
             must.append(to.encoded(with_warm=False))  # Lifeguard's buddy system: who is suspected hears it first
@@ -70,9 +71,14 @@ class Outbox:
                 parts.append(part)
                 size += len(part)
         if is_filled:
-            room_bytes = self._budget.room_bytes(wire.PAYLOAD_BYTES_MAX - size)
-            parts += self.rumours.take(room_bytes, to.node_id if to else "")
-        self._emit_datagram(address, message, b"".join(parts))
+            signs = [own_sign] if (own_sign := self._own.encoded_sign()) else []
+            size += wire.SIGNS_HEADER_BYTES + len(own_sign)
+            taken = self.rumours.take(self._budget.room_bytes(wire.PAYLOAD_BYTES_MAX - size), to.node_id if to else "")
+            signs += taken.signs
+            parts += taken.records
+            if signs:
+                head = wire.with_signs(head, signs)
+        self._emit_datagram(address, message, b"".join((head, *parts)))
         return True
 
     def _emit_datagram(self, address: Address, message: wire.Message, payload: bytes) -> None:

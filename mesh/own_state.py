@@ -94,10 +94,12 @@ class OwnState:
         member = self.member
         member.version += 1
         member.load_version = member.version
-        member.hot = self._published_hot = self._next_hot
+        hot = self._published_hot = self._next_hot
         room_bytes = min(USAGE_BYTES_MAX, SECTION_BYTES_MAX - len(self._next_hot) - _USAGE_HEADER_BYTES)
         if usage := self._usage(now, room_bytes):
-            member.hot = encode_load(replace(member.load, usage=usage))
+            hot = encode_load(replace(member.load, usage=usage))
+        if hot != member.hot:
+            member.hot, member.hot_since = hot, member.version
         if self._next_bulk != member.bulk:
             member.bulk = self._next_bulk
             member.bulk_version = member.bulk_version_heard = member.version

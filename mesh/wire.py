@@ -1,9 +1,9 @@
 """The datagrams of the mesh: their types, their bytes, their limits. Everything a peer sends is checked here.
 
-A payload is one msgpack array [type, sender, ...fields], then any number of records to the end, one array each. Arrays
-may be longer than this version knows: what follows is ignored; so is the message of a type that it does not know, but
-not the records beside it. The sections inside a record are opaque here and forwarded as the bytes they came in;
-mesh.state reads hot and warm.
+A payload is one msgpack array [type, sender, ...fields, signs], then any number of records to the end, one array each.
+Arrays may be longer than this version knows: what follows is ignored; so is the message of a type that it does not
+know, but not the records beside it. The sections inside a record are opaque here and forwarded as the bytes they came
+in; mesh.state reads hot and warm.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import ip_address
-from typing import Any, assert_never
+from typing import Any, NamedTuple, assert_never
 
 import msgpack
 
@@ -35,7 +35,9 @@ COUNT_MAX = 2**63 - 1  # sequences, counts
 GENERATION_MAX = 2**48
 VERSION_MAX = 2**62
 HASH_MAX = 2**32 - 1  # ids as 32-bit hashes, in digests and accusations
+LONG_HASH_MAX = 2**64 - 1  # ids in signs of life, where one hash must mean one member
 ADDRESSES_MAX = 16_384  # remembered in both forms, about 300 bytes each: to convert one costs more than the record
+SIGNS_HEADER_BYTES = 3
 DIGEST_ENTRIES_MAX = 80  # of at most 40 bytes; usual ones are 13 to 18, so a full digest fits one datagram
 
 
@@ -61,6 +63,16 @@ class Record:
     bulk_version: int = 0
     bulk: bytes | None = None
     boot_id: bytes = b""
+
+
+class Sign(NamedTuple):
+    """A sign of life, a fifth of a record: the member with this id_hash (mesh.membership.long_hash) is ALIVE at this
+    version, and its load the one that it published `unchanged` versions before and ever since."""
+
+    id_hash: int
+    generation: int
+    version: int
+    unchanged: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,16 +225,33 @@ _COOKIE, _COOKIE_ECHO, _CONFLICT = range(10, 13)
 
 @dataclass(frozen=True, slots=True)
 class Packet:
-    """One payload: who sent it, what it asks or says, and the records that ride along."""
+    """One payload: who sent it, what it asks or says, and the records and signs of life that ride along."""
 
     sender: str
     message: Message
     records: tuple[Record, ...] = ()
+    signs: tuple[Sign, ...] = ()
 
 
 def encode(packet: Packet) -> bytes:
     """The payload. The caller keeps it within PAYLOAD_BYTES_MAX; see encode_head and encode_record."""
-    return b"".join([encode_head(packet.sender, packet.message), *map(encode_record, packet.records)])
+    head = encode_head(packet.sender, packet.message)
+    if packet.signs:
+        head = with_signs(head, [encode_sign(sign) for sign in packet.signs])
+    return b"".join([head, *map(encode_record, packet.records)])
+
+
+def encode_sign(sign: Sign) -> bytes:
+    encoded: bytes = b"".join(map(msgpack.packb, sign))
+    return encoded
+
+
+def with_signs(head: bytes, signs: Sequence[bytes]) -> bytes:
+    """The head of a message of this version with encoded signs in it: SIGNS_HEADER_BYTES longer, and theirs."""
+    assert 0x90 <= head[0] < 0x9F, "a head is a short array"
+    # msgpack: the array has one element more, which is a flat array of integers.
+    header = b"\xdc" + (len(Sign._fields) * len(signs)).to_bytes(2, "big")
+    return b"".join((bytes((head[0] + 1,)), head[1:], header, *signs))
 
 
 def encode_head(sender: str, message: Message) -> bytes:
@@ -305,7 +334,22 @@ def decode(payload: bytes) -> Packet:
         raise MalformedDatagram(f"payload of {len(payload)} bytes is no msgpack: {exc!r}") from exc
     message = _message(head)
     is_nameless = isinstance(message, Cookie | CookieEcho) and head[1] == ""
-    return Packet("" if is_nameless else text(head[1], NODE_ID_BYTES_MAX), message, tuple(records))
+    sender = "" if is_nameless else text(head[1], NODE_ID_BYTES_MAX)
+    return Packet(sender, message, tuple(records), _signs(head))
+
+
+def _signs(head: Sequence[Any]) -> tuple[Sign, ...]:
+    numbers = _field(head, _FIELD_COUNTS.get(head[0], len(head)))
+    if numbers is None:
+        return ()
+    if len(_array(numbers, 0)) % len(Sign._fields):
+        raise MalformedDatagram(f"signs of life are four numbers each, got {len(numbers)} numbers")
+    signs = tuple(map(Sign._make, zip(*[iter(numbers)] * len(Sign._fields), strict=True)))
+    for sign in signs:
+        count(sign.id_hash, LONG_HASH_MAX)
+        count(sign.generation, GENERATION_MAX)
+        count(sign.unchanged, count(sign.version, VERSION_MAX))
+    return signs
 
 
 def _message(head: Sequence[Any]) -> Message:

@@ -29,7 +29,7 @@ def test_the_most_recent_news_are_told_first() -> None:
     for name in ("b", "c", "d", "b"):
         rumours.add_load(name, is_changed=True)
     room = 2 * len(made.members["b"].encoded(with_warm=False))
-    told = rumours.take(room, "x")
+    told = rumours.take(room, "x").records
     assert told == [made.members[name].encoded(with_warm=False) for name in ("b", "d")]
 
 
@@ -37,7 +37,7 @@ def test_news_are_told_a_bounded_number_of_times() -> None:
     made = table("b")
     rumours = Rumours(made, 4)
     rumours.add_load("b", is_changed=True)
-    assert [len(rumours.take(PLENTY, "x")) for _ in range(6)] == [1, 1, 1, 1, 0, 0]
+    assert [len(rumours.take(PLENTY, "x").records) for _ in range(6)] == [1, 1, 1, 1, 0, 0]
     assert rumours.waiting_count == 0
 
 
@@ -46,8 +46,8 @@ def test_news_do_not_go_to_whom_they_are_about_nor_back_to_their_teller() -> Non
     rumours = Rumours(made, 4)
     rumours.add_load("b", is_changed=True)
     rumours.add_urgent("b", with_warm=False)
-    assert rumours.take(PLENTY, "b") == rumours.take(PLENTY, "teller") == []
-    assert len(rumours.take(PLENTY, "x")) == 1
+    assert rumours.take(PLENTY, "b").records == rumours.take(PLENTY, "teller").records == []
+    assert len(rumours.take(PLENTY, "x").records) == 1
 
 
 def test_urgent_news_leave_room_for_loads_and_loads_for_urgent_news() -> None:
@@ -58,7 +58,7 @@ def test_urgent_news_leave_room_for_loads_and_loads_for_urgent_news() -> None:
         rumours.add_urgent(name, with_warm=False)
     for name in loads:
         rumours.add_load(name, is_changed=True)
-    told = rumours.take(1_000, "x")
+    told = rumours.take(1_000, "x").records
     ids = {bytes(record[2:4]) for record in told}
     assert {i[:1] for i in ids} == {b"u", b"l"}
     assert sum(map(len, told)) <= 1_000
@@ -72,7 +72,7 @@ def test_loads_that_changed_go_before_signs_of_life_but_leave_them_room() -> Non
         rumours.add_load(name, is_changed=True)
     for name in signs:  # more recent, and yet
         rumours.add_load(name, is_changed=False)
-    told = [bytes(record[2:3]) for record in rumours.take(1_000, "x")]
+    told = [bytes(record[2:3]) for record in rumours.take(1_000, "x").records]
     assert told.count(b"l") > 2 * told.count(b"s") > 0
 
 
@@ -82,7 +82,7 @@ def test_a_change_under_way_stays_one_when_a_newer_version_brings_the_same_load(
     rumours.add_load("b", is_changed=True)
     rumours.add_load("c", is_changed=False)
     rumours.add_load("b", is_changed=False)
-    assert rumours.take(PLENTY, "x")[0] == made.members["b"].encoded(with_warm=False)
+    assert rumours.take(PLENTY, "x").records[0] == made.members["b"].encoded(with_warm=False)
     assert rumours.waiting_count == 2
 
 
@@ -90,9 +90,9 @@ def test_a_profile_goes_along_while_it_is_news() -> None:
     made = table("b")
     rumours = Rumours(made, 2)
     rumours.add_urgent("b", with_warm=True)
-    assert rumours.take(PLENTY, "x") == [made.members["b"].encoded(with_warm=True)]
+    assert rumours.take(PLENTY, "x").records == [made.members["b"].encoded(with_warm=True)]
     rumours.add_urgent("b", with_warm=False)  # later news about it do not take that back
-    assert rumours.take(PLENTY, "x") == [made.members["b"].encoded(with_warm=True)]
+    assert rumours.take(PLENTY, "x").records == [made.members["b"].encoded(with_warm=True)]
 
 
 def test_the_own_profile_goes_along_as_often_as_any_other() -> None:
@@ -100,7 +100,7 @@ def test_the_own_profile_goes_along_as_often_as_any_other() -> None:
     rumours = Rumours(made, 2)
     made.own.warm, made.own.profile_version, made.own.warm_version = WARM, 2, 2
     rumours.add_urgent("own", with_warm=True)
-    assert rumours.take(PLENTY, "x") == []
+    assert rumours.take(PLENTY, "x").records == []
     with_profile, without = made.own.encoded(with_warm=True), made.own.encoded(with_warm=False)
     assert [rumours.take_own() for _ in range(3)] == [with_profile, with_profile, without]
 
@@ -112,15 +112,15 @@ def test_only_so_many_are_looked_at_for_one_packet() -> None:
     for i in range(1, 300):
         made.members[f"n{i}"].told_by = "x"
         rumours.add_load(f"n{i}", is_changed=True)
-    assert rumours.take(PLENTY, "x") == []  # n0 is behind 299 that "x" told itself
-    assert len(rumours.take(PLENTY, "y")) == SCANNED_MAX
+    assert rumours.take(PLENTY, "x").records == []  # n0 is behind 299 that "x" told itself
+    assert len(rumours.take(PLENTY, "y").records) == SCANNED_MAX
 
 
 def test_what_does_not_fit_waits_for_the_next_packet() -> None:
     made = table("b")
     rumours = Rumours(made, 4)
     rumours.add_urgent("b", with_warm=True)
-    assert rumours.take(30, "x") == []
+    assert rumours.take(30, "x").records == []
     assert rumours.waiting_count == 1
 
 
@@ -128,7 +128,7 @@ def test_news_of_the_forgotten_are_dropped() -> None:
     made = table("b")
     rumours = Rumours(made, 4)
     rumours.add_load("gone", is_changed=True)
-    assert rumours.take(PLENTY, "x") == []
+    assert rumours.take(PLENTY, "x").records == []
     assert rumours.waiting_count == 0
 
 
@@ -142,7 +142,7 @@ def test_news_of_the_forgotten_never_outgrow_the_members() -> None:
     rumours.add_urgent("b", with_warm=True)
     rumours.add_load("c", is_changed=True)
     assert rumours.waiting_count == 3 * len(made.members)
-    assert len(rumours.take(PLENTY, "x")) == 2
+    assert len(rumours.take(PLENTY, "x").records) == 2
 
 
 def test_a_budget_gives_its_burst_then_its_rate() -> None:

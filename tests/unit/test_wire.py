@@ -51,7 +51,16 @@ messages = st.one_of(
     st.builds(wire.CookieEcho, counts, counts),
     st.builds(wire.Conflict, counts, addresses, counts),
 )
-packets = st.builds(Packet, ids, messages, st.lists(records, max_size=3).map(tuple))
+signs = st.builds(
+    lambda id_hash, generation, version, since: wire.Sign(id_hash, generation, version, version - min(version, since)),
+    st.integers(0, wire.LONG_HASH_MAX),
+    lives,
+    versions,
+    versions,
+)
+packets = st.builds(
+    Packet, ids, messages, st.lists(records, max_size=3).map(tuple), st.lists(signs, max_size=3).map(tuple)
+)
 
 RECORD = Record("b", 3, 70, MemberStatus.ALIVE, Address("10.0.0.2", 7946), 1, b"hot", b"warm")
 PACKET = Packet("a", wire.Ping(5, "b"), (RECORD,))
@@ -89,7 +98,7 @@ def test_a_packet_cut_short_is_refused_or_ends_at_a_record(packet: Packet, data:
 
 
 def test_fields_of_a_newer_version_are_ignored() -> None:
-    head = msgpack.packb([1, "a", 5, "b", "something new", {"of": "later"}])
+    head = msgpack.packb([1, "a", 5, "b", [], "something new", {"of": "later"}])
     newer = msgpack.packb([*msgpack.unpackb(wire.encode_record(RECORD)), [], 0, None, None, "something new"])
     assert decode(head + newer) == PACKET
 
@@ -132,6 +141,12 @@ def head(*fields: object) -> bytes:
         pytest.param(head(5, "a") + head("b", 1, 1, 0, b"123456", 0, b"h" * 897, None), id="section too large"),
         pytest.param(head(5, "a") + head("b", 1, 1, 0, b"123456", 0, None, None, [1]), id="the living accused"),
         pytest.param(head(5, "a") + head("b", 1, 1, 1, b"123456", 0, None, None, [1, 2, 3, 4]), id="four accusers"),
+        pytest.param(head(5, "a", "signs"), id="a text for signs of life"),
+        pytest.param(head(5, "a", [1, 1, 9]), id="a sign of life of three numbers"),
+        pytest.param(head(5, "a", [1, 1, 9, True]), id="a truth value in a sign of life"),
+        pytest.param(head(5, "a", [1, 1, 9, -1]), id="a sign of life from the future"),
+        pytest.param(head(5, "a", [1, 1, 9, 10]), id="a load unchanged for longer than there were versions"),
+        pytest.param(head(5, "a", [1, 1, wire.VERSION_MAX + 1, 0]), id="a version beyond its limit"),
         pytest.param(head(5, "a") + b"\xc1", id="a byte msgpack never uses"),
         pytest.param(head(5, "a") + b"\x93\x01", id="a record cut short"),
         pytest.param(head(5, "a") + b"\x80", id="a map for a record"),
