@@ -92,6 +92,8 @@ GENERATING_STATUSES = (200, 429, 500, 503)
 SEED_CHECK_INTERVAL_S = 2.0
 # What is left of a late wake-up of the loop in the reported lag, each LOAD_INTERVAL_S.
 LAG_DECAY = 0.8
+# The lag is told in steps, so that an idle node's load stays the same and costs the mesh a sign of life, not a record.
+LAG_STEP_S = 0.01
 MIB = 1024 * 1024
 # Between the end of the drain and the end of HTTP: the last chunks on their way to clients.
 HTTP_CLOSE_S = 2.0
@@ -517,7 +519,7 @@ class Node:
             readiness=Readiness.DRAINING if self._drain.is_active else self._readiness,
             active_requests=sum(engine.active + engine.queued for engine in engines.values()),
             tokens_per_s=sum(engine.tokens_per_s for engine in engines.values()),
-            loop_lag_s=self._loop_lag_s,
+            loop_lag_s=round(self._loop_lag_s / LAG_STEP_S) * LAG_STEP_S,
             view_hash=self._view_hash,
             models={
                 name: ModelLoad(

@@ -53,6 +53,9 @@ ATTEMPTS_MAX = 12
 CLOCK_SLACK_S = 0.05
 PROGRESS_INTERVAL_S = 5.0
 PAUSES_TOLD = 3  # of each kind
+# This process is on the nodes' cores: how late it reads belongs to a story of a long pause.
+OWN_TICK_S = 0.02
+OWN_LATE_MIN_S = 0.1
 LOSS_MESSAGE = "a node did not serve a request"
 RESUMPTION_MESSAGE = "an answer goes on at another node"
 PAUSE_KINDS = ("kill", "stop", "several", "unexplained")
@@ -88,7 +91,7 @@ class Attempt:
 class Pause:
     """seconds: beyond the median gap and the prefill. begun_at, ended_at: when the texts around it came. causes: what
     had been done to the nodes that failed in it; None where nothing had. onto: who went on, and what was done to it
-    meanwhile."""
+    meanwhile. client_late_s: the longest that this process itself stood still meanwhile, 0 below OWN_LATE_MIN_S."""
 
     request_id: str
     seconds: float
@@ -98,6 +101,7 @@ class Pause:
     causes: list[Harm | None]
     onto: _Resumption | None
     onto_harms: list[Harm]
+    client_late_s: float
 
     @property
     def kind(self) -> str:
@@ -113,6 +117,7 @@ class Pause:
             "request_id": self.request_id,
             "seconds": round(self.seconds, 3),
             "kind": self.kind,
+            "client_late_s": round(self.client_late_s, 3),
             "text_again_at": round(self.ended_at - self.begun_at, 3),
             "onto": onto and {"node": onto.peer, "at": round(onto.at - self.begun_at, 3)},
             "onto_harmed": [
@@ -164,6 +169,7 @@ class _Chaos:
         self._models: list[NodeProcess] = []
         self._edge: list[NodeProcess] = []
         self._done = 0
+        self._own_stalls: list[tuple[float, float]] = []  # (until, seconds) in which this process stood still
 
     async def run(self) -> Report:
         options = self._options
@@ -183,6 +189,7 @@ class _Chaos:
             if options.kill:
                 nursery.start_soon(disturber.run, options.harms_max)
             nursery.start_soon(self._tell, disturber)
+            nursery.start_soon(self._watch_itself, disturber)
             await self._ask_all(disturber)
             seconds = time.monotonic() - started
             disturber.finished.set()
@@ -264,6 +271,13 @@ class _Chaos:
             up = ", ".join(node.name for node in disturber.up())
             progress(f"{self._done} of {len(self._workload.cases)} streams, {len(disturber.harms)} harms, up: {up}")
 
+    async def _watch_itself(self, disturber: Disturber) -> None:
+        while not disturber.finished.is_set():
+            due = time.monotonic() + OWN_TICK_S
+            await trio.sleep(OWN_TICK_S)
+            if (late_s := time.monotonic() - due) >= OWN_LATE_MIN_S:
+                self._own_stalls.append((due + late_s, late_s))
+
     # What the nodes say.
 
     def _keep_counts(self, node: NodeProcess) -> None:
@@ -307,7 +321,8 @@ class _Chaos:
                 onto_harms = [h for h in harms if onto and h.node == onto.peer and h.touches(a, b)]
                 harmed_at = min((harm.begun_at for harm in causes if harm is not None), default=a)
                 seconds = b - max(a, harmed_at) - median - prefill_s
-                yield Pause(attempt.request_id, seconds, a, b, inside, causes, onto, onto_harms)
+                late_s = max((late for until, late in self._own_stalls if a <= until <= b + OWN_TICK_S), default=0.0)
+                yield Pause(attempt.request_id, seconds, a, b, inside, causes, onto, onto_harms, late_s)
             self._counts["failovers_without_a_gap"] += len(found)
 
     def _figures(self, disturber: Disturber, pauses: list[Pause], seconds: float, free_s: float) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgpack
 
 from mesh import wire
+from mesh.membership import long_hash
 from mesh.state import encode_load, encode_profile
 from mesh.view import EMBEDDING, Address, MemberStatus, ModelInfo, ModelLoad, NodeLoad, NodeProfile, Readiness
 
@@ -35,6 +36,11 @@ def records() -> list[wire.Record]:
     ]
 
 
+def signs_of_life() -> tuple[wire.Sign, ...]:
+    """Of a load that is held, of one that is not, of nobody."""
+    return wire.Sign(long_hash("b"), 1, 12, 3), wire.Sign(long_hash("c"), 1, 12, 1), wire.Sign(2**64 - 1, 1, 9, 9)
+
+
 def payloads() -> list[bytes]:
     entry = wire.DigestEntry(2**20, 1, 9, MemberStatus.ALIVE, 1)
     messages: list[wire.Message] = [
@@ -49,9 +55,9 @@ def payloads() -> list[bytes]:
         wire.Join(7),
         wire.Leave(),
     ]
-    told = records()
+    told, signs = records(), signs_of_life()
     return [
-        wire.encode(wire.Packet(SENDERS[i % len(SENDERS)], message, tuple(told[i % 4 : i % 4 + 2])))
+        wire.encode(wire.Packet(SENDERS[i % len(SENDERS)], message, tuple(told[i % 4 : i % 4 + 2]), signs[: i % 4]))
         for i, message in enumerate(messages)
     ]
 

@@ -28,7 +28,7 @@ def settle(world: World, node_count: int) -> None:
 
 def acquaint(world: World) -> None:
     """Everybody learns what everybody is, as by a full-state exchange."""
-    records = [inside.own_row(node.core).record(with_warm=True) for node in world.running]
+    records = [inside.own_row(node.core).record(with_warm=True, with_bulk=False) for node in world.running]
     for node in world.running:
         table = inside.table(node.core)
         for record in world.rng.sample(records, len(records)):
