@@ -52,5 +52,6 @@ def _rewritten(payload: bytes, protocol_min: int) -> bytes:
     rest = payload[unpacker.tell() :]
     if head[0] == JOIN:
         head[3], head[4] = protocol_min, wire.PROTOCOL_MAX + 1
-    longer = msgpack.packb([*head, {"later": [1, 2, 3]}]) + rest
+    signs = [] if isinstance(head[-1], list) else [[]]
+    longer = msgpack.packb([*head, *signs, {"later": [1, 2, 3]}]) + rest
     return longer if len(longer) <= wire.PAYLOAD_BYTES_MAX else msgpack.packb(head) + rest

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from mesh.dissemination import SCANNED_MAX, PacketBudget, Rumours
-from mesh.membership import MemberTable, own_member
+from mesh.membership import MemberTable, long_hash, own_member
 from mesh.state import encode_load, encode_profile
 from mesh.view import Address, MemberStatus, NodeLoad, NodeProfile
-from mesh.wire import Record
+from mesh.wire import Record, Sign, encode_sign
 
 THERE = Address("10.0.0.2", 7946)
 HOT = encode_load(NodeLoad())
@@ -84,6 +84,19 @@ def test_a_change_under_way_stays_one_when_a_newer_version_brings_the_same_load(
     rumours.add_load("b", is_changed=False)
     assert rumours.take(PLENTY, "x").records[0] == made.members["b"].encoded(with_warm=False)
     assert rumours.waiting_count == 2
+
+
+def test_a_load_known_to_be_the_same_is_told_as_a_sign_of_life() -> None:
+    made = table("b", "c")
+    made.members["b"].know_unchanged(Sign(long_hash("b"), 1, 3, 1))
+    rumours = Rumours(made, 4)
+    rumours.add_load("b", is_changed=False)
+    rumours.add_load("c", is_changed=False)
+    taken = rumours.take(PLENTY, "x")
+    assert taken.signs == [encode_sign(Sign(long_hash("b"), 1, 3, 1))]
+    assert taken.records == [made.members["c"].encoded(with_warm=False)]
+    assert taken.room_bytes == PLENTY - len(taken.signs[0]) - len(taken.records[0])
+    assert [len(rumours.take(PLENTY, "x").signs) for _ in range(6)] == [1, 1, 1, 1, 1, 0]
 
 
 def test_a_profile_goes_along_while_it_is_news() -> None:
