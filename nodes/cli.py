@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from nodes import cli_keys, cli_mesh
 from nodes.cli_models import models_app
-from nodes.cli_options import DEFAULT_URL, CaFile, Url
+from nodes.cli_options import DEFAULT_URL, ApiKey, CaFile, Url
 from nodes.config import SECRET_KEYS, ConfigInvalid, load_config
 
 EXIT_OUTPUT = 1  # what was asked may have been done
@@ -239,7 +239,7 @@ def chat(
     model: Annotated[str | None, typer.Option("--model", "-m", help="model name [the first one served]")] = None,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0: always the likeliest token")] = 0.0,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="longest answer")] = None,
-    api_key: Annotated[str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY", help="sent as bearer")] = None,
+    api_key: ApiKey = None,
 ) -> None:
     """Ask a model, and print the answer while it is made."""
     from nodes.client import stream_chat

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar, get_args
 
 import typer
 
-from nodes.cli_options import DEFAULT_URL, CaFile, Url
+from nodes.cli_options import DEFAULT_URL, ApiKey, CaFile, Url
 
 if TYPE_CHECKING:
     from nodes.engine.devices import Provider as EngineProvider
@@ -59,7 +59,7 @@ def models_list(
     directory: Annotated[
         Path | None, typer.Option("--dir", metavar="DIR", help="list the model folders below DIR instead")
     ] = None,
-    api_key: Annotated[str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY", help="sent as bearer")] = None,
+    api_key: ApiKey = None,
 ) -> None:
     """List the models that the mesh serves, or with --dir the model folders on this machine."""
     if directory is None:

@@ -28,4 +28,13 @@ DataDir = Annotated[
         "--data-dir", envvar="AI_CLUSTER_DATA_DIR", help="where the node at URL keeps its admin token", metavar="DIR"
     ),
 ]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key",
+        envvar="AI_CLUSTER_API_KEY",
+        help="sent as bearer [OPENAI_API_KEY, where it is a key of a mesh]",
+        metavar="KEY",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="the node's answer as it is, one JSON object a line")]

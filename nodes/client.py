@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import sys
 import urllib.error
 import urllib.request
@@ -14,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from nodes.access.api_key import is_token
 from nodes.node_address import NodeAddress, NodeAnswered, NodeUnreachable, describe_fault, parse_url
 
 TIMEOUT_S = 10.0
@@ -29,7 +31,7 @@ def make_console() -> Console:
 
 def list_models(url: str, ca_file: Path | None, api_key: str | None) -> int:
     try:
-        for model in get_json(parse_url(url, ca_file), "/v1/models", api_key)["data"]:
+        for model in get_json(parse_url(url, ca_file), "/v1/models", api_key or _key_of_environment())["data"]:
             print(model["id"])
     except NodeAnswered as exc:
         print(f"ai-cluster: {exc}", file=sys.stderr)
@@ -49,6 +51,7 @@ def stream_chat(
 ) -> int:
     """Print the answer token by token. 1 when it could not be had whole."""
     newline = ""  # once part of an answer is on the line
+    api_key = api_key or _key_of_environment()
     try:
         node = parse_url(url, ca_file)
         if model is None:
@@ -76,6 +79,12 @@ def stream_chat(
         print()
         return 130
     return 0
+
+
+def _key_of_environment() -> str | None:
+    """Where clients of this API look for their key. One of another service is not sent to a node."""
+    key = os.environ.get("OPENAI_API_KEY", "")
+    return key if is_token(key) else None
 
 
 def _stream(node: NodeAddress, body: dict[str, Any], api_key: str | None) -> Iterator[str]:
@@ -151,6 +160,6 @@ def _refusal(error: urllib.error.HTTPError) -> str:
     try:
         message = str(json.load(error)["error"]["message"])
         is_key_wanted = error.code == HTTPStatus.UNAUTHORIZED and "/v1/" in error.url
-        return f"{message} (with --api-key or OPENAI_API_KEY)" if is_key_wanted else message
+        return f"{message} (with --api-key or AI_CLUSTER_API_KEY)" if is_key_wanted else message
     except (ValueError, KeyError, TypeError):
         return f"{error.url} answered {error.code} {error.reason}"

@@ -72,7 +72,7 @@ _ERROR = {
 }
 _REFUSAL = refusal(
     b"503 Service Unavailable",
-    b"retry-after: 1\r\ncontent-type: application/json\r\n",
+    b"retry-after: 1\r\nretry-after-ms: 1000\r\ncontent-type: application/json\r\n",
     json.dumps({"error": _ERROR}).encode(),
 )
 _OUT_OF_DESCRIPTORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}

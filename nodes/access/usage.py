@@ -68,6 +68,8 @@ class UsageLog:
         self._rng = rng
         self._rows: dict[tuple[int, str, str, str, int], Totals] = {}  # of today, and of whatever is not on disk
         self._changed: set[tuple[int, str, str, str, int]] = set()
+        self._is_overflowing = False
+        self._is_failing = False  # the disk took no rows at the last try
         self._telling: set[str] = set()  # members that are being told: at most one telling each
         self._telling_limiter = trio.CapacityLimiter(PEERS_AT_ONCE_MAX)
 
@@ -75,8 +77,12 @@ class UsageLog:
         """Instant."""
         identity = (self._today(), key, model, self._node_id, self._generation())
         if identity not in self._rows and len(self._rows) >= ROWS_MAX:
-            logger.error("usage is not counted: too many rows wait for the disk")
+            if not self._is_overflowing:
+                logger.error("usage is not counted: too many rows wait for the disk")
+            self._is_overflowing = True
             return
+        if len(self._rows) < ROWS_MAX:
+            self._is_overflowing = False
         self._rows[identity] = self._rows.get(identity, NO_TOTALS).plus(rise)
         self._changed.add(identity)
 
@@ -202,9 +208,14 @@ class UsageLog:
         try:
             await self._store.put(usage=rows)
         except StoreFailed as exc:
-            logger.error("usage cannot be kept", extra={"error.message": str(exc)})
+            if not self._is_failing:  # it is tried again each second
+                logger.error("usage cannot be kept", extra={"error.message": str(exc)})
+            self._is_failing = True
             self._changed.update(row.identity for row in rows if row.identity in self._rows)
             return False
+        if self._is_failing:
+            logger.info("usage is kept again")
+        self._is_failing = False
         today = self._today()
         for row in rows:
             if row.day < today and row.identity not in self._changed:

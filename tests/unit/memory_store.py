@@ -13,15 +13,18 @@ from nodes.store import DayDigest, StoreFailed, UsageRow, UsageSum
 
 
 class MemoryStore:
-    """See nodes.store.Store. is_unreadable: what is read of usage fails."""
+    """See nodes.store.Store. is_full: what is put fails. is_unreadable: what is read of usage does."""
 
     def __init__(self) -> None:
+        self.is_full = False
         self.is_unreadable = False
         self.records: list[Record] = []
         self._rows: dict[tuple[int, str, str, str, int], Totals] = {}
 
     async def put(self, records: Sequence[Record] = (), usage: Sequence[UsageRow] = ()) -> None:
         await trio.lowlevel.checkpoint()
+        if self.is_full:
+            raise StoreFailed("the disk is full")
         self.records += records
         for row in usage:
             self._rows[row.identity] = self._rows.get(row.identity, Totals()).maximum(row.totals)

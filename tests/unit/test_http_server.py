@@ -261,7 +261,7 @@ async def test_beyond_the_maximum_a_connection_is_told_so_and_closed(clock: trio
         await third.send_all(GET)
         answer = await read_to_end(third)
         assert answer.startswith(b"HTTP/1.1 503 ")
-        assert b"\r\nretry-after: 1\r\n" in answer
+        assert b"\r\nretry-after: 1\r\nretry-after-ms: 1000\r\n" in answer
         assert b'"code": "too_many_connections"' in answer
         await ask(second)
         assert served.closed == {"limit": 1}

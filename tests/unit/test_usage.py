@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -66,6 +67,23 @@ async def test_what_is_counted_is_on_every_disk_within_two_seconds(autojump_cloc
         await trio.sleep(2 * FLUSH_INTERVAL_S)
         for name in "abc":
             assert await mesh.sums(name) == {(DAY, "k", "m"): Totals(3, 30, 15), (DAY, "k", "n"): ONE}
+
+
+async def test_a_full_disk_loses_nothing_and_is_told_of_once(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with nodes("a") as mesh:
+        store = mesh.stores["a"]
+        assert isinstance(store, MemoryStore)
+        store.is_full = True
+        for _ in range(5):
+            mesh.logs["a"].count("k", "m", ONE)
+            await trio.sleep(FLUSH_INTERVAL_S)
+        store.is_full = False
+        await trio.sleep(2 * FLUSH_INTERVAL_S)
+        assert await mesh.sums("a") == {(DAY, "k", "m"): Totals(5, 50, 25)}
+    assert [record.message for record in caplog.records] == ["usage cannot be kept", "usage is kept again"]
 
 
 async def test_days_are_told_apart_and_yesterday_stays(autojump_clock: trio.testing.MockClock) -> None:
