@@ -11,6 +11,7 @@ from mesh.identity import DUPLICATES_MAX
 from mesh.membership import MEMBERS_MAX, TOMBSTONES_MAX, Member, MemberTable
 from mesh.seal import BOOTS_MAX
 from mesh.view import Address
+from mesh.wire import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +71,8 @@ def claims(core: Gossip) -> dict[str, tuple[object, ...]]:
         m.node_id: (m.generation, m.version, m.status, m.address, m.load_version, m.profile_version, m.accusers, m.hot)
         for m in core._table.members.values()
     }
+
+
+def vouch(core: Gossip, record: Record) -> None:
+    """Take what the process in this record sends, as on the word of one that is known."""
+    core._reception.vouch(record.boot_id, record.address)

@@ -8,8 +8,9 @@ import pytest
 
 from mesh.errors import SealRejected
 from mesh.seal import DEVELOPMENT_KEY, OVERHEAD_BYTES, DatagramSealer, Keyring, Opened
+from tests.simulation.beliefs import all_healthy
 from tests.simulation.network import Network
-from tests.simulation.scenarios.settled import settle
+from tests.simulation.scenarios.settled import acquaint, settle
 from tests.simulation.shortcuts import StandInSealer
 from tests.simulation.sim_node import SimNode
 from tests.simulation.world import World
@@ -96,3 +97,13 @@ def test_a_network_loses_and_doubles_as_it_was_told() -> None:
     assert sum(copies) / 2_000 == pytest.approx(1.5 * 0.7, abs=0.05)
     assert Network(cuts={("a", "b")}).arrivals(rng, "a", "b") == []
     assert len(Network(cuts={("a", "b")}).arrivals(rng, "b", "a")) == 1
+
+
+def test_those_who_begin_acquainted_take_each_other_for_no_strangers() -> None:
+    world = World(1, Network(), [])
+    world.add(12, seeds=(), spread_s=0.2)
+    world.run_for(0.5)
+    acquaint(world)
+    world.run_for(3.0)
+    assert all_healthy(world)
+    assert sum(node.core.statistics().strangers for node in world.running) == 0

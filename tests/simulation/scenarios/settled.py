@@ -35,6 +35,7 @@ def acquaint(world: World) -> None:
             plan = table.plan(record) if record.node_id != node.core.node_id else None
             if plan is not None:
                 table.apply(plan, node.clock(world.now), told_by="")
+                inside.vouch(node.core, record)
 
 
 def stays_well(world: World) -> None:
