@@ -37,17 +37,30 @@ class DigestTurns:
         self._rng = rng
         self._low = 0
         self._lacking: OrderedDict[str, None] = OrderedDict()
+        self._asks_itself = False
 
     def hurry(self, member: Member, now: float) -> None:
-        """A profile or load of this member is missing: compare with itself soon, until it is there, beginning at it."""
-        if len(self._lacking) < LACKING_MAX:
+        """A profile or load of this member is missing: compare soon, until it is there, beginning at this member."""
+        if len(self._lacking) < LACKING_MAX or member.node_id in self._lacking:
             self._lacking[member.node_id] = None
-        self.next_at = min(self.next_at, now + self._config.digest_hurry_s)
+            self.next_at = min(self.next_at, now + self._config.digest_hurry_s)
 
     def due(self, now: float) -> Member | None:
         """Who to compare with now, if anybody."""
         if now < self.next_at:
             return None
+        anybody = self._rng.choice(self._table.live) if self._table.live else None
+        lacking = self._next_lacking()
+        if lacking is None:
+            self.next_at = now + self._config.digest_interval_s
+            return anybody
+        self._low = lacking.id_hash
+        self.next_at = now + self._config.digest_hurry_s
+        # Itself, who has it, and others by turns, who may, since it may not be heard from here.
+        self._asks_itself = not self._asks_itself
+        return lacking if self._asks_itself else anybody
+
+    def _next_lacking(self) -> Member | None:
         while self._lacking:
             node_id, _ = self._lacking.popitem(last=False)
             member = self._table.members.get(node_id)
@@ -55,11 +68,8 @@ class DigestTurns:
                 continue
             if member.lacks_load or member.warm_version > member.profile_version:
                 self._lacking[node_id] = None  # asked again after the others, unless it answers
-                self._low = member.id_hash
-                self.next_at = now + self._config.digest_hurry_s
                 return member
-        self.next_at = now + self._config.digest_interval_s
-        return self._rng.choice(self._table.live) if self._table.live else None
+        return None
 
     def build(self) -> Digest:
         """The next digest, of as many members as fit; over the turns all have theirs."""
@@ -94,7 +104,7 @@ def build_digest(table: MemberTable, low: int) -> tuple[Digest, int]:
     entries: list[DigestEntry] = []
     room_bytes = ENTRIES_BYTES_MAX
     for member in table.between(low, HASH_MAX):
-        entry = member.digest_entry()
+        entry = member.asking_entry()
         room_bytes -= digest_entry_bytes(entry)
         if room_bytes < 0 or len(entries) == DIGEST_ENTRIES_MAX:
             return Digest(low, max(low, member.id_hash - 1), tuple(entries)), member.id_hash
@@ -112,11 +122,11 @@ def compare(table: MemberTable, digest: Digest, sender_id: str, lag_versions: in
         named.add(theirs.id_hash)
         node_id = table.id_of_hash.get(theirs.id_hash)
         member = table.members[node_id] if node_id is not None else None
-        ours = member.digest_entry() if member else DigestEntry(theirs.id_hash, 0, 0, MemberStatus.ALIVE, 0)
-        if member is not None and is_behind(theirs, ours, lag_versions):
+        if member is not None and is_behind(theirs, member.digest_entry(), lag_versions):
             lacking.append(lacking_of(theirs, member))
-        if is_behind(ours, theirs, lag_versions) and (room_bytes := room_bytes - digest_entry_bytes(ours)) >= 0:
-            wanted.append(ours)
+        asking = member.asking_entry() if member else DigestEntry(theirs.id_hash, 0, 0, MemberStatus.ALIVE, 0)
+        if is_behind(asking, theirs, lag_versions) and (room_bytes := room_bytes - digest_entry_bytes(asking)) >= 0:
+            wanted.append(asking)
     lacking += _unnamed(table.between(digest.low, digest.high), named, sender_id)
     return Difference(lacking, tuple(wanted))
 

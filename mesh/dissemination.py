@@ -19,7 +19,7 @@ MISFITS_MAX = 3
 # So many are looked at for one packet, those passed over included, however many wait.
 SCANNED_MAX = 128
 RECORD_BYTES_MIN = 24  # no record with a load is smaller
-SIGN_BYTES_MIN = 8  # no sign of life is, but for one member in 65,536
+SIGN_BYTES_MIN = 8  # no sign of life is, but for one member in 2^48
 
 
 @dataclass(slots=True)
@@ -60,10 +60,11 @@ class Rumours:
         """A changed load is told as often as urgent news, since the signs of life that follow do not carry it. The next
         publication replaces a sign; six tellings of it left out one in a thousand of 60 members, four one in a
         hundred."""
-        # What is still on its way as a change stays one, whatever newer version carries it.
-        if is_changed or node_id in self._loads:
+        if is_changed:
             self._signs.pop(node_id, None)
             waiting, tellings = self._loads, self._retransmit_max * self._tenfolds
+        elif node_id in self._loads:  # still on its way as a change, whatever newer version carries it
+            waiting, tellings = self._loads, self._loads[node_id]
         else:
             waiting, tellings = self._signs, self._retransmit_max * 3 // 2
         waiting[node_id] = tellings

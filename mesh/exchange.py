@@ -90,7 +90,7 @@ class ExchangeTurns:
 
 def encode_question(table: MemberTable) -> bytes:
     """What this node holds of every member, itself included, under their names: of two with one hash both count."""
-    entries = [[m.node_id, *pack_digest_entry(m.digest_entry())[1:]] for m in table.members.values()]
+    entries = [[m.node_id, *pack_digest_entry(m.asking_entry())[1:]] for m in table.members.values()]
     encoded: bytes = msgpack.packb([table.own.node_id, entries])
     return encoded
 

@@ -37,6 +37,7 @@ from mesh.own_state import OwnState
 from mesh.pace import Pace
 from mesh.reception import Reception
 from mesh.seal import DatagramSealer, Keyring
+from mesh.signs import Sign
 from mesh.view import Address, ClusterView, MemberStatus, MemberView, NodeLoad, NodeProfile
 
 __all__ = [
@@ -329,7 +330,7 @@ class Gossip:
             merged.add(current.record.node_id)
             self._merge(current, sender, now)
 
-    def _take_signs(self, signs: Iterable[wire.Sign], sender: str, now: float) -> None:
+    def _take_signs(self, signs: Iterable[Sign], sender: str, now: float) -> None:
         for sign in signs:
             member = self._table.news_in(sign)
             if member is None:

@@ -14,9 +14,9 @@ import zlib
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
-from hashlib import blake2b
+from dataclasses import dataclass, replace
 
+from mesh.signs import Sign, encode_sign, long_hash
 from mesh.state import decode_load, decode_profile
 from mesh.view import Address, MemberStatus, MemberView, NodeLoad, NodeProfile
 from mesh.wire import (
@@ -26,9 +26,7 @@ from mesh.wire import (
     SECTION_BYTES_MAX,
     DigestEntry,
     Record,
-    Sign,
     encode_record,
-    encode_sign,
 )
 
 MEMBERS_MAX = 16_384  # in the table, tombstones included; about 2 KiB each
@@ -105,7 +103,7 @@ class Member:
         self.profile = NodeProfile()
         self.hot: bytes | None = None
         self.hot_load = NodeLoad()  # what `hot` says; `load` may be fresher
-        self.hot_since = 0  # the first version of the load that is published at `version`, as far as is known
+        self.hot_since = 0  # nothing but the version has changed from this one to `version`; 0: it is not known
         self.warm: bytes | None = None
         self.bulk = b""
         self.bulk_version = 0  # the one held
@@ -192,7 +190,7 @@ class Member:
         return self._encoded_sign
 
     def know_unchanged(self, sign: Sign) -> None:
-        """What a sign of life that was merged says of the load at the version known."""
+        """What a sign of life that was merged says of the version known."""
         since = sign.version - sign.unchanged
         is_current = (sign.generation, sign.version) == (self.generation, self.version)
         if is_current and since > 0 and not 0 < self.hot_since <= since:
@@ -204,8 +202,14 @@ class Member:
         self._encoded_sign = b""
 
     def digest_entry(self) -> DigestEntry:
-        version = 0 if self.lacks_load else self.version  # anything is newer
-        return DigestEntry(self.id_hash, self.generation, version, self.status, self.profile_version, self.bulk_version)
+        return DigestEntry(
+            self.id_hash, self.generation, self.version, self.status, self.profile_version, self.bulk_version
+        )
+
+    def asking_entry(self) -> DigestEntry:
+        """digest_entry() as it is sent to ask for what is newer: anything is, while a load is lacked."""
+        entry = self.digest_entry()
+        return replace(entry, version=0) if self.lacks_load and self.is_live else entry
 
     def view(self, now: float, *, is_self: bool) -> MemberView:
         return MemberView(
@@ -318,7 +322,7 @@ class MemberTable:
 
     def news_in(self, sign: Sign) -> Member | None:
         """The member that this sign of life says something new of, None as a rule: most signs come several times."""
-        node_id = self._id_of_long_hash.get(sign.id_hash)
+        node_id = self._id_of_long_hash.get(sign.long_hash)
         if node_id is None or node_id == self.own.node_id:
             return None
         member = self.members[node_id]
@@ -349,7 +353,7 @@ class MemberTable:
             is_current = 0 < member.hot_since <= record.version  # a sign of life may have come before
             member.hot, member.hot_load = record.hot, plan.load
             member.load_version = member.version if is_current else record.version
-            if record.version > member.load.after_version:  # else what the peer link brought is newer
+            if member.load_version > member.load.after_version:  # else what the peer link brought is newer
                 member.load, member.load_at = plan.load, now
         if plan.profile is not None:
             member.profile, member.warm = plan.profile, record.warm
@@ -440,7 +444,8 @@ class MemberTable:
         member = self.members.pop(node_id)
         if self.id_of_hash.get(member.id_hash) == node_id:
             del self.id_of_hash[member.id_hash]
-        self._id_of_long_hash.pop(member.long_hash, None)
+        if self._id_of_long_hash.get(member.long_hash) == node_id:
+            del self._id_of_long_hash[member.long_hash]
 
     def stalest(self) -> Member | None:
         """The live member whose last advance is the longest ago."""
@@ -514,11 +519,6 @@ def id_hash(node_id: str) -> int:
     """32 bits that stand for a node id in digests and accusations. Of two equal ones digests see the later alone; the
     exchange over peer links goes by names."""
     return zlib.crc32(node_id.encode()) & HASH_MAX
-
-
-def long_hash(node_id: str) -> int:
-    """64 bits that stand for a node id where two must not have one: in signs of life."""
-    return int.from_bytes(blake2b(node_id.encode(), digest_size=8).digest(), "big")
 
 
 def own_member(node_id: str, generation: int, address: Address, boot_id: bytes, now: float) -> Member:

@@ -13,6 +13,7 @@ from mesh.dissemination import PacketBudget, Rumours
 from mesh.gossip_types import Effect, GossipConfig, SendDatagram
 from mesh.membership import Member, MemberTable
 from mesh.seal import DatagramSealer
+from mesh.signs import HEADER_BYTES, with_signs
 from mesh.view import Address, MemberStatus
 
 DELTA_PACKETS_MAX = 4  # in one answer; what does not fit is found by the next digest, with another peer
@@ -71,17 +72,21 @@ class Outbox:
                 parts.append(part)
                 size += len(part)
         if is_filled:
-            signs = [own_sign] if (own_sign := self._own.encoded_sign()) else []
-            size += wire.SIGNS_HEADER_BYTES + len(own_sign)
-            taken = self.rumours.take(self._budget.room_bytes(wire.PAYLOAD_BYTES_MAX - size), to.node_id if to else "")
+            room_bytes = wire.PAYLOAD_BYTES_MAX - size - HEADER_BYTES
+            own_sign = self._own.encoded_sign()
+            signs = [own_sign] if 0 < len(own_sign) <= room_bytes else []
+            taken = self.rumours.take(
+                self._budget.room_bytes(room_bytes - sum(map(len, signs))), to.node_id if to else ""
+            )
             signs += taken.signs
             parts += taken.records
             if signs:
-                head = wire.with_signs(head, signs)
+                head = with_signs(head, signs)
         self._emit_datagram(address, message, b"".join((head, *parts)))
         return True
 
     def _emit_datagram(self, address: Address, message: wire.Message, payload: bytes) -> None:
+        assert len(payload) <= wire.PAYLOAD_BYTES_MAX, f"a payload of {len(payload)} bytes fits no datagram"
         datagram = self._sealer.seal(payload)
         self._budget.spend(len(datagram))
         self.sent[wire.MESSAGE_LABELS[type(message)]] += 1

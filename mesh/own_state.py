@@ -65,6 +65,7 @@ class OwnState:
         # Raised here and not with the publication, so that no datagram in between names this version without it.
         member.version += 1
         member.warm_version = member.profile_version = member.version
+        member.hot_since = 0
         member.touched()
         self.hurry(now)
         return True
@@ -98,11 +99,11 @@ class OwnState:
         room_bytes = min(USAGE_BYTES_MAX, SECTION_BYTES_MAX - len(self._next_hot) - _USAGE_HEADER_BYTES)
         if usage := self._usage(now, room_bytes):
             hot = encode_load(replace(member.load, usage=usage))
-        if hot != member.hot:
+        if hot != member.hot or not member.hot_since:
             member.hot, member.hot_since = hot, member.version
         if self._next_bulk != member.bulk:
             member.bulk = self._next_bulk
-            member.bulk_version = member.bulk_version_heard = member.version
+            member.bulk_version = member.bulk_version_heard = member.hot_since = member.version
         member.touched()
         self._published_load = member.load
         self._published_at = now

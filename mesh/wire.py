@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import ip_address
-from typing import Any, NamedTuple, assert_never
+from typing import Any, assert_never
 
 import msgpack
 
 from mesh.errors import MalformedDatagram
 from mesh.seal import BOOT_ID_BYTES, OVERHEAD_BYTES
+from mesh.signs import LONG_HASH_MAX, Sign, encode_sign, with_signs
 from mesh.view import Address, MemberStatus
 
 # Versions of the protocol this node speaks; JOIN carries both, and meshes that share none do not mix.
@@ -35,9 +36,7 @@ COUNT_MAX = 2**63 - 1  # sequences, counts
 GENERATION_MAX = 2**48
 VERSION_MAX = 2**62
 HASH_MAX = 2**32 - 1  # ids as 32-bit hashes, in digests and accusations
-LONG_HASH_MAX = 2**64 - 1  # ids in signs of life, where one hash must mean one member
 ADDRESSES_MAX = 16_384  # remembered in both forms, about 300 bytes each: to convert one costs more than the record
-SIGNS_HEADER_BYTES = 3
 DIGEST_ENTRIES_MAX = 80  # of at most 40 bytes; usual ones are 13 to 18, so a full digest fits one datagram
 
 
@@ -63,16 +62,6 @@ class Record:
     bulk_version: int = 0
     bulk: bytes | None = None
     boot_id: bytes = b""
-
-
-class Sign(NamedTuple):
-    """A sign of life, a fifth of a record: the member with this id_hash (mesh.membership.long_hash) is ALIVE at this
-    version, and its load the one that it published `unchanged` versions before and ever since."""
-
-    id_hash: int
-    generation: int
-    version: int
-    unchanged: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,19 +230,6 @@ def encode(packet: Packet) -> bytes:
     return b"".join([head, *map(encode_record, packet.records)])
 
 
-def encode_sign(sign: Sign) -> bytes:
-    encoded: bytes = b"".join(map(msgpack.packb, sign))
-    return encoded
-
-
-def with_signs(head: bytes, signs: Sequence[bytes]) -> bytes:
-    """The head of a message of this version with encoded signs in it: SIGNS_HEADER_BYTES longer, and theirs."""
-    assert 0x90 <= head[0] < 0x9F, "a head is a short array"
-    # msgpack: the array has one element more, which is a flat array of integers.
-    header = b"\xdc" + (len(Sign._fields) * len(signs)).to_bytes(2, "big")
-    return b"".join((bytes((head[0] + 1,)), head[1:], header, *signs))
-
-
 def encode_head(sender: str, message: Message) -> bytes:
     """A payload without records; encoded records are appended to it."""
     match message:
@@ -346,7 +322,7 @@ def _signs(head: Sequence[Any]) -> tuple[Sign, ...]:
         raise MalformedDatagram(f"signs of life are four numbers each, got {len(numbers)} numbers")
     signs = tuple(map(Sign._make, zip(*[iter(numbers)] * len(Sign._fields), strict=True)))
     for sign in signs:
-        count(sign.id_hash, LONG_HASH_MAX)
+        count(sign.long_hash, LONG_HASH_MAX)
         count(sign.generation, GENERATION_MAX)
         count(sign.unchanged, count(sign.version, VERSION_MAX))
     return signs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgpack
 
 from mesh import wire
-from mesh.membership import long_hash
+from mesh.signs import Sign, long_hash
 from mesh.state import encode_load, encode_profile
 from mesh.view import EMBEDDING, Address, MemberStatus, ModelInfo, ModelLoad, NodeLoad, NodeProfile, Readiness
 
@@ -36,9 +36,9 @@ def records() -> list[wire.Record]:
     ]
 
 
-def signs_of_life() -> tuple[wire.Sign, ...]:
+def signs_of_life() -> tuple[Sign, ...]:
     """Of a load that is held, of one that is not, of nobody."""
-    return wire.Sign(long_hash("b"), 1, 12, 3), wire.Sign(long_hash("c"), 1, 12, 1), wire.Sign(2**64 - 1, 1, 9, 9)
+    return Sign(long_hash("b"), 1, 12, 3), Sign(long_hash("c"), 1, 12, 1), Sign(2**64 - 1, 1, 9, 9)
 
 
 def payloads() -> list[bytes]:

@@ -123,16 +123,19 @@ def test_who_lacks_a_profile_is_asked_in_a_hurry_until_it_is_there() -> None:
     made = table(record("b", 5, warm_version=2), record("c"))
     turns = DigestTurns(config, made, random.Random(1), 0.0)
     turns.hurry(made.members["b"], 10.0)
-    for step in range(3):
+    asked = []
+    for step in range(8):
         now = 10.25 + step * config.digest_hurry_s
         assert turns.next_at <= now
-        assert turns.due(now) is made.members["b"]
+        asked.append(turns.due(now))
         assert made.members["b"].id_hash in [e.id_hash for e in turns.build().entries]
+    assert asked[::2] == [made.members["b"]] * 4
+    assert made.members["c"] in asked[1::2]  # who may have it, should the member itself not be heard
     plan = made.plan(record("b", 5, warm_version=2, warm=WARM))
     assert plan is not None
-    made.apply(plan, 11.0, told_by="")
-    assert turns.due(11.0) is not None
-    assert turns.next_at == 11.0 + config.digest_interval_s
+    made.apply(plan, 13.0, told_by="")
+    assert turns.due(13.0) is not None
+    assert turns.next_at == 13.0 + config.digest_interval_s
 
 
 def test_profiles_asked_for_at_one_time_are_bounded() -> None:
@@ -141,6 +144,9 @@ def test_profiles_asked_for_at_one_time_are_bounded() -> None:
     for member in made.live:
         turns.hurry(member, 1.0)
     assert len(turns._lacking) == LACKING_MAX
+    turns.next_at = 50.0
+    turns.hurry(next(m for m in made.live if m.node_id not in turns._lacking), 2.0)
+    assert turns.next_at == 50.0
 
 
 def test_nobody_to_compare_with_is_no_fault() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from mesh.dissemination import SCANNED_MAX, PacketBudget, Rumours
-from mesh.membership import MemberTable, long_hash, own_member
+from mesh.membership import MemberTable, own_member
+from mesh.signs import Sign, encode_sign, long_hash
 from mesh.state import encode_load, encode_profile
 from mesh.view import Address, MemberStatus, NodeLoad, NodeProfile
-from mesh.wire import Record, Sign, encode_sign
+from mesh.wire import Record
 
 THERE = Address("10.0.0.2", 7946)
 HOT = encode_load(NodeLoad())
@@ -84,6 +85,19 @@ def test_a_change_under_way_stays_one_when_a_newer_version_brings_the_same_load(
     rumours.add_load("b", is_changed=False)
     assert rumours.take(PLENTY, "x").records[0] == made.members["b"].encoded(with_warm=False)
     assert rumours.waiting_count == 2
+
+
+def test_a_change_under_way_is_told_a_bounded_number_of_times_whatever_newer_versions_carry_it() -> None:
+    made = table("b")
+    rumours = Rumours(made, 4)
+    rumours.add_load("b", is_changed=True)
+    tellings = 0
+    for _ in range(40):
+        tellings += len(rumours.take(PLENTY, "x").records)
+        rumours.add_load("b", is_changed=False)
+        if rumours._signs:
+            break
+    assert tellings == 4
 
 
 def test_a_load_known_to_be_the_same_is_told_as_a_sign_of_life() -> None:

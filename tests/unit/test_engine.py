@@ -337,6 +337,29 @@ async def test_a_chunk_that_breaks_leaves_the_decode_step_before_it_as_it_was() 
         assert await read(decoding) == expected
 
 
+async def test_of_several_chunks_of_an_answer_begun_elsewhere_the_second_may_break() -> None:
+    long_prompt = [300 + i % 90 for i in range(150)]
+    elsewhere, _ = fake_engine()
+    async with running(elsewhere):
+        _, whole, _ = await read(elsewhere.submit(long_prompt, greedy(60), FAR))
+    engine, session = fake_engine(slots=2)
+    async with running(engine):
+        expected = await read(engine.submit(PROMPTS[0], greedy(), FAR))
+        decoding, begun = await held_in_its_first_step(engine, session)
+        resumed = engine.submit(long_prompt, greedy(60), FAR, generated_ids=whole[:50], resume="prefill")
+        session.allow(3)  # the step under way, the decode step of the next tick, and the first of four chunks
+        await until_entered(session, begun + 5)
+        session.failures = 1
+        session.release()
+        with pytest.raises(EngineFault):
+            await resumed.receive()
+        assert await read(decoding) == expected
+        again = engine.submit(long_prompt, greedy(60), FAR, generated_ids=whole[:50], resume="prefill")
+        assert (await read(again))[1] == whole[50:]
+        statistics = engine.statistics()
+        assert (statistics.queued_tokens, statistics.free_slots, statistics.step_faults_total) == (0, 2, 1)
+
+
 async def test_an_engine_whose_steps_break_one_after_the_other_gives_up(caplog: pytest.LogCaptureFixture) -> None:
     engine, session = fake_engine(slots=1)
     session.hold()

@@ -124,6 +124,22 @@ def test_an_answer_begun_elsewhere_gets_several_chunks_a_token_cut_like_any_othe
     assert list(tick(scheduler).decode) == [running, resumed]
 
 
+@pytest.mark.parametrize("how", ["cancelled", "late"])
+def test_an_answer_begun_elsewhere_leaves_after_its_first_chunks(how: str) -> None:
+    scheduler = Scheduler(SLOTS, QUEUE_LIMIT)
+    resumed = sequence(70, deadline=NOW + 1, params=greedy(400), generated_ids=tuple(range(290)), capacity=512)
+    scheduler.submit(resumed)
+    plan = scheduler.plan(NOW)
+    if how == "cancelled":
+        scheduler.cancel(resumed)
+    scheduler.commit(plan, [], None)
+    assert scheduler.kv.lengths[plan.prefill[0].slot] == RESUMED_CHUNKS * 64
+    expired = scheduler.plan(NOW + 1).expired
+    assert len(expired) == (how == "late")
+    assert not scheduler.plan(NOW + 1).has_steps
+    assert (scheduler.load().free_slots, scheduler.load().queued_tokens) == (SLOTS, 0)
+
+
 def test_prompts_are_prefilled_in_order_of_arrival() -> None:
     scheduler = Scheduler(SLOTS, QUEUE_LIMIT)
     sequences = [sequence() for _ in range(SLOTS)]

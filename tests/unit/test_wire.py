@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mesh import wire
 from mesh.errors import MalformedDatagram
+from mesh.signs import LONG_HASH_MAX, Sign
 from mesh.view import Address, MemberStatus
 from mesh.wire import PAYLOAD_BYTES_MAX, Packet, Record, decode, encode
 
@@ -52,8 +53,8 @@ messages = st.one_of(
     st.builds(wire.Conflict, counts, addresses, counts),
 )
 signs = st.builds(
-    lambda id_hash, generation, version, since: wire.Sign(id_hash, generation, version, version - min(version, since)),
-    st.integers(0, wire.LONG_HASH_MAX),
+    lambda id_hash, generation, version, since: Sign(id_hash, generation, version, version - min(version, since)),
+    st.integers(0, LONG_HASH_MAX),
     lives,
     versions,
     versions,
