@@ -104,12 +104,6 @@ def new_key(settings: KeySettings, wall_time: float, family: str = "") -> tuple[
     return ApiKey(public_id, hash_token(token), family or public_id, int(wall_time), settings), token
 
 
-def is_token(text: str) -> bool:
-    """True for what new_key() makes, and for no key of another service."""
-    match = _TOKEN.fullmatch(text)
-    return match is not None and (len(match[1]), len(match[2])) == (PUBLIC_ID_CHARS, SECRET_CHARS)
-
-
 def public_id_of(token: str) -> str | None:
     """None for what is no token."""
     match = _TOKEN.fullmatch(token)

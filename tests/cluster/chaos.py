@@ -41,7 +41,7 @@ from tests.cluster.disturber import Disturber, Harm
 from tests.cluster.figures import finish, free_after_s, law, progress, quantile, quantiles
 from tests.cluster.mesh import Mesh, NodeProcess
 from tests.cluster.stream_client import Answer, ask
-from tests.cluster.workload import Case, Workload, difference, prefix_difference, prepare
+from tests.cluster.workload import ENDLESS, Case, Workload, difference, prefix_difference, prepare
 
 PAUSE_KILL_MAX_S = 0.5
 PAUSE_STOP_MAX_S = 3.0
@@ -304,7 +304,7 @@ class _Chaos:
                 resumptions.setdefault(line.request_id, []).append(line)
         for attempt in self._attempts:
             found = [loss for loss in losses.get(attempt.request_id, ()) if loss.tokens]
-            if not found or attempt.harms or attempt.answer.ending != "done":
+            if not found or attempt.harms or attempt.answer.ending != "done" or attempt.case.kind == ENDLESS:
                 continue
             usage = attempt.answer.usage or {"prompt_tokens": 0}
             times = attempt.answer.text_times

@@ -15,8 +15,10 @@ from tests.cluster.stream_client import Answer, ask
 
 # In this order over and over: mostly what has but ids and a seed, among it what carries more across nodes.
 PLAIN = ("greedy", "seeded", "greedy", "seeded")
+# Goes on beyond the end of its answer, in a run of tokens that have no text: no measure of pauses.
+ENDLESS = "endless"
 KINDS: tuple[str, ...] = tuple(
-    kind for special in ("stop", "n2", "logprobs", "penalties", "json_object") for kind in (*PLAIN, special)
+    kind for special in ("stop", "n2", "logprobs", "penalties", "json_object", ENDLESS) for kind in (*PLAIN, special)
 )
 QUESTIONS = (
     "What happens when a node dies?",
@@ -115,7 +117,8 @@ def _served_kinds(refused: Iterable[str]) -> Iterator[str]:
 
 
 def _body(kind: str, index: int, rng: random.Random, tokens: tuple[int, int]) -> dict[str, Any]:
-    """The token that ends an answer has no text: a run of them would look like a pause. So it is never drawn."""
+    """The token that ends an answer has no text: a run of them would look like a pause. So it is drawn only where that
+    is what is asked for."""
     body: dict[str, Any] = {
         "model": "demo",
         "messages": [{"role": "user", "content": rng.choice(QUESTIONS)}],
@@ -126,8 +129,8 @@ def _body(kind: str, index: int, rng: random.Random, tokens: tuple[int, int]) ->
     }
     # Hot enough that the text does not end in a repetition, in which a lost token would not show.
     sampled = {"temperature": round(rng.uniform(1.2, 1.9), 2), "seed": index + 1}
-    body |= {"temperature": 0} if kind in ("greedy", "json_object") else sampled
-    if kind != "json_object":  # which ends by that token
+    body |= {"temperature": 0} if kind in ("greedy", "json_object", ENDLESS) else sampled
+    if kind not in ("json_object", ENDLESS):
         body["logit_bias"] = {str(END_ID): -100}
     extra: dict[str, dict[str, Any]] = {
         "n2": {"n": 2},

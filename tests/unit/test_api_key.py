@@ -15,7 +15,6 @@ from nodes.access.api_key import (
     KeySettings,
     decode_key,
     encode_key,
-    is_token,
     new_key,
     public_id_of,
 )
@@ -96,10 +95,3 @@ def test_a_record_of_a_later_version_with_more_fields_is_read() -> None:
 def test_the_longest_usual_key_fits_a_record() -> None:
     key, _ = new_key(KeySettings("x" * 100, 2**53, 2**53, 2**53, ("m" * 40,) * 16, 100, 2**37), 2**37)
     assert len(encode_key(key)) <= VALUE_BYTES_MAX
-
-
-def test_a_key_of_another_service_is_told_from_one_of_a_mesh() -> None:
-    _, token = new_key(KeySettings("a"), 0.0)
-    assert is_token(token)
-    others = ("", "sk-" + "a" * 48, "sk-proj-" + "a" * 43, "sk-" + "a" * 12 + "-" + "a" * 44, token + "x")
-    assert not any(is_token(other) for other in others)

@@ -86,6 +86,16 @@ async def test_a_full_disk_loses_nothing_and_is_told_of_once(
     assert [record.message for record in caplog.records] == ["usage cannot be kept", "usage is kept again"]
 
 
+async def test_rows_beyond_what_memory_holds_are_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("nodes.access.usage.ROWS_MAX", 2)
+    log = Nodes({"a": MemoryStore()}).logs["a"]
+    for key in ("k", "l", "m", "k", "n"):
+        log.count(key, "model", ONE)
+    assert [record.message for record in caplog.records] == ["usage is not counted: too many rows wait for the disk"]
+
+
 async def test_days_are_told_apart_and_yesterday_stays(autojump_clock: trio.testing.MockClock) -> None:
     async with nodes("a") as mesh:
         mesh.logs["a"].count("k", "m", ONE)
