@@ -35,7 +35,7 @@ class Rumours:
     """News to pass on, most recent first, each a bounded number of times. At most one entry a member in each class.
 
     Urgent: membership, readiness and profiles. Loads: those that changed. Signs: newer versions of the same load, which
-    say only that the member lives, told as signs of life (mesh.wire.Sign) where it is known since when it is the same.
+    say only that the member lives, told as signs of life (mesh.signs) where it is known since when it is the same.
     """
 
     def __init__(self, table: MemberTable, retransmit_max: int) -> None:
