@@ -41,7 +41,7 @@ class Recipe:
     """What a training does. Learning rates are the peaks of a cosine that warms up first."""
 
     seed: int = 7
-    steps: int = 2000
+    steps: int = 2200
     batch: int = 128
     learning_rate: float = 3e-3
     chooser_rate_share: float = 0.15  # for what starts learned: at the full rate the first 300 steps undo it
