@@ -54,6 +54,7 @@ def payloads() -> list[bytes]:
         wire.Delta(3),
         wire.Join(7),
         wire.Leave(),
+        wire.Join(8, wire.PROTOCOL_MAX + 1, wire.PROTOCOL_MAX + 1),
     ]
     told, signs = records(), signs_of_life()
     return [
