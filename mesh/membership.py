@@ -267,7 +267,7 @@ class MemberTable:
         self.tombstones: OrderedDict[str, float] = OrderedDict()  # DEAD and LEFT: since when, as they were learnt
         self.dead: dict[str, None] = {}  # of the tombstones those that are called again: DEAD and not LEFT
         self.id_of_hash: dict[int, str] = {own.id_hash: own.node_id}  # of two equal hashes the later one
-        self._id_of_long_hash: dict[int, str] = {own.long_hash: own.node_id}
+        self._by_long_hash: dict[int, Member] = {}  # but for this node itself
         self.refused = 0  # new members that found the table full
         self._live_index: dict[str, int] = {}
         self._stalest: OrderedDict[str, None] = OrderedDict()  # live ids by last advance, oldest first
@@ -322,11 +322,8 @@ class MemberTable:
 
     def news_in(self, sign: Sign) -> Member | None:
         """The member that this sign of life says something new of, None as a rule: most signs come several times."""
-        node_id = self._id_of_long_hash.get(sign.long_hash)
-        if node_id is None or node_id == self.own.node_id:
-            return None
-        member = self.members[node_id]
-        if sign.generation != member.generation or sign.version < member.version:
+        member = self._by_long_hash.get(sign.long_hash)
+        if member is None or sign.version < member.version or sign.generation != member.generation:
             return None
         is_known = sign.version == member.load_version and 0 < member.hot_since <= sign.version - sign.unchanged
         return None if is_known else member
@@ -341,7 +338,7 @@ class MemberTable:
                 return None
             member = self.members[record.node_id] = Member(record, now)
             self.id_of_hash[member.id_hash] = member.node_id
-            self._id_of_long_hash[member.long_hash] = member.node_id
+            self._by_long_hash[member.long_hash] = member
             self._place(member, now)
         elif change & (Change.ADVANCED | Change.STATUS):
             self._claim(member, record, change, now)
@@ -444,8 +441,8 @@ class MemberTable:
         member = self.members.pop(node_id)
         if self.id_of_hash.get(member.id_hash) == node_id:
             del self.id_of_hash[member.id_hash]
-        if self._id_of_long_hash.get(member.long_hash) == node_id:
-            del self._id_of_long_hash[member.long_hash]
+        if self._by_long_hash.get(member.long_hash) is member:
+            del self._by_long_hash[member.long_hash]
 
     def stalest(self) -> Member | None:
         """The live member whose last advance is the longest ago."""
