@@ -57,16 +57,14 @@ class Rumours:
         self._with_warm.difference_update(self._shed(self._urgent))
 
     def add_load(self, node_id: str, *, is_changed: bool) -> None:
-        """A changed load is told as often as urgent news, since the signs of life that follow do not carry it. The next
-        publication replaces a sign; six tellings of it left out one in a thousand of 60 members, four one in a
-        hundred."""
+        """A changed load is told as often as urgent news, since the signs of life that follow do not carry it. A sign is
+        told twice retransmit_max, since it is small; half of that left out one member in a hundred of 60."""
+        waiting, tellings = self._signs, self._retransmit_max * 2
         if is_changed:
             self._signs.pop(node_id, None)
             waiting, tellings = self._loads, self._retransmit_max * self._tenfolds
         elif node_id in self._loads:  # still on its way as a change, whatever newer version carries it
             waiting, tellings = self._loads, self._loads[node_id]
-        else:
-            waiting, tellings = self._signs, self._retransmit_max * 3 // 2
         waiting[node_id] = tellings
         waiting.move_to_end(node_id)
         self._shed(waiting)
@@ -85,6 +83,11 @@ class Rumours:
     @property
     def has_urgent(self) -> bool:
         return bool(self._urgent)
+
+    @property
+    def has_changes(self) -> bool:
+        """More than signs of life waits."""
+        return bool(self._urgent or self._loads)
 
     @property
     def waiting_count(self) -> int:

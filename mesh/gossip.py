@@ -107,6 +107,7 @@ class Gossip:
         self._reception = Reception(self._sealer, admission, self._table, self._detector, self._contacts, self._answers)
         self._cycle = PeerCycle(self._table, rng)
         self._round_at = now + config.round_interval_s
+        self._is_round_skipped = False
         self._untold: list[str] = []  # of the latest publication, where everybody is told: whom the budget left out
         self._urgent_at = float("inf")
         self._urgent_told_at = float("-inf")
@@ -197,7 +198,10 @@ class Gossip:
         self._round_at = now + self._config.round_interval_s
         if len(self._table.live) > self._config.everyone_max:
             self._untold = []
-            self._outbox.tell(self._cycle.take(self._config.round_peers), now)
+            # Where nothing changes, half the packets carry all signs of life.
+            self._is_round_skipped = not (self._is_round_skipped or self._outbox.rumours.has_changes)
+            if not self._is_round_skipped:
+                self._outbox.tell(self._cycle.take(self._config.round_peers), now)
         else:
             known = (self._table.members.get(node_id) for node_id in self._untold)
             self._untold = self._outbox.tell([m for m in known if m is not None and m.is_live], now, is_urgent=True)
