@@ -57,8 +57,8 @@ class Rumours:
         self._with_warm.difference_update(self._shed(self._urgent))
 
     def add_load(self, node_id: str, *, is_changed: bool) -> None:
-        """A changed load is told as often as urgent news, since the signs of life that follow do not carry it. A sign is
-        told 2 x retransmit_max times, since it is small; half as often left out one member in a hundred of 60."""
+        """A changed load is told as often as urgent news, since the signs of life that follow do not carry it. A sign
+        is told 2 x retransmit_max times, since it is small; half as often left out one member in a hundred of 60."""
         waiting, tellings = self._signs, self._retransmit_max * 2
         if is_changed:
             self._signs.pop(node_id, None)
