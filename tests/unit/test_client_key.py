@@ -6,11 +6,16 @@ import pytest
 from typer.testing import CliRunner
 
 from nodes import client
-from nodes.access.api_key import KeySettings, new_key
+from nodes.access.api_key import PUBLIC_ID_CHARS, SECRET_CHARS, KeySettings, new_key
 from nodes.cli import app
 
-_, OWN = new_key(KeySettings("a"), 0.0)
+OWN = "sk-" + "a" * PUBLIC_ID_CHARS + "-" + "b" * SECRET_CHARS
 FOREIGN = ["sk-" + "a" * 48, "sk-proj-" + "a" * 43, "sk-" + "a" * 12 + "-" + "a" * 44, OWN + "x", ""]
+
+
+def test_the_form_of_a_key_is_the_one_that_keys_have() -> None:
+    _, token = new_key(KeySettings("a"), 0.0)
+    assert client.OWN_KEY.fullmatch(token)
 
 
 @pytest.fixture
