@@ -281,12 +281,25 @@ def _toml(value: object) -> str:
     return json.dumps(value if isinstance(value, bool | int | float) else str(value))
 
 
+def _leave_native_threads(code: int | str | None) -> None:
+    """End this process now if it has run models. A thread may still load one, as when a node is stopped at its start:
+    the interpreter's end would run ONNX Runtime's destructors under it, which aborts the process (SIGABRT)."""
+    if "onnxruntime" in sys.modules and (code is None or isinstance(code, int)):
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        os._exit(code or 0)
+
+
 def main() -> None:
     """The script's entry point. Output that cannot be written is one line and exit code 1; a reader that has gone, as
     of `| head`, is no line at all."""
     try:
         try:
             app()
+        except SystemExit as exc:
+            _leave_native_threads(exc.code)
+            raise
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, and not by the interpreter's exit, which would print a traceback

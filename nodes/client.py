@@ -144,10 +144,13 @@ def request_for(node: NodeAddress, path: str, bearer: str | None, body: bytes | 
 
 def open_answer(node: NodeAddress, request: urllib.request.Request, timeout_s: float) -> http.client.HTTPResponse:
     """Raises NodeUnreachable when nobody answers, NodeAnswered with what the node gives as its reason to refuse."""
+    handlers: list[urllib.request.BaseHandler] = []
+    if node.tls is not None:
+        handlers.append(urllib.request.HTTPSHandler(context=node.tls))
+    if node.is_loopback:
+        handlers.append(urllib.request.ProxyHandler({}))  # no proxy reaches this machine's own loopback
     try:
-        response: http.client.HTTPResponse = urllib.request.urlopen(  # noqa: S310
-            request, timeout=timeout_s, context=node.tls
-        )
+        response: http.client.HTTPResponse = urllib.request.build_opener(*handlers).open(request, timeout=timeout_s)
     except urllib.error.HTTPError as exc:
         raise NodeAnswered(_refusal(exc)) from exc
     except (OSError, http.client.HTTPException) as exc:  # a URLError is an OSError

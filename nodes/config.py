@@ -24,7 +24,7 @@ from nodes.gossip_settings import GossipSettings
 
 ENV_PREFIX = "AI_CLUSTER_"
 # Variables of this prefix that other commands read; a node does not refuse them.
-ENV_OF_OTHERS = {"URL", "CA_FILE"}
+ENV_OF_OTHERS = {"URL", "CA_FILE", "API_KEY"}
 SECRET_KEYS = {"key", "admin_token", "tracing_headers"}  # never shown, and no flags: other users see command lines
 ADMIN_TOKEN_CHARS_MIN = 16  # fewer could be guessed over HTTP
 # What gossip tells of a node's models fits one section of a datagram.

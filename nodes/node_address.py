@@ -7,6 +7,7 @@ import socket
 import ssl
 from dataclasses import dataclass
 from functools import cached_property
+from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -54,6 +55,14 @@ class NodeAddress:
             raise NodeNotAsked(
                 f"the file of trusted certificates {self.ca_file}: {reason}; give a PEM file {CA_FIX}"
             ) from exc
+
+    @property
+    def is_loopback(self) -> bool:
+        host = urlsplit(self.url).hostname or ""
+        try:
+            return ip_address(host).is_loopback
+        except ValueError:
+            return host == "localhost"
 
     def __str__(self) -> str:
         return self.url

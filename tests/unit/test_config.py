@@ -264,6 +264,6 @@ def test_a_line_that_is_no_header_is_named_and_not_quoted(tmp_path: Path, line: 
         load_config(None, {}, {"tracing_headers_file": tmp_path / "absent"}).collector_headers()
 
 
-@pytest.mark.parametrize("name", ["URL", "CA_FILE"])
+@pytest.mark.parametrize("name", ["URL", "CA_FILE", "API_KEY"])
 def test_variables_of_the_commands_are_none_of_a_nodes(name: str) -> None:
     load_config(None, {f"AI_CLUSTER_{name}": "what commands read"}, {})

@@ -8,7 +8,7 @@ import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from nodes import cli
+from nodes.client import get_json
 from nodes.node_address import NodeAnswered, parse_url
 from tests.unit.certificates import write_certificate
 
@@ -173,3 +174,36 @@ def test_operators_are_told_that_no_node_answers_before_that_a_token_is_missing(
             result = CliRunner().invoke(cli.app, [*command, *options[2:], "--url", f"http://127.0.0.1:{port}"])
         assert result.exit_code == 2
         assert "no admin token" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("http://127.0.0.1:8080", True),
+        ("http://[::1]:8080", True),
+        ("https://localhost:8080", True),
+        ("http://10.0.0.1:8080", False),
+        ("http://localhost.example:8080", False),
+    ],
+)
+def test_whether_a_node_is_on_this_machines_loopback(url: str, expected: bool) -> None:
+    assert parse_url(url).is_loopback is expected
+
+
+def test_a_node_on_loopback_is_asked_without_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"answer": 42}')
+
+        def log_message(self, *_: object) -> None:
+            """No line a request."""
+
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with HTTPServer(("127.0.0.1", 0), Answers) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        assert get_json(parse_url(f"http://127.0.0.1:{server.server_port}"), "/") == {"answer": 42}
+        thread.join()
