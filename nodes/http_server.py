@@ -40,15 +40,13 @@ from nodes.http_connection import (
 )
 from nodes.http_tls import TlsStream
 from nodes.sockets import HTTP_BACKLOG
-from nodes.strict_headers import refusal
+from nodes.strict_headers import HEAD_BYTES_MAX, refusal
 
 logger = logging.getLogger(__name__)
 
 # Longer than the 60 s for which balancers in front keep idle connections.
 KEEP_ALIVE_TIMEOUT_S = 75.0
 KEEP_ALIVE_REQUESTS_MAX = 100_000
-# Of a request's line and headers; no client of the API sends a tenth of it.
-HEAD_BYTES_MAX = 16 * 1024
 # Without a configured number: this share of the file descriptors the process may have, and no more than the maximum.
 CONNECTIONS_SHARE = 3 / 4
 CONNECTIONS_MAX = 10_000

@@ -5,6 +5,9 @@ nodes.api.response_headers adds them to the application's answers; what the HTTP
 
 from __future__ import annotations
 
+# Of a request's target and headers; no client of the API sends a tenth of it. The HTTP server ends a head that grows
+# beyond it while it comes; one that comes at once nodes.api.response_headers refuses.
+HEAD_BYTES_MAX = 16 * 1024
 STRICT = {
     b"x-content-type-options": b"nosniff",
     b"x-frame-options": b"DENY",

@@ -19,9 +19,10 @@ from werkzeug.exceptions import HTTPException
 
 from nodes.api.accounting import exchange_of
 from nodes.api.errors import api_error
-from nodes.strict_headers import SAME_ORIGIN, STRICT
+from nodes.strict_headers import HEAD_BYTES_MAX, SAME_ORIGIN, STRICT
 
 HEADERS_MAX = 100  # of one request; clients of the API send some ten
+HEADER_LINE_BYTES = 4  # around a name and a value
 PREFLIGHT_AGE_S = 600
 EXPOSED = (
     b"x-request-id, openai-processing-ms, retry-after, retry-after-ms, x-ai-cluster-node, x-ratelimit-limit-requests, "
@@ -33,8 +34,9 @@ METHODS = b"GET, POST"
 _HEADER_LIST = re.compile(rb"[A-Za-z0-9-]{1,64}(?: *, *[A-Za-z0-9-]{1,64}){0,63}")
 
 _TOO_MANY = (
-    b'{"error": {"message": "more than %d headers", "type": "invalid_request_error", "param": null, '
-    b'"code": "request_header_fields_too_large"}}' % HEADERS_MAX
+    b'{"error": {"message": "more than %d headers, or %d bytes of request line and headers", '
+    b'"type": "invalid_request_error", "param": null, "code": "request_header_fields_too_large"}}'
+    % (HEADERS_MAX, HEAD_BYTES_MAX)
 )
 _TWO_ENDS = (
     b'{"error": {"message": "the request has both content-length and transfer-encoding", '
@@ -64,7 +66,7 @@ class ResponseHeaders:
                 message["headers"] = [*message.get("headers", ()), *_missing(message.get("headers", ()), allowed)]
             await send(message)
 
-        if len(scope["headers"]) > HEADERS_MAX:
+        if len(scope["headers"]) > HEADERS_MAX or _head_bytes(scope) > HEAD_BYTES_MAX:
             await _answer(with_headers, 431, [(b"content-type", b"application/json")], _TOO_MANY)
         elif _header(scope, b"transfer-encoding") and _header(scope, b"content-length"):
             # What is before this node may have read it by the other one (RFC 9112, 6.1).
@@ -100,6 +102,11 @@ class ResponseHeaders:
         if b"*" in self._origins:
             return b"*" if origin else b""
         return origin if origin in self._origins else b""
+
+
+def _head_bytes(scope: Any) -> int:
+    target = len(scope.get("raw_path", b"")) + len(scope.get("query_string", b""))
+    return target + sum(len(name) + len(value) + HEADER_LINE_BYTES for name, value in scope["headers"])
 
 
 def _first(group: BaseExceptionGroup[HTTPException]) -> HTTPException:

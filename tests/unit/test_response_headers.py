@@ -100,6 +100,17 @@ async def test_headers_are_limited_in_number(count: int, status: int) -> None:
         assert response.json()["error"]["code"] == "request_header_fields_too_large"
 
 
+@pytest.mark.parametrize(
+    ("path_bytes", "header_bytes", "status"), [(0, 15_000, 200), (0, 16_400, 431), (16_400, 0, 431)]
+)
+async def test_request_line_and_headers_are_limited_in_size(path_bytes: int, header_bytes: int, status: int) -> None:
+    headers = {"x-large": "a" * header_bytes}
+    response = await Api(ScriptedDispatch()).client.get(f"/v1/models?{'a' * path_bytes}", headers=headers)
+    assert response.status_code == status
+    if status == 431:
+        assert response.json()["error"]["code"] == "request_header_fields_too_large"
+
+
 @pytest.mark.parametrize(("target", "status"), [("", 400), ("http://[", 400), ("http://a", 400), ("*", 404)])
 async def test_a_target_without_a_path_is_refused(target: str, status: int) -> None:
     api = Api(ScriptedDispatch())
