@@ -62,10 +62,10 @@ async def staggered(engine: Engine, cases: list[Case], seed: int) -> list[list[i
         case = cases[index]
         found[index] = list((await read(engine.submit(case.prompt, exactly(case), FAR)))[1])
 
-    async def leave(prompt: list[int], events: int) -> None:
+    async def leave(prompt: list[int], tokens: int) -> None:
         async with engine.submit(prompt, greedy(200), FAR) as stream:
-            for _ in range(events):
-                await stream.receive()
+            while tokens > 0:  # a late reader gets many in one event
+                tokens -= len((await stream.receive()).token_ids)
 
     async with trio.open_nursery() as nursery:
         for index in order:
