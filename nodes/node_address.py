@@ -7,9 +7,10 @@ import socket
 import ssl
 from dataclasses import dataclass
 from functools import cached_property
-from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from nodes.config import is_loopback
 
 # The base of the OpenAI API, as clients are given it; commands name paths of their own.
 API_BASE = "/v1"
@@ -58,11 +59,7 @@ class NodeAddress:
 
     @property
     def is_loopback(self) -> bool:
-        host = urlsplit(self.url).hostname or ""
-        try:
-            return ip_address(host).is_loopback
-        except ValueError:
-            return host == "localhost"
+        return is_loopback(urlsplit(self.url).hostname or "")
 
     def __str__(self) -> str:
         return self.url

@@ -9,6 +9,7 @@ import msgpack
 import pytest
 
 from mesh import wire
+from mesh.exchange import decode_answer, encode_question
 from mesh.gossip import Gossip, GossipConfig
 from mesh.gossip_types import SendDatagram
 from mesh.membership import Member, MemberTable, own_member
@@ -143,15 +144,11 @@ def test_who_lacks_a_load_still_tells_what_it_knows() -> None:
 
 
 def _question(core: Gossip) -> bytes:
-    from mesh.exchange import encode_question
-
     return encode_question(core._table)
 
 
 def _answered(holder: Gossip, asker: Gossip) -> list[str]:
     """Whom the holder tells the asker of."""
-    from mesh.exchange import decode_answer
-
     told = decode_answer(holder.answer_exchange(_question(asker), 1.0))
     return [item.record.node_id for item in told if item.record.node_id == "c"]
 
