@@ -9,17 +9,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mesh.gossip_types import GossipConfig
-from mesh.membership import Member, MemberTable
+from mesh.member import Member
+from mesh.membership import MemberTable
+from mesh.packets import Digest, DigestEntry
 from mesh.view import MemberStatus
-from mesh.wire import (
-    BULK_INLINE_BYTES_MAX,
-    DIGEST_ENTRIES_MAX,
-    HASH_MAX,
-    NODE_ID_BYTES_MAX,
-    Digest,
-    DigestEntry,
-    digest_entry_bytes,
-)
+from mesh.wire import BULK_INLINE_BYTES_MAX, DIGEST_ENTRIES_MAX, HASH_MAX, NODE_ID_BYTES_MAX, digest_entry_bytes
 
 # The entries of one digest; the rest of its packet is for the head and the sender's own record.
 ENTRIES_BYTES_MAX = 1_000 - NODE_ID_BYTES_MAX

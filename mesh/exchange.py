@@ -16,13 +16,13 @@ import msgpack
 from mesh.anti_entropy import is_behind, lacking_of
 from mesh.errors import MalformedDatagram
 from mesh.gossip_types import GossipConfig
-from mesh.membership import MEMBERS_MAX, Member, MemberTable, id_hash
+from mesh.member import Member, id_hash
+from mesh.membership import MEMBERS_MAX, MemberTable
+from mesh.packets import DigestEntry, Record
 from mesh.view import MemberStatus
 from mesh.wire import (
     BULK_BYTES_MAX,
     NODE_ID_BYTES_MAX,
-    DigestEntry,
-    Record,
     count,
     pack_digest_entry,
     text,

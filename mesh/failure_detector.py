@@ -14,7 +14,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from mesh.gossip_types import GossipConfig
-from mesh.membership import Member, MemberTable, PeerCycle, join_accusers
+from mesh.member import Member, join_accusers
+from mesh.membership import MemberTable, PeerCycle
 from mesh.pace import Pace
 from mesh.view import Address, MemberStatus
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from types import MappingProxyType
 from typing import assert_never
 
-from mesh import exchange, wire
+from mesh import exchange, packets, wire
 from mesh.admission import Admission
 from mesh.answers import Answers
 from mesh.anti_entropy import DigestTurns
@@ -31,7 +31,8 @@ from mesh.gossip_types import (
     UsageHeard,
 )
 from mesh.identity import Claim, Identity
-from mesh.membership import NEWS, Change, Member, MemberTable, PeerCycle, Plan, own_member, sign_record
+from mesh.member import Member, own_member, sign_record
+from mesh.membership import NEWS, Change, MemberTable, PeerCycle, Plan
 from mesh.outbox import Outbox
 from mesh.own_state import OwnState
 from mesh.pace import Pace
@@ -216,19 +217,19 @@ class Gossip:
             for helper in self._table.sample(
                 self._rng, self._config.indirect_count, probe.node_id, heard_since=now - self._pace.evidence_age_s
             ):
-                request = wire.PingRequest(probe.sequence, probe.node_id, member.address)
+                request = packets.PingRequest(probe.sequence, probe.node_id, member.address)
                 probe.asked_count += outbox.send(helper.address, request, now, to=helper)
             outbox.emit(PingLink(member.node_id, member.address))
         for member in detector.due_verdicts(now):
             self._suspicions += 1
             self._accuse(member, MemberStatus.SUSPECT, now)
         for relay in detector.due_nacks(now):
-            outbox.send(relay.origin, wire.Nack(relay.origin_sequence), now)
+            outbox.send(relay.origin, packets.Nack(relay.origin_sequence), now)
         self._haste_at = float("inf")
         for probe in detector.begin(now):
             self._probes += 1
             member = self._table.members[probe.node_id]
-            outbox.send(member.address, wire.Ping(probe.sequence, probe.node_id), now, to=member)
+            outbox.send(member.address, packets.Ping(probe.sequence, probe.node_id), now, to=member)
 
     # --- what this node says of itself ---
 
@@ -287,7 +288,7 @@ class Gossip:
         peers = self._rng.sample(self._table.live, min(len(self._table.live), LEAVE_PEERS_MAX))
         for _ in range(2 if len(peers) <= LEAVE_COPIES_PEERS else 1):
             for peer in peers:
-                self._outbox.send(peer.address, wire.Leave(), now, to=peer, is_unlimited=True)
+                self._outbox.send(peer.address, packets.Leave(), now, to=peer, is_unlimited=True)
         self._has_left = True
         self._view_is_wrong = True
         return self._outbox.drain()
@@ -303,7 +304,7 @@ class Gossip:
             return self._outbox.drain()
         packet = arrival.packet
         self._forgive_stall(now)
-        if isinstance(packet.message, wire.Conflict):
+        if isinstance(packet.message, packets.Conflict):
             self._be_refused(packet.message, now)
         elif packet.sender == self.node_id:
             # A former process of this very node speaks from the same address; anything else is a second one.
@@ -385,7 +386,7 @@ class Gossip:
         """No answer came; the next exchange is with another."""
         self._exchanges.ended(node_id)
 
-    def _be_refused(self, conflict: wire.Conflict, now: float) -> None:
+    def _be_refused(self, conflict: packets.Conflict, now: float) -> None:
         self._report_duplicate(self.node_id, conflict.address, now)
         if self._identity.refused(conflict.known_ms, self._detector.answered_at, now) and not self._is_fenced:
             self._is_fenced = True
@@ -435,7 +436,7 @@ class Gossip:
         if plan is not None:
             self._merge(plan, "", now)
 
-    def _hear_about_self(self, record: wire.Record, source: Address, now: float) -> None:
+    def _hear_about_self(self, record: packets.Record, source: Address, now: float) -> None:
         if record.generation >= wire.GENERATION_MAX or record.version >= wire.VERSION_MAX:
             return  # no process lived or published so often, and there would be no outdoing it
         claim = self._identity.judge(record, now)
@@ -446,7 +447,7 @@ class Gossip:
                 if claim is Claim.ACCUSES:
                     self._detector.adjust_awareness(1)  # Lifeguard: to be suspected speaks against oneself
                     self._state.outdo(record.generation, record.version, now)
-                self._outbox.send(source, wire.Rumour(), now)  # who has not heard the newer version is told directly
+                self._outbox.send(source, packets.Rumour(), now)  # who has not heard the newer version is told directly
             case Claim.FORMER_LIFE:
                 self._state.outdo(record.generation + 1, 0, now)
                 self._outbox.rumours.add_urgent(self.node_id, with_warm=True)

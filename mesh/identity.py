@@ -5,9 +5,10 @@ from __future__ import annotations
 from enum import Enum, auto
 
 from mesh.gossip_types import DuplicateNode
-from mesh.membership import Member, MemberTable
+from mesh.member import Member
+from mesh.membership import MemberTable
+from mesh.packets import Packet, Record
 from mesh.view import Address, MemberStatus
-from mesh.wire import Packet, Record
 
 DUPLICATE_INTERVAL_S = 10.0  # between two reports of one duplicate id
 DUPLICATES_MAX = 64  # ids whose last report is remembered; beyond it some are reported again too soon

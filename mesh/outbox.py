@@ -7,11 +7,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from mesh import wire
+from mesh import packets, wire
 from mesh.anti_entropy import Lacking
 from mesh.dissemination import PacketBudget, Rumours
 from mesh.gossip_types import Effect, GossipConfig, SendDatagram
-from mesh.membership import Member, MemberTable
+from mesh.member import Member
+from mesh.membership import MemberTable
 from mesh.seal import DatagramSealer
 from mesh.signs import HEADER_BYTES, with_signs
 from mesh.view import Address, MemberStatus
@@ -45,7 +46,7 @@ class Outbox:
     def send(
         self,
         address: Address,
-        message: wire.Message,
+        message: packets.Message,
         now: float,
         *,
         to: Member | None = None,
@@ -85,11 +86,11 @@ class Outbox:
         self._emit_datagram(address, message, b"".join((head, *parts)))
         return True
 
-    def _emit_datagram(self, address: Address, message: wire.Message, payload: bytes) -> None:
+    def _emit_datagram(self, address: Address, message: packets.Message, payload: bytes) -> None:
         assert len(payload) <= wire.PAYLOAD_BYTES_MAX, f"a payload of {len(payload)} bytes fits no datagram"
         datagram = self._sealer.seal(payload)
         self._budget.spend(len(datagram))
-        self.sent[wire.MESSAGE_LABELS[type(message)]] += 1
+        self.sent[packets.MESSAGE_LABELS[type(message)]] += 1
         self.bytes_sent += len(datagram)
         self._effects.append(SendDatagram(address, datagram))
 
@@ -98,7 +99,7 @@ class Outbox:
 
         Returns the ids of those for whom it did not suffice."""
         reserve = self._reserve if is_urgent else 2 * self._reserve
-        return [p.node_id for p in peers if not self.send(p.address, wire.Rumour(), now, to=p, reserve=reserve)]
+        return [p.node_id for p in peers if not self.send(p.address, packets.Rumour(), now, to=p, reserve=reserve)]
 
     def tell_urgently(self, peers: Iterable[Member], now: float) -> bool:
         """True where it helped and urgent news are left: worth telling the next peers soon."""
@@ -106,34 +107,34 @@ class Outbox:
         self.tell(peers, now, is_urgent=True)
         return self.rumours.has_urgent and self.rumours.urgent_tellings > before
 
-    def send_bare(self, address: Address, message: wire.Message, now: float) -> None:
+    def send_bare(self, address: Address, message: packets.Message, now: float) -> None:
         """A packet without records and, where it is a cookie or its echo, without a name: to one who is not known, and
         no larger than what came from it. The caller keeps to a budget of its own."""
         self.unlimited += 1
-        sender = "" if isinstance(message, wire.Cookie | wire.CookieEcho) else self._own.node_id
+        sender = "" if isinstance(message, packets.Cookie | packets.CookieEcho) else self._own.node_id
         self._emit_datagram(address, message, wire.encode_head(sender, message))
 
     def send_join(self, address: Address, sequence: int, now: float, to: Member | None) -> None:
         records = [self._own.encoded(with_warm=True)]
-        self.send(address, wire.Join(sequence), now, to=to, records=records, is_filled=False)
+        self.send(address, packets.Join(sequence), now, to=to, records=records, is_filled=False)
 
     def echo_cookie(self, address: Address, cookie: int, join_sequence: int, now: float) -> None:
         """To one who is known, or called: with the own record, and its profile where it is a call."""
         records = [self._own.encoded(with_warm=True)] if join_sequence else []
-        message = wire.CookieEcho(cookie, join_sequence)
+        message = packets.CookieEcho(cookie, join_sequence)
         self.send(address, message, now, records=records, is_filled=not join_sequence, is_unlimited=True)
 
     def send_delta(self, address: Address, lacking: list[Lacking], now: float) -> None:
         """What the receiver lacks, in as many packets as needed up to the limit."""
-        self._send_records(address, wire.Delta(), [entry.encoded() for entry in lacking], now)
+        self._send_records(address, packets.Delta(), [entry.encoded() for entry in lacking], now)
 
     def answer_join(self, address: Address, sequence: int, lacking: list[Lacking], now: float) -> None:
         """One packet, the own record first, so that there is an answer even where no other member is known."""
         records = [self._own.encoded(with_warm=True)]
         records += [entry.encoded() for entry in lacking if entry.member is not self._own]
-        self._send_records(address, wire.Delta(sequence), records, now)
+        self._send_records(address, packets.Delta(sequence), records, now)
 
-    def _send_records(self, address: Address, message: wire.Delta, records: list[bytes], now: float) -> None:
+    def _send_records(self, address: Address, message: packets.Delta, records: list[bytes], now: float) -> None:
         # Who joins is answered whatever else there is to send: until then it knows nobody.
         is_join = message.join_sequence > 0
         packets_max = 1 if is_join else DELTA_PACKETS_MAX

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from mesh.counters_wire import USAGE_BYTES_MAX
 from mesh.gossip_types import GossipConfig
-from mesh.membership import Member
+from mesh.member import Member
 from mesh.pace import Pace
 from mesh.state import encode_load, encode_profile, is_urgent
 from mesh.view import MemberStatus, NodeLoad, NodeProfile

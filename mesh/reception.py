@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from mesh import wire
+from mesh import packets, wire
 from mesh.admission import Admission
 from mesh.answers import Answers
 from mesh.contacts import Contacts
@@ -23,7 +23,7 @@ class Arrival:
     """A datagram let in. plans: what its records about others would change, in their order."""
 
     boot_id: bytes
-    packet: wire.Packet
+    packet: packets.Packet
     plans: list[Plan | None]
 
 
@@ -57,7 +57,7 @@ class Reception:
             if opened.is_admitted and self._admission.is_flooding(opened.boot_id, now):
                 raise SealRejected("flood")
             packet = wire.decode(opened.payload)
-            if isinstance(packet.message, wire.Join) and not packet.message.is_compatible:
+            if isinstance(packet.message, packets.Join) and not packet.message.is_compatible:
                 raise SealRejected("protocol version")
             is_known = opened.is_admitted and self._admission.is_at(opened.boot_id, source)
             if not is_known and not self._is_proven(opened, packet.message, source):
@@ -75,7 +75,7 @@ class Reception:
             self._sealer.admit(opened)
         if not is_known:
             self._admission.note(opened.boot_id, source)
-        self.received[wire.MESSAGE_LABELS[type(packet.message)]] += 1
+        self.received[packets.MESSAGE_LABELS[type(packet.message)]] += 1
         self.bytes_received += len(datagram)
         return Arrival(opened.boot_id, packet, plans)
 
@@ -90,20 +90,20 @@ class Reception:
         self._sealer.admit_process(boot_id)
         self._admission.note(boot_id, address)
 
-    def _is_proven(self, opened: Opened, message: wire.Message, source: Address) -> bool:
+    def _is_proven(self, opened: Opened, message: packets.Message, source: Address) -> bool:
         """True where a datagram holds what only a process that is alive now can know: an answer to a question of this
         node."""
         match message:
-            case wire.CookieEcho(cookie):
+            case packets.CookieEcho(cookie):
                 return cookie == self._admission.cookie(opened.boot_id, source)
-            case wire.Ack(sequence, target):
+            case packets.Ack(sequence, target):
                 return self._detector.is_asked(sequence, target)
-            case wire.Delta(join_sequence) | wire.Conflict(join_sequence=join_sequence):
+            case packets.Delta(join_sequence) | packets.Conflict(join_sequence=join_sequence):
                 return self._contacts.is_called(join_sequence)
             case _:
                 return False
 
-    def _meet_stranger(self, opened: Opened, packet: wire.Packet, source: Address, now: float) -> None:
+    def _meet_stranger(self, opened: Opened, packet: packets.Packet, source: Address, now: float) -> None:
         self.strangers += 1
         if self._admission.may_send_cookie(now):
             self._answers.answer_stranger(packet, self._admission.cookie(opened.boot_id, source), source, now)

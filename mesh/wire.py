@@ -1,4 +1,4 @@
-"""The datagrams of the mesh: their types, their bytes, their limits. Everything a peer sends is checked here.
+"""The bytes of datagrams, and their limits. Everything a peer sends is checked here.
 
 A payload is one msgpack array [type, sender, ...fields, signs], then any number of records to the end, one array each.
 Arrays may be longer than this version knows: what follows is ignored; so is the message of a type that it does not
@@ -9,7 +9,6 @@ in; mesh.state reads hot and warm.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import ip_address
 from operator import lt
@@ -18,13 +17,29 @@ from typing import Any, assert_never
 import msgpack
 
 from mesh.errors import MalformedDatagram
+from mesh.packets import (
+    Ack,
+    Conflict,
+    Cookie,
+    CookieEcho,
+    Delta,
+    Digest,
+    DigestEntry,
+    Join,
+    Leave,
+    Message,
+    Nack,
+    Packet,
+    Ping,
+    PingRequest,
+    Record,
+    Rumour,
+    Unknown,
+)
 from mesh.seal import BOOT_ID_BYTES, OVERHEAD_BYTES
 from mesh.signs import LONG_HASH_MAX, Sign, encode_sign, with_signs
 from mesh.view import Address, MemberStatus
 
-# Versions of the protocol this node speaks; JOIN carries both, and meshes that share none do not mix.
-PROTOCOL_MIN = 1
-PROTOCOL_MAX = 1
 DATAGRAM_BYTES_MAX = 1_200  # below 1280, the smallest MTU IPv6 allows, less IP and UDP headers: IP never fragments
 PAYLOAD_BYTES_MAX = DATAGRAM_BYTES_MAX - OVERHEAD_BYTES
 NODE_ID_BYTES_MAX = 64
@@ -39,188 +54,9 @@ VERSION_MAX = 2**62
 HASH_MAX = 2**32 - 1  # ids as 32-bit hashes, in digests and accusations
 ADDRESSES_MAX = 16_384  # remembered in both forms, about 300 bytes each: to convert one costs more than the record
 DIGEST_ENTRIES_MAX = 80  # of at most 40 bytes; usual ones are 13 to 18, so a full digest fits one datagram
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What the sender believes of one member: a claim, and sections of its state.
-
-    hot: the load published at exactly this version. warm: the profile published at warm_version. bulk: what was
-    published at bulk_version, at most SECTION_BYTES_MAX in a datagram and BULK_BYTES_MAX on a peer link. boot_id: of
-    the process that lives this generation, beside a profile, so that whoever is told of it need not ask it to prove
-    itself; empty for unknown. accusers: hashes of the ids of those who suspect it at this version, sorted; empty unless
-    SUSPECT."""
-
-    node_id: str
-    generation: int
-    version: int
-    status: MemberStatus
-    address: Address
-    warm_version: int = 0
-    hot: bytes | None = None
-    warm: bytes | None = None
-    accusers: tuple[int, ...] = ()
-    bulk_version: int = 0
-    bulk: bytes | None = None
-    boot_id: bytes = b""
-
-
-@dataclass(frozen=True, slots=True)
-class Ping:
-    """Are you there? Answered with Ack if `target` is the receiver."""
-
-    sequence: int
-    target: str
-
-
-@dataclass(frozen=True, slots=True)
-class Ack:
-    """`target` answered the ping of this sequence; from itself or from who was asked to ping it.
-
-    cookie: 0, or to be echoed like that of a Cookie."""
-
-    sequence: int
-    target: str
-    cookie: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class PingRequest:
-    """Please ping `target` for me: Ack if it answers, else Nack, which says that at least you are well."""
-
-    sequence: int
-    target: str
-    address: Address
-
-
-@dataclass(frozen=True, slots=True)
-class Nack:
-    """The target of a PingRequest did not answer in time."""
-
-    sequence: int
-
-
-@dataclass(frozen=True, slots=True)
-class Rumour:
-    """Nothing but records."""
-
-
-@dataclass(frozen=True, slots=True)
-class DigestEntry:
-    """What the sender holds of one member: its claim, and which profile and bulk section it has of it (not which it has
-    heard of)."""
-
-    id_hash: int
-    generation: int
-    version: int
-    status: MemberStatus
-    profile_version: int
-    bulk_version: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Digest:
-    """All live members the sender knows with low <= id hash <= high; none but the entries where low > high.
-
-    The receiver answers with a Delta of what it holds newer and, unless is_reply, a Digest of what it wants."""
-
-    low: int
-    high: int
-    entries: tuple[DigestEntry, ...]
-    is_reply: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """Records the receiver lacks. join_sequence: the Join it answers, or 0."""
-
-    join_sequence: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Join:
-    """Here I am, tell me who is there. protocol_min..protocol_max: what the sender speaks."""
-
-    sequence: int
-    protocol_min: int = PROTOCOL_MIN
-    protocol_max: int = PROTOCOL_MAX
-
-    @property
-    def is_compatible(self) -> bool:
-        return self.protocol_min <= PROTOCOL_MAX and self.protocol_max >= PROTOCOL_MIN
-
-
-@dataclass(frozen=True, slots=True)
-class Leave:
-    """The sender goes; its record says LEFT."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cookie:
-    """The sender does not know the receiver's process, so it has ignored what came from it: prove by an echo that this
-    is no recording and that the address is no forgery. The packet's sender is empty, so that it is never larger than
-    the datagram that it answers."""
-
-    cookie: int
-
-
-@dataclass(frozen=True, slots=True)
-class CookieEcho:
-    """The cookie came back. join_sequence: of the Join that was answered with the cookie, and asked again hereby, or 0.
-
-    The packet's sender is empty where the one who sent the cookie is not known either."""
-
-    cookie: int
-    join_sequence: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Conflict:
-    """Another process, at `address`, is heard under the receiver's name and has been for `known_ms` milliseconds: the
-    receiver is fenced, which means that nothing is taken from it. join_sequence: the Join it answers, or 0."""
-
-    known_ms: int
-    address: Address
-    join_sequence: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Unknown:
-    """A message of a later version."""
-
-
-Message = (
-    Ping | Ack | PingRequest | Nack | Rumour | Digest | Delta | Join | Leave | Cookie | CookieEcho | Conflict | Unknown
-)
-
-# The labels under which statistics count, and each type's number on the wire.
-MESSAGE_LABELS: dict[type, str] = {
-    Ping: "ping",
-    Ack: "ack",
-    PingRequest: "ping_request",
-    Nack: "nack",
-    Rumour: "gossip",
-    Digest: "digest",
-    Delta: "delta",
-    Join: "join",
-    Leave: "leave",
-    Cookie: "cookie",
-    CookieEcho: "cookie_echo",
-    Conflict: "conflict",
-    Unknown: "unknown",
-}
+# Each type's number.
 _PING, _ACK, _PING_REQUEST, _NACK, _RUMOUR, _DIGEST, _DELTA, _JOIN, _LEAVE = range(1, 10)
 _COOKIE, _COOKIE_ECHO, _CONFLICT = range(10, 13)
-
-
-@dataclass(frozen=True, slots=True)
-class Packet:
-    """One payload: who sent it, what it asks or says, and the records and signs of life that ride along."""
-
-    sender: str
-    message: Message
-    records: tuple[Record, ...] = ()
-    signs: tuple[Sign, ...] = ()
 
 
 def encode(packet: Packet) -> bytes:

@@ -10,17 +10,16 @@ from __future__ import annotations
 import logging
 import random
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
-from typing import Any
 
 import trio
 
 from mesh import state_exchange
-from mesh.errors import HandshakeRefused, MalformedDatagram, PeerUnavailable
+from mesh.errors import MalformedDatagram
 from mesh.forwarder import Forwarder, IncomingStream
 from mesh.gossip import Gossip
 from mesh.gossip_types import MemberChanged
@@ -32,12 +31,8 @@ from mesh.seal import BOOT_ID_BYTES
 from mesh.state import decode_load, encode_load
 from mesh.udp import GossipSocket
 from mesh.view import (
-    EMBEDDING,
-    GENERATION,
     Address,
     ClusterView,
-    ModelInfo,
-    ModelLoad,
     NodeLoad,
     NodeProfile,
     Readiness,
@@ -52,11 +47,7 @@ from nodes.config import ConfigInvalid, NodeConfig, is_loopback
 from nodes.dispatch import Dispatch
 from nodes.drain import Drain
 from nodes.embedding_dispatch import EmbeddingDispatch
-from nodes.engine.embedding_engine import EmbeddingEngine, load_embedding_engine
-from nodes.engine.embedding_folder import EmbeddingFolder
-from nodes.engine.engine import Engine, load_engine
-from nodes.engine.engine_statistics import FAILED, STUCK, EngineStatistics
-from nodes.engine.model_folder import ModelFolderInvalid
+from nodes.engine.engine_statistics import EngineStatistics
 from nodes.engine.model_kinds import AnyFolder
 from nodes.event_feed import EventFeed
 from nodes.events import Happening
@@ -69,10 +60,12 @@ from nodes.member_views import QUESTION_VIEW, MemberViews
 from nodes.mesh_operations import MeshOperations
 from nodes.messages import NODE_READY
 from nodes.node_access import NodeAccess
+from nodes.node_models import NodeModels, model_load
 from nodes.node_operations import NodeOperations
 from nodes.peer_operations import ask_peer
 from nodes.remote import PeerServer, RemoteGenerator
 from nodes.remote_embedder import EmbeddingServer, RemoteEmbedder
+from nodes.seed_check import SeedCheck
 from nodes.sockets import NodeSockets, advertised_address, bound_address
 from nodes.store import Store
 from observability.collectors import KeyLimit, Snapshot
@@ -88,13 +81,10 @@ LOAD_INTERVAL_S = 0.1
 # Counted from 0 on, so that rate() sees the first answer, error and refusal of each.
 GENERATING_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 GENERATING_STATUSES = (200, 429, 500, 503)
-# While no seed has answered a handshake, how often each is tried.
-SEED_CHECK_INTERVAL_S = 2.0
 # What is left of a late wake-up of the loop in the reported lag, each LOAD_INTERVAL_S.
 LAG_DECAY = 0.8
 # The lag is told in steps, so that an idle node's load stays the same and costs the mesh a sign of life, not a record.
 LAG_STEP_S = 0.01
-MIB = 1024 * 1024
 # Between the end of the drain and the end of HTTP: the last chunks on their way to clients.
 HTTP_CLOSE_S = 2.0
 
@@ -131,25 +121,21 @@ class Node:
         self._generation = generation
         self._keep_generation = keep_generation
         self._log_writer = log_writer
-        self._folders = folders
         self._sockets = sockets
         self._node_id = config.node_id()
         self._version = version("ai-cluster")
-        self._readiness = Readiness.LOADING  # of the engines; a drain hides it
+        self._models = NodeModels(config, folders)
         self._loop_lag_s = 0.0
         self._view_hash = 0  # as told in this node's load
         self._records_digest = ""
         self._fenced = trio.Event()
-        self._seed_is_silent = trio.Event()
         self._fenced_by: Address | None = None
-        self._engines: dict[str, Engine] = {}
-        self._embedding_engines: dict[str, EmbeddingEngine] = {}
         self._metrics = Metrics(self._node_id, self._version)
         for path in GENERATING_PATHS:
             self._metrics.know_route("POST", path, GENERATING_STATUSES)
         observer = ExecutorMetrics(self._metrics)
-        self._local = LocalGenerator(self._engines, observer=observer, tracer=tracer)
-        self._local_embedder = LocalEmbedder(self._embedding_engines, observer=observer, tracer=tracer)
+        self._local = LocalGenerator(self._models.generation, observer=observer, tracer=tracer)
+        self._local_embedder = LocalEmbedder(self._models.embedding, observer=observer, tracer=tracer)
         self._admin_access = AdminAccess(admin_token)
         self._leave_asked = trio.Event()
         boot_id = secrets.token_bytes(BOOT_ID_BYTES)
@@ -164,14 +150,15 @@ class Node:
         )
         bound = bound_address(config.mesh, sockets.mesh_tcp)
         advertised = advertised_address(config, bound)
-        self._seeds = tuple(seed for seed in config.join if seed not in (advertised, bound))
+        seeds = tuple(seed for seed in config.join if seed not in (advertised, bound))
+        self._seed_check = SeedCheck(seeds, self._forwarder.check_seed, self._node_id, config.cluster_name)
         own_counters = OwnCounters(generation)
         self._gossip = Gossip(
             config.gossip.config(),
             self._node_id,
             generation,
             advertised,
-            self._seeds,
+            seeds,
             keyring.ring,
             boot_id,
             random.Random(),
@@ -184,7 +171,7 @@ class Node:
             ping_link=self._forwarder.ping,
             ask_link=partial(state_exchange.ask, self._forwarder),
             on_fenced=self._give_way,
-            on_seed_unanswered=lambda seed: self._seed_is_silent.set(),
+            on_seed_unanswered=lambda seed: self._seed_check.note_silence(),
             on_change=self._member_changed,
             on_usage=lambda node_id, section: self._access.hear_usage(node_id, section),
         )
@@ -201,7 +188,7 @@ class Node:
             publish=self._publish_records,
             usage_changed=self._gossip_socket.usage_changed,
             is_open=config.open or is_loopback(config.http.host),
-            has_seeds=bool(self._seeds),
+            has_seeds=bool(seeds),
             hold_s=config.limits_partition_hold_s,
         )
         self._cluster_metrics = ClusterMetrics(
@@ -262,7 +249,7 @@ class Node:
             self._http,
             self._dispatch,
             self._peer_server,
-            active_requests=self._active_requests,
+            active_requests=self._models.active_requests,
             changed=lambda: self._gossip_socket.set_load(self._load()),
             drain_s=config.drain_s,
             notice_s=config.drain_notice_s,
@@ -303,7 +290,7 @@ class Node:
             self._publish_profile()
             nursery.start_soon(self._publish_load)
             nursery.start_soon(self._publish_digest)
-            nursery.start_soon(self._check_seeds)
+            nursery.start_soon(self._seed_check.run)
             nursery.start_soon(self._watch_fence)
             nursery.start_soon(self._load_models, engines)
             await stop.asked.wait()
@@ -340,45 +327,17 @@ class Node:
     # What lives while the node does.
 
     async def _load_models(self, engines: trio.Nursery) -> None:
-        """Load one model after the other in a worker thread, then report ready."""
-        for name, folder in self._folders:
-            logger.info("loading a model", extra={"model": name})
-            try:
-                engine = await trio.to_thread.run_sync(self._load_engine, folder, abandon_on_cancel=True)
-            except ModelFolderInvalid as exc:
-                raise ConfigInvalid(str(exc)) from exc
-            await engines.start(engine.run)
-            if isinstance(engine, EmbeddingEngine):
-                self._embedding_engines[name] = engine
-            else:
-                self._engines[name] = engine
-            statistics = engine.statistics()
+        """Load the models, then report ready."""
+
+        def loaded(name: str, statistics: EngineStatistics) -> None:
             self._metrics.model_loaded(name, statistics.load_time_s, statistics.model_memory_bytes)
             self._publish_profile()
+
+        await self._models.load(engines, loaded)
         await self._access.wait_known()
-        self._readiness = Readiness.READY
+        self._models.ready()
         self._gossip_socket.set_load(self._load())
-        logger.info(NODE_READY, extra={"models": [name for name, _ in self._folders]})
-
-    def _load_engine(self, folder: AnyFolder) -> Engine | EmbeddingEngine:
-        """Raises ModelFolderInvalid."""
-        config = self._config
-        options: dict[str, Any] = {
-            "queue_limit": config.queue,
-            "threads": config.threads,
-            "spinning": config.spinning,
-            "provider": config.provider,
-            "memory_limit_bytes": None if config.memory_limit_mib is None else config.memory_limit_mib * MIB,
-            "device_index": config.device,
-        }
-        if isinstance(folder, EmbeddingFolder):
-            return load_embedding_engine(folder, **options)
-        return load_engine(folder, slots=config.slots, capacity=config.capacity, **options)
-
-    def _statistics(self) -> dict[str, EngineStatistics]:
-        """Of every engine that is loaded, by the name of its model."""
-        engines = self._engines | self._embedding_engines
-        return {name: engine.statistics() for name, engine in engines.items()}
+        logger.info(NODE_READY, extra={"models": self._models.names})
 
     async def _publish_load(self) -> None:
         """Hand this node's load to gossip, and measure how late the loop runs."""
@@ -390,7 +349,7 @@ class Node:
             # A single late wake-up shows for about a second, so that a publication carries it.
             self._loop_lag_s = max(late_s, self._loop_lag_s * LAG_DECAY)
             due += late_s
-            self._check_engines()
+            self._models.check()
             self._drain.step()
             self._view_hash = self._view().hash()
             self._gossip_socket.set_load(self._load())
@@ -410,52 +369,10 @@ class Node:
         told: dict[str, list[tuple[int, ...]]] = {}
         while True:
             await trio.sleep(DIGEST_INTERVAL_S)
-            cached = {name: engine.cached_conversations() for name, engine in self._engines.items()}
+            cached = self._models.cached_conversations()
             if cached != told:
                 told = cached
                 self._gossip_socket.set_bulk(encode_digest(cached))
-
-    def _check_engines(self) -> None:
-        """A node whose engine has failed, or is stuck in a step, takes no requests; in the second case for a while."""
-        states = {statistics.state for statistics in self._statistics().values()}
-        if self._readiness is Readiness.READY and states & {FAILED, STUCK}:
-            self._readiness = Readiness.FAILED
-            if FAILED in states:
-                logger.error("an engine has failed; this node takes no more requests until it is restarted")
-        elif self._readiness is Readiness.FAILED and not states & {FAILED, STUCK}:
-            self._readiness = Readiness.READY
-
-    async def _check_seeds(self) -> None:
-        """Shake hands with the seeds until one accepts, and again when gossip finds one silent: it may refuse the key.
-
-        Raises ConfigInvalid when all that answer at the start refuse this node. Later refusals are logged: who takes
-        over a seed's address must not be able to stop a node that serves.
-        """
-        is_start = True
-        told = ""
-        while self._seeds:
-            refusals = {}
-            for seed in self._seeds:
-                try:
-                    await self._forwarder.check_seed(seed)
-                except HandshakeRefused as exc:
-                    refusals[seed] = exc.reason
-                except PeerUnavailable:
-                    continue  # gossip retries it, and its log line says so
-                else:
-                    refusals.clear()
-                    self._seed_is_silent = trio.Event()
-                    await self._seed_is_silent.wait()
-                    break
-            if refusals:
-                message = _refused(refusals, self._node_id, self._config.cluster_name)
-                if is_start:
-                    raise ConfigInvalid(message)
-                if message != told:
-                    logger.error("every seed that answers refuses this node", extra={"reason": message})
-                told = message
-            is_start = False
-            await trio.sleep(SEED_CHECK_INTERVAL_S)
 
     async def _watch_fence(self) -> None:
         """Raises ConfigInvalid when another process has this node's name: two would take each other's requests."""
@@ -510,61 +427,31 @@ class Node:
     def _peer_failed(self, node_id: str) -> None:
         self._gossip_socket.link_failed(node_id)
 
-    def _active_requests(self) -> int:
-        return sum(engine.active + engine.queued for engine in self._statistics().values())
-
     def _load(self) -> NodeLoad:
-        engines = self._statistics()
+        engines = self._models.statistics()
         return NodeLoad(
-            readiness=Readiness.DRAINING if self._drain.is_active else self._readiness,
+            readiness=Readiness.DRAINING if self._drain.is_active else self._models.readiness,
             active_requests=sum(engine.active + engine.queued for engine in engines.values()),
             tokens_per_s=sum(engine.tokens_per_s for engine in engines.values()),
             loop_lag_s=round(self._loop_lag_s / LAG_STEP_S) * LAG_STEP_S,
             view_hash=self._view_hash,
-            models={
-                name: ModelLoad(
-                    active=engine.active,
-                    queued=engine.queued,
-                    free_slots=engine.free_slots,
-                    prefill_rate=engine.prefill_rate,
-                    decode_rate=engine.decode_rate,
-                    step_count=engine.step_count,
-                    queued_tokens=engine.queued_tokens,
-                    step_s=engine.median_step_s,
-                    wait_s=engine.first_token.wait_s,
-                    prompt_token_s=engine.first_token.prompt_token_s,
-                    answer_tokens=engine.answer_tokens,
-                )
-                for name, engine in engines.items()
-            },
+            models={name: model_load(engine) for name, engine in engines.items()},
         )
 
     def _publish_profile(self) -> None:
-        """Tell what this node serves. What still loads is told of too: it is refused for now, not unknown."""
-        models = []
-        for name, folder in self._folders:
-            engine = self._engines.get(name) or self._embedding_engines.get(name)
-            models.append(
-                ModelInfo(
-                    name=name,
-                    fingerprint=engine.fingerprint if engine else "",
-                    context_length=engine.context_length if engine else folder.context_length,
-                    slots=engine.statistics().slots if engine else 0,
-                    queue_limit=self._config.queue,
-                    kind=EMBEDDING if isinstance(folder, EmbeddingFolder) else GENERATION,
-                )
-            )
-        profile = NodeProfile(str(self._http_address), self._version, tuple(models), self._records_digest)
-        self._gossip_socket.set_profile(profile)
+        models = self._models.infos()
+        self._gossip_socket.set_profile(
+            NodeProfile(str(self._http_address), self._version, models, self._records_digest)
+        )
 
     async def _render_metrics(self, accept: str, accept_encoding: str) -> Exposition:
         uses = await self._access.gate.limit_uses(LABEL_VALUES_MAX)
         snapshot = Snapshot(
             view=self._view(),
-            active_requests=self._active_requests(),
+            active_requests=self._models.active_requests(),
             loop_lag_s=self._loop_lag_s,
-            engines=self._statistics(),
-            kv={name: engine.kv_rows() for name, engine in self._engines.items()},
+            engines=self._models.statistics(),
+            kv={name: engine.kv_rows() for name, engine in self._models.generation.items()},
             key_ids=self._access.gate.key_labels(),
             limits=[
                 KeyLimit(key_id, kind, limit, used)
@@ -585,22 +472,3 @@ class Node:
             log_lines_dropped=self._log_writer.lines_dropped,
         )
         return await self._metrics.render(snapshot, accept, accept_encoding)
-
-
-def _refused(refusals: Mapping[Address, str], node_id: str, cluster_name: str) -> str:
-    """One line for all seeds that answered and declined."""
-    seeds = ", ".join(f"{address} ({reason})" for address, reason in refusals.items())
-    fix = (
-        "delete <data_dir>/keyring, if there is one, "
-        "and give this node the mesh's own cluster key with --cluster-key-file"
-    )
-    if set(refusals.values()) == {"other cluster"}:
-        fix = f"this node's --cluster-name is {cluster_name!r}; give it the mesh's"
-    elif set(refusals.values()) == {"fenced"}:
-        return (
-            f"every seed that answers runs under this node's own name, {node_id!r}: {seeds}; "
-            "give each node a --name and a --data-dir of its own"
-        )
-    elif set(refusals.values()) == {"protocol version"}:
-        fix = "run versions of AI Cluster that share a protocol version"
-    return f"every seed that answers refuses this node: {seeds}; {fix}"

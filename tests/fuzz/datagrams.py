@@ -12,7 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 
-from mesh import wire
+from mesh import packets, wire
 from mesh.gossip import Effect, Gossip, GossipConfig, GossipStatistics, SendDatagram
 from mesh.membership import MEMBERS_MAX
 from mesh.seal import BOOT_ID_BYTES, DEVELOPMENT_KEY, DatagramSealer, Keyring, Opened
@@ -152,9 +152,9 @@ class DatagramSubject:
         digest = hashlib.blake2b(data, digest_size=8).hexdigest()
         status = MemberStatus(int(digest[0], 16) % len(MemberStatus))
         accusers = (int(digest[:8], 16),) if status is MemberStatus.SUSPECT else ()
-        record = wire.Record(digest[:6], 1, int(self._now / STEP_S), status, SOURCES[0], accusers=accusers)
+        record = packets.Record(digest[:6], 1, int(self._now / STEP_S), status, SOURCES[0], accusers=accusers)
         peer = self._peers[int(digest[9], 16) % len(self._peers)]  # each below what counts as a flood
-        return peer.seal(wire.encode(wire.Packet("b", wire.Rumour(), (record,))))
+        return peer.seal(wire.encode(packets.Packet("b", packets.Rumour(), (record,))))
 
     def _check(self, effects: Sequence[Effect]) -> None:
         for effect in effects:

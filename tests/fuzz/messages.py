@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgpack
 
-from mesh import wire
+from mesh import packets, wire
 from mesh.signs import Sign, long_hash
 from mesh.state import encode_load, encode_profile
 from mesh.view import EMBEDDING, Address, MemberStatus, ModelInfo, ModelLoad, NodeLoad, NodeProfile, Readiness
@@ -25,14 +25,14 @@ def sections() -> list[bytes]:
     return [encode_load(LOAD), encode_profile(PROFILE), *empty]
 
 
-def records() -> list[wire.Record]:
+def records() -> list[packets.Record]:
     hot, warm, *_ = sections()
     return [
-        wire.Record("b", 1, 9, MemberStatus.ALIVE, address("b"), 1, hot),
-        wire.Record("c", 1, 9, MemberStatus.ALIVE, address("c"), 9, None, warm),
-        wire.Record("d", 1, 9, MemberStatus.SUSPECT, address("d"), 1, accusers=(17, 2**31)),
-        wire.Record("a", 1, 1, MemberStatus.DEAD, address("a"), 1),
-        wire.Record("e", 2, 5, MemberStatus.LEFT, Address("fe80::1", 7946), 0, hot, warm),
+        packets.Record("b", 1, 9, MemberStatus.ALIVE, address("b"), 1, hot),
+        packets.Record("c", 1, 9, MemberStatus.ALIVE, address("c"), 9, None, warm),
+        packets.Record("d", 1, 9, MemberStatus.SUSPECT, address("d"), 1, accusers=(17, 2**31)),
+        packets.Record("a", 1, 1, MemberStatus.DEAD, address("a"), 1),
+        packets.Record("e", 2, 5, MemberStatus.LEFT, Address("fe80::1", 7946), 0, hot, warm),
     ]
 
 
@@ -42,23 +42,23 @@ def signs_of_life() -> tuple[Sign, ...]:
 
 
 def payloads() -> list[bytes]:
-    entry = wire.DigestEntry(2**20, 1, 9, MemberStatus.ALIVE, 1)
-    messages: list[wire.Message] = [
-        wire.Ping(5, "a"),
-        wire.Ack(5, "a"),
-        wire.PingRequest(5, "c", address("c")),
-        wire.Nack(5),
-        wire.Rumour(),
-        wire.Digest(0, wire.HASH_MAX, (entry,)),
-        wire.Digest(0, wire.HASH_MAX, (), True),
-        wire.Delta(3),
-        wire.Join(7),
-        wire.Leave(),
-        wire.Join(8, wire.PROTOCOL_MAX + 1, wire.PROTOCOL_MAX + 1),
+    entry = packets.DigestEntry(2**20, 1, 9, MemberStatus.ALIVE, 1)
+    messages: list[packets.Message] = [
+        packets.Ping(5, "a"),
+        packets.Ack(5, "a"),
+        packets.PingRequest(5, "c", address("c")),
+        packets.Nack(5),
+        packets.Rumour(),
+        packets.Digest(0, wire.HASH_MAX, (entry,)),
+        packets.Digest(0, wire.HASH_MAX, (), True),
+        packets.Delta(3),
+        packets.Join(7),
+        packets.Leave(),
+        packets.Join(8, packets.PROTOCOL_MAX + 1, packets.PROTOCOL_MAX + 1),
     ]
     told, signs = records(), signs_of_life()
     return [
-        wire.encode(wire.Packet(SENDERS[i % len(SENDERS)], message, tuple(told[i % 4 : i % 4 + 2]), signs[: i % 4]))
+        wire.encode(packets.Packet(SENDERS[i % len(SENDERS)], message, tuple(told[i % 4 : i % 4 + 2]), signs[: i % 4]))
         for i, message in enumerate(messages)
     ]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgpack
 
-from mesh import wire
+from mesh import packets, wire
 from mesh.seal import DatagramSealer, Opened
 from tests.simulation.shortcuts import StandInSealer
 from tests.simulation.sim_node import Dialect
@@ -37,12 +37,12 @@ class DialectSealer:
 
 def later(payload: bytes) -> bytes:
     """The next version, which still speaks this one: more fields at the end of messages, as far as they fit."""
-    return _rewritten(payload, protocol_min=wire.PROTOCOL_MIN)
+    return _rewritten(payload, protocol_min=packets.PROTOCOL_MIN)
 
 
 def incompatible(payload: bytes) -> bytes:
     """A version that no longer speaks this one."""
-    return _rewritten(payload, protocol_min=wire.PROTOCOL_MAX + 1)
+    return _rewritten(payload, protocol_min=packets.PROTOCOL_MAX + 1)
 
 
 def _rewritten(payload: bytes, protocol_min: int) -> bytes:
@@ -51,7 +51,7 @@ def _rewritten(payload: bytes, protocol_min: int) -> bytes:
     head: list[Any] = unpacker.unpack()
     rest = payload[unpacker.tell() :]
     if head[0] == JOIN:
-        head[3], head[4] = protocol_min, wire.PROTOCOL_MAX + 1
+        head[3], head[4] = protocol_min, packets.PROTOCOL_MAX + 1
     signs = [] if isinstance(head[-1], list) else [[]]
     longer = msgpack.packb([*head, *signs, {"later": [1, 2, 3]}]) + rest
     return longer if len(longer) <= wire.PAYLOAD_BYTES_MAX else msgpack.packb(head) + rest

@@ -8,10 +8,11 @@ from mesh.anti_entropy import LACKING_MAX
 from mesh.failure_detector import HASTY_MAX, PROBES_MAX, RELAYS_MAX
 from mesh.gossip import Gossip
 from mesh.identity import DUPLICATES_MAX
-from mesh.membership import MEMBERS_MAX, TOMBSTONES_MAX, Member, MemberTable
+from mesh.member import Member
+from mesh.membership import MEMBERS_MAX, TOMBSTONES_MAX, MemberTable
+from mesh.packets import Record
 from mesh.seal import BOOTS_MAX
 from mesh.view import Address
-from mesh.wire import Record
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import random
 import resource
 import time
 
-from mesh import wire
+from mesh import packets, wire
 from mesh.gossip import Gossip, GossipConfig, SendDatagram
 from mesh.membership import MEMBERS_MAX
 from mesh.pace import Pace
@@ -40,19 +40,19 @@ class MadeUpPeers:
         self._versions = dict.fromkeys(self.names, 1)
         self._sealers = {name: DatagramSealer(self._keyring, rng.randbytes(16)) for name in self.names}
 
-    def record(self, name: str, *, with_warm: bool = False) -> wire.Record:
+    def record(self, name: str, *, with_warm: bool = False) -> packets.Record:
         version = self._versions[name]
         load = ready_load(name, version, queued=self._rng.randrange(3))
         warm = encode_profile(profile_of(name)) if with_warm else None
-        return wire.Record(name, 1, version, MemberStatus.ALIVE, self.addresses[name], 1, encode_load(load), warm)
+        return packets.Record(name, 1, version, MemberStatus.ALIVE, self.addresses[name], 1, encode_load(load), warm)
 
-    def publish(self, name: str) -> wire.Record:
+    def publish(self, name: str) -> packets.Record:
         self._versions[name] += 1
         return self.record(name)
 
-    def datagram(self, sender: str, message: wire.Message, records: int) -> bytes:
+    def datagram(self, sender: str, message: packets.Message, records: int) -> bytes:
         told = [sender, *self._rng.sample(self.names, records)]
-        payload = wire.encode(wire.Packet(sender, message, tuple(self.publish(n) for n in dict.fromkeys(told))))
+        payload = wire.encode(packets.Packet(sender, message, tuple(self.publish(n) for n in dict.fromkeys(told))))
         return self._sealers[sender].seal(payload)
 
 
@@ -95,7 +95,7 @@ def _drive(core: Gossip, peers: MadeUpPeers, rng: random.Random, seconds: float)
         while due and due[0] <= now:
             due.pop(0)
             sender = rng.choice(peers.names)
-            arriving.append((peers.datagram(sender, wire.Rumour(), RECORDS_PER_PACKET), peers.addresses[sender]))
+            arriving.append((peers.datagram(sender, packets.Rumour(), RECORDS_PER_PACKET), peers.addresses[sender]))
         while arriving or core.next_wakeup() <= now:
             began = time.process_time()
             effects = [e for data, source in arriving for e in core.receive(data, source, now)]
@@ -130,9 +130,9 @@ def _answers(core: Gossip, peers: MadeUpPeers, sent: SendDatagram) -> list[tuple
         return []
     opened = DatagramSealer(Keyring([DEVELOPMENT_KEY]), b"nobody's boot id").open(sent.data).payload
     message = wire.decode(opened).message
-    if not isinstance(message, wire.Ping) or message.target != name:
+    if not isinstance(message, packets.Ping) or message.target != name:
         return []
-    return [(peers.datagram(name, wire.Ack(message.sequence, name), RECORDS_PER_PACKET), sent.address)]
+    return [(peers.datagram(name, packets.Ack(message.sequence, name), RECORDS_PER_PACKET), sent.address)]
 
 
 if __name__ == "__main__":

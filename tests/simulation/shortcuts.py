@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import mesh.membership
-from mesh import wire
+from mesh import packets, wire
 from mesh.errors import SealRejected
 from mesh.seal import HEADER, OVERHEAD_BYTES, SEAL_VERSION, TAG_BYTES, Opened
 
@@ -72,10 +72,10 @@ class StandInSealer:
 @contextmanager
 def shared_decoding() -> Iterator[None]:
     """While it lasts all cores of this process share what the decoders made of equal bytes."""
-    records: dict[tuple[Any, ...], wire.Record] = {}
-    decode_record: Callable[..., wire.Record] = wire.unpack_record
+    records: dict[tuple[Any, ...], packets.Record] = {}
+    decode_record: Callable[..., packets.Record] = wire.unpack_record
 
-    def record(fields: Any, *limit: int) -> wire.Record:
+    def record(fields: Any, *limit: int) -> packets.Record:
         key = tuple(fields)
         try:
             found = records.get(key)

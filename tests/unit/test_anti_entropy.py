@@ -8,10 +8,12 @@ import pytest
 
 from mesh.anti_entropy import LACKING_MAX, DigestTurns, Lacking, build_digest, compare, is_behind
 from mesh.gossip_types import GossipConfig
-from mesh.membership import MemberTable, own_member
+from mesh.member import own_member
+from mesh.membership import MemberTable
+from mesh.packets import Digest, DigestEntry, Packet, Record
 from mesh.state import encode_profile
 from mesh.view import Address, MemberStatus, NodeProfile
-from mesh.wire import DIGEST_ENTRIES_MAX, PAYLOAD_BYTES_MAX, Digest, DigestEntry, Packet, Record, encode
+from mesh.wire import DIGEST_ENTRIES_MAX, PAYLOAD_BYTES_MAX, encode
 
 ALIVE, SUSPECT, DEAD, LEFT = MemberStatus
 THERE = Address("10.0.0.2", 7946)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from mesh.dissemination import SCANNED_MAX, PacketBudget, Rumours
-from mesh.membership import MemberTable, own_member
+from mesh.member import own_member
+from mesh.membership import MemberTable
+from mesh.packets import Record
 from mesh.signs import Sign, encode_sign, long_hash
 from mesh.state import encode_load, encode_profile
 from mesh.view import Address, MemberStatus, NodeLoad, NodeProfile
-from mesh.wire import Record
 
 THERE = Address("10.0.0.2", 7946)
 HOT = encode_load(NodeLoad())

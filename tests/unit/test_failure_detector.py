@@ -8,9 +8,10 @@ import pytest
 
 from mesh.failure_detector import AWARENESS_MAX, HASTY_MAX, PROBES_MAX, RELAYS_MAX, FailureDetector, Probe
 from mesh.gossip_types import GossipConfig
-from mesh.membership import MemberTable, id_hash, own_member
+from mesh.member import id_hash, own_member
+from mesh.membership import MemberTable
+from mesh.packets import Record
 from mesh.view import Address, MemberStatus
-from mesh.wire import Record
 
 CONFIG = GossipConfig()
 THERE = Address("10.0.0.2", 7946)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh import exchange, wire
+from mesh import exchange, packets, wire
 from mesh.admission import PEER_BURST
 from mesh.contacts import SEEDS_ADDED_MAX
 from mesh.errors import MalformedDatagram
@@ -107,9 +107,9 @@ class Wire:
         return [effect for _, effect in self.effects if isinstance(effect, kind)]
 
 
-def sealed(message: wire.Message, *records: wire.Record, sender: str = "b", boot: bytes = b"b" * 16) -> bytes:
+def sealed(message: packets.Message, *records: packets.Record, sender: str = "b", boot: bytes = b"b" * 16) -> bytes:
     """A datagram from b, as any holder of the key can make it. Once for each boot."""
-    return DatagramSealer(KEYS, boot).seal(wire.encode(wire.Packet(sender, message, records)))
+    return DatagramSealer(KEYS, boot).seal(wire.encode(packets.Packet(sender, message, records)))
 
 
 def record(
@@ -120,11 +120,11 @@ def record(
     status: MemberStatus = MemberStatus.ALIVE,
     at: Address | None = None,
     hot: bytes | None = None,
-) -> wire.Record:
-    return wire.Record(name, generation, version, status, at or address(name), hot=hot)
+) -> packets.Record:
+    return packets.Record(name, generation, version, status, at or address(name), hot=hot)
 
 
-def packets_of(effects: list[Effect], boot: bytes = b"reader".ljust(16)) -> list[tuple[Address, wire.Packet]]:
+def packets_of(effects: list[Effect], boot: bytes = b"reader".ljust(16)) -> list[tuple[Address, packets.Packet]]:
     """The datagrams among effects, opened."""
     opener = DatagramSealer(KEYS, boot)
     return [(e.address, wire.decode(opener.open(e.data).payload)) for e in effects if isinstance(e, SendDatagram)]
@@ -217,7 +217,7 @@ def test_a_suspected_node_refutes_with_a_newer_version() -> None:
     a.tick(0.0)
     held = a.view(0.0).me.version
     effects = a.receive(
-        sealed(wire.Rumour(), record("b"), record("a", held, status=MemberStatus.SUSPECT)), address("b"), 0.01
+        sealed(packets.Rumour(), record("b"), record("a", held, status=MemberStatus.SUSPECT)), address("b"), 0.01
     )
     answers = [(to, r) for to, packet in packets_of(effects) for r in packet.records if r.node_id == "a"]
     assert answers[0][0] == address("b")
@@ -232,7 +232,7 @@ def test_a_suspicion_of_a_former_version_is_answered_with_the_present_one() -> N
         a.tick(float(second))
     held = a.view(2.0).me.version
     suspicion = record("a", held - 1, status=MemberStatus.SUSPECT)
-    effects = a.receive(sealed(wire.Rumour(), record("b"), suspicion), address("b"), 2.1)
+    effects = a.receive(sealed(packets.Rumour(), record("b"), suspicion), address("b"), 2.1)
     assert any(r == record("a", held) or r.version == held for _, p in packets_of(effects) for r in p.records)
     assert a.statistics().refutations == 0
 
@@ -240,12 +240,12 @@ def test_a_suspicion_of_a_former_version_is_answered_with_the_present_one() -> N
 @pytest.mark.parametrize("status", [MemberStatus.SUSPECT, MemberStatus.DEAD])
 def test_who_doubts_a_member_at_a_former_version_is_told_the_newer_one(status: MemberStatus) -> None:
     a = gossip("a")
-    a.receive(sealed(wire.Rumour(), record("c", 9)), address("b"), 0.0)
-    doubt = a.receive(sealed(wire.Rumour(), record("c", 8, status=status), boot=b"c" * 16), address("b"), 0.1)
+    a.receive(sealed(packets.Rumour(), record("c", 9)), address("b"), 0.0)
+    doubt = a.receive(sealed(packets.Rumour(), record("c", 8, status=status), boot=b"c" * 16), address("b"), 0.1)
     told = [r for to, p in packets_of(doubt) if to == address("b") for r in p.records if r.node_id == "c"]
     assert [(r.version, r.status) for r in told] == [(9, MemberStatus.ALIVE)]
-    at_the_same = a.receive(sealed(wire.Rumour(), record("c", 9, status=status), boot=b"d" * 16), address("b"), 0.2)
-    assert not [r for _, p in packets_of(at_the_same) if isinstance(p.message, wire.Delta) for r in p.records]
+    at_the_same = a.receive(sealed(packets.Rumour(), record("c", 9, status=status), boot=b"d" * 16), address("b"), 0.2)
+    assert not [r for _, p in packets_of(at_the_same) if isinstance(p.message, packets.Delta) for r in p.records]
 
 
 # --- evidence ---
@@ -254,7 +254,7 @@ def test_who_doubts_a_member_at_a_former_version_is_told_the_newer_one(status: M
 def test_an_answer_over_the_link_spares_a_member_the_suspicion() -> None:
     a = gossip("a")
     a.tick(0.0)
-    a.receive(sealed(wire.Rumour(), record("b")), address("b"), 0.0)
+    a.receive(sealed(packets.Rumour(), record("b")), address("b"), 0.0)
     now, pinged = 0.0, False
     while now < 6.0:
         now = max(now, a.next_wakeup())
@@ -274,7 +274,7 @@ def test_a_broken_link_has_its_member_probed_at_once() -> None:
     a.link_failed("b", mesh.now)
     a.link_failed("nobody", mesh.now)
     assert a.next_wakeup() <= mesh.now
-    [(to, packet)] = [(to, p) for to, p in packets_of(a.tick(mesh.now)) if isinstance(p.message, wire.Ping)]
+    [(to, packet)] = [(to, p) for to, p in packets_of(a.tick(mesh.now)) if isinstance(p.message, packets.Ping)]
     assert (to, packet.message.target) == (address("b"), "b")  # type: ignore[union-attr]
 
 
@@ -298,7 +298,7 @@ def test_a_publication_made_before_what_the_link_brought_does_not_replace_it(lat
     version = mesh.member(a, "b").load_version
     a.observe_load("b", replace(READY, active_requests=7, after_version=version + 1), mesh.now)
     fresh = record("b", version=version + later, hot=encode_load(READY))
-    a.receive(sealed(wire.Rumour(), fresh), address("b"), mesh.now)
+    a.receive(sealed(packets.Rumour(), fresh), address("b"), mesh.now)
     member = mesh.member(a, "b")
     assert (member.load.active_requests, member.load_version) == (seen, version + later)
 
@@ -310,26 +310,26 @@ def test_usage_in_a_publication_is_told_also_where_its_load_is_old() -> None:
     version = mesh.member(a, "b").load_version
     a.observe_load("b", replace(READY, after_version=version + 1), mesh.now)
     fresh = record("b", version=version + 1, hot=encode_load(replace(READY, usage=b"a section")))
-    effects = a.receive(sealed(wire.Rumour(), fresh), address("b"), mesh.now)
+    effects = a.receive(sealed(packets.Rumour(), fresh), address("b"), mesh.now)
     assert UsageHeard("b", b"a section") in effects
 
 
 def test_a_ping_meant_for_another_is_not_answered() -> None:
     a = gossip("a")
-    assert not packets_of(a.receive(sealed(wire.Ping(1, "z"), record("b")), address("b"), 1.0))
-    [(to, packet)] = packets_of(a.receive(sealed(wire.Ping(2, "a"), boot=b"c" * 16), address("b"), 1.0))
-    assert (to, packet.message) == (address("b"), wire.Ack(2, "a"))
+    assert not packets_of(a.receive(sealed(packets.Ping(1, "z"), record("b")), address("b"), 1.0))
+    [(to, packet)] = packets_of(a.receive(sealed(packets.Ping(2, "a"), boot=b"c" * 16), address("b"), 1.0))
+    assert (to, packet.message) == (address("b"), packets.Ack(2, "a"))
 
 
 def test_a_ping_request_is_passed_on_and_its_answer_returned() -> None:
     a, c = gossip("a"), gossip("c")
-    asked = a.receive(sealed(wire.PingRequest(9, "c", address("c")), record("b")), address("b"), 1.0)
+    asked = a.receive(sealed(packets.PingRequest(9, "c", address("c")), record("b")), address("b"), 1.0)
     [ping] = [e for e in asked if isinstance(e, SendDatagram)]
     c._reception.vouch(a._sealer._boot_id, address("a"))
     [ack] = [e for e in c.receive(ping.data, address("a"), 1.0) if isinstance(e, SendDatagram)]
     returned = packets_of(a.receive(ack.data, address("c"), 1.0))
-    [(to, packet)] = [(to, p) for to, p in returned if isinstance(p.message, wire.Ack)]
-    assert (to, packet.message) == (address("b"), wire.Ack(9, "c"))
+    [(to, packet)] = [(to, p) for to, p in returned if isinstance(p.message, packets.Ack)]
+    assert (to, packet.message) == (address("b"), packets.Ack(9, "c"))
     assert "c" in [r.node_id for r in packet.records]
 
 
@@ -509,11 +509,11 @@ def test_a_later_life_elsewhere_that_others_tell_of_waits_while_the_member_is_he
     mesh = Wire(a, b)
     mesh.run(2.0)
     claim = record("b", 1, generation=5, at=Address("10.0.0.99", 7946))
-    a.receive(sealed(wire.Rumour(), claim, sender="c", boot=b"c" * 16), address("c"), mesh.now)
+    a.receive(sealed(packets.Rumour(), claim, sender="c", boot=b"c" * 16), address("c"), mesh.now)
     assert mesh.member(a, "b").generation == 1
     del mesh.nodes[address("b")]
     mesh.run(5.5)
-    a.receive(sealed(wire.Rumour(), claim, sender="d"), address("d"), mesh.now)
+    a.receive(sealed(packets.Rumour(), claim, sender="d"), address("d"), mesh.now)
     assert mesh.member(a, "b").generation == 5
 
 
@@ -559,7 +559,7 @@ def test_a_bulk_section_that_no_link_carries_is_refused_and_the_former_stays() -
 
 def test_an_answer_with_two_records_of_one_member_leaves_the_greater() -> None:
     a = gossip("a")
-    a.receive(sealed(wire.Rumour(), record("b", 1)), address("b"), 0.1)
+    a.receive(sealed(packets.Rumour(), record("b", 1)), address("b"), 0.1)
     a.take_exchange("b", wire.encode_record(record("b", 9)) + wire.encode_record(record("b", 5)), 0.2)
     assert a.view(0.2).members["b"].version == 9
 
@@ -625,10 +625,10 @@ GOOD_HOT = record("d", hot=encode_load(READY))
         pytest.param(b"x" * 1_201, "oversized", id="oversized"),
         pytest.param(b"x" * 20, "truncated", id="truncated"),
         pytest.param(DatagramSealer(Keyring([bytes(32)]), b"b" * 16).seal(b""), "unknown key", id="another key"),
-        pytest.param(sealed(wire.Rumour())[:-1] + b"\x00", "tampered", id="tampered"),
+        pytest.param(sealed(packets.Rumour())[:-1] + b"\x00", "tampered", id="tampered"),
         pytest.param(DatagramSealer(KEYS, b"b" * 16).seal(b"\xc1"), "malformed", id="no message"),
-        pytest.param(sealed(wire.Rumour(), GOOD_HOT, BAD_HOT), "malformed", id="a bad load after a good one"),
-        pytest.param(sealed(wire.Join(1, 2, 3), record("b")), "protocol version", id="a later protocol"),
+        pytest.param(sealed(packets.Rumour(), GOOD_HOT, BAD_HOT), "malformed", id="a bad load after a good one"),
+        pytest.param(sealed(packets.Join(1, 2, 3), record("b")), "protocol version", id="a later protocol"),
     ],
 )
 def test_a_dropped_datagram_is_counted_by_its_reason(datagram: bytes, reason: str) -> None:
@@ -641,19 +641,19 @@ def test_a_dropped_datagram_is_counted_by_its_reason(datagram: bytes, reason: st
 # --- who may speak ---
 
 
-def strange(message: wire.Message, *records: wire.Record, boot: bytes = b"s" * 16, sender: str = "s") -> bytes:
+def strange(message: packets.Message, *records: packets.Record, boot: bytes = b"s" * 16, sender: str = "s") -> bytes:
     return sealed(message, *records, sender=sender, boot=boot)
 
 
 def test_a_stranger_is_taken_at_its_word_once_it_echoes_the_cookie() -> None:
     a = gossip("a")
     opener = DatagramSealer(KEYS, b"s" * 16)
-    rumour = wire.encode(wire.Packet("s", wire.Rumour(), (record("s"),)))
+    rumour = wire.encode(packets.Packet("s", packets.Rumour(), (record("s"),)))
     [(to, asked)] = packets_of(a.receive(opener.seal(rumour), address("s"), 1.0))
     assert (to, set(a.view(1.0).members), a.statistics().strangers) == (address("s"), {"a"}, 1)
-    assert isinstance(asked.message, wire.Cookie)
-    echo = wire.CookieEcho(asked.message.cookie)
-    a.receive(opener.seal(wire.encode(wire.Packet("s", echo, (record("s"),)))), address("s"), 1.1)
+    assert isinstance(asked.message, packets.Cookie)
+    echo = packets.CookieEcho(asked.message.cookie)
+    a.receive(opener.seal(wire.encode(packets.Packet("s", echo, (record("s"),)))), address("s"), 1.1)
     assert set(a.view(1.1).members) == {"a", "s"}
 
 
@@ -666,9 +666,9 @@ def test_a_stranger_is_taken_at_its_word_once_it_echoes_the_cookie() -> None:
 )
 def test_a_cookie_is_of_use_to_nobody_else(boot: bytes, source: Address) -> None:
     a = gossip("a")
-    [(_, asked)] = packets_of(a.receive(strange(wire.Rumour(), record("s")), address("s"), 1.0))
-    assert isinstance(asked.message, wire.Cookie)
-    echo = wire.CookieEcho(asked.message.cookie)
+    [(_, asked)] = packets_of(a.receive(strange(packets.Rumour(), record("s")), address("s"), 1.0))
+    assert isinstance(asked.message, packets.Cookie)
+    echo = packets.CookieEcho(asked.message.cookie)
     assert a.receive(strange(echo, record("s"), boot=boot), source, 1.1) == []
     assert set(a.view(1.1).members) == {"a"}
 
@@ -676,24 +676,24 @@ def test_a_cookie_is_of_use_to_nobody_else(boot: bytes, source: Address) -> None
 @pytest.mark.parametrize(
     "message",
     [
-        pytest.param(wire.Rumour(), id="gossip"),
-        pytest.param(wire.Ping(1, "a"), id="ping"),
-        pytest.param(wire.PingRequest(1, "c", address("c")), id="ping request"),
-        pytest.param(wire.Join(1), id="join"),
-        pytest.param(wire.Digest(1, 0, ()), id="digest"),
-        pytest.param(wire.Delta(5), id="delta"),
-        pytest.param(wire.Ack(5, "b"), id="ack"),
-        pytest.param(wire.Cookie(7), id="cookie"),
-        pytest.param(wire.CookieEcho(7), id="echo of no cookie"),
-        pytest.param(wire.Leave(), id="leave"),
-        pytest.param(wire.Conflict(9, NOBODY), id="conflict"),
+        pytest.param(packets.Rumour(), id="gossip"),
+        pytest.param(packets.Ping(1, "a"), id="ping"),
+        pytest.param(packets.PingRequest(1, "c", address("c")), id="ping request"),
+        pytest.param(packets.Join(1), id="join"),
+        pytest.param(packets.Digest(1, 0, ()), id="digest"),
+        pytest.param(packets.Delta(5), id="delta"),
+        pytest.param(packets.Ack(5, "b"), id="ack"),
+        pytest.param(packets.Cookie(7), id="cookie"),
+        pytest.param(packets.CookieEcho(7), id="echo of no cookie"),
+        pytest.param(packets.Leave(), id="leave"),
+        pytest.param(packets.Conflict(9, NOBODY), id="conflict"),
     ],
 )
-def test_a_recording_changes_nothing_and_its_answer_is_no_larger(message: wire.Message) -> None:
+def test_a_recording_changes_nothing_and_its_answer_is_no_larger(message: packets.Message) -> None:
     a = gossip("a")
     a.tick(0.0)
     before = a.view(0.5), a.next_wakeup()
-    nameless = isinstance(message, wire.Cookie | wire.CookieEcho)
+    nameless = isinstance(message, packets.Cookie | packets.CookieEcho)
     datagram = strange(message, *([] if nameless else [record("s")]), sender="" if nameless else "s")
     for _ in range(2):
         answers = [e for e in a.receive(datagram, address("s"), 0.5) if isinstance(e, SendDatagram)]
@@ -705,7 +705,7 @@ def test_a_recording_changes_nothing_and_its_answer_is_no_larger(message: wire.M
 def test_a_datagram_meant_for_another_draws_no_answer_at_a_forged_address() -> None:
     a = gossip("a")
     victim = Address("203.0.113.1", 53)
-    stolen = sealed(wire.Join(7), record("b"))
+    stolen = sealed(packets.Join(7), record("b"))
     answers = [e for e in a.receive(stolen, victim, 1.0) if isinstance(e, SendDatagram)]
     assert sum(len(e.data) for e in answers) <= len(stolen)
     assert set(a.view(1.0).members) == {"a"}
@@ -748,7 +748,7 @@ def test_the_dead_are_called_no_sooner_because_many_have_left() -> None:
     now = 0.0
     while now < 60.0:
         now = max(now, a.next_wakeup())
-        calls += sum(isinstance(p.message, wire.Join) for _, p in packets_of(a.tick(now), boot=b"reader".ljust(16)))
+        calls += sum(isinstance(p.message, packets.Join) for _, p in packets_of(a.tick(now), boot=b"reader".ljust(16)))
     assert 6 <= calls <= 31
 
 
@@ -757,16 +757,16 @@ def test_a_claim_that_cannot_be_outdone_does_not_silence_the_node(generation: in
     a = gossip("a")
     a.tick(0.0)
     claim = record("a", version, generation=generation, status=MemberStatus.DEAD)
-    a.receive(sealed(wire.Rumour(), record("b"), claim), address("b"), 0.5)
+    a.receive(sealed(packets.Rumour(), record("b"), claim), address("b"), 0.5)
     a.tick(1.0)
     own = a._own.record(with_warm=False, with_bulk=False)
-    assert wire.decode(wire.encode(wire.Packet("a", wire.Rumour(), (own,)))).records == (own,)
+    assert wire.decode(wire.encode(packets.Packet("a", packets.Rumour(), (own,)))).records == (own,)
 
 
 def test_two_nodes_that_never_met_do_so_by_one_ping() -> None:
     a, b = gossip("a"), gossip("b", at=address("b"))
     mesh = Wire(a, b)
-    third = sealed(wire.Rumour(), record("b", at=address("b")), sender="c", boot=b"c" * 16)
+    third = sealed(packets.Rumour(), record("b", at=address("b")), sender="c", boot=b"c" * 16)
     mesh.perform(a, a.receive(third, address("c"), mesh.now))
     mesh.run(1.5)
     assert mesh.member(b, "a").status is mesh.member(a, "b").status is MemberStatus.ALIVE
@@ -775,19 +775,19 @@ def test_two_nodes_that_never_met_do_so_by_one_ping() -> None:
 def test_a_peer_that_floods_is_held_to_its_pace_and_counted() -> None:
     a = gossip("a")
     opener = DatagramSealer(KEYS, b"b" * 16)
-    rumours = [opener.seal(wire.encode(wire.Packet("b", wire.Rumour(), (record("b", i),)))) for i in range(600)]
+    rumours = [opener.seal(wire.encode(packets.Packet("b", packets.Rumour(), (record("b", i),)))) for i in range(600)]
     for rumour in rumours:
         a.receive(rumour, address("b"), 1.0)
     assert a.statistics().rejects == {"flood": 600 - PEER_BURST}
     assert a.view(1.0).members["b"].version == PEER_BURST - 1
-    a.receive(sealed(wire.Rumour(), record("c"), sender="c", boot=b"c" * 16), address("c"), 1.0)
+    a.receive(sealed(packets.Rumour(), record("c"), sender="c", boot=b"c" * 16), address("c"), 1.0)
     assert "c" in a.view(1.0).members
 
 
 def test_replayed_and_reflected_datagrams_change_nothing() -> None:
     a = gossip("a", seeds=(NOBODY,))
     [own] = [e for e in a.tick(0.0) if isinstance(e, SendDatagram)]
-    datagram = sealed(wire.Rumour(), record("b"))
+    datagram = sealed(packets.Rumour(), record("b"))
     a.receive(datagram, address("b"), 0.1)
     before = everything(a, 1.0)
     assert a.receive(datagram, address("b"), 0.2) == a.receive(own.data, NOBODY, 0.2) == []
@@ -822,7 +822,7 @@ def test_a_view_is_kept_until_something_changes() -> None:
     assert a.view(0.5) is a.view(0.52) is first
     assert a.view(0.6) is not first
     former = a.view(0.6)
-    a.receive(sealed(wire.Rumour(), record("b")), address("b"), 0.6)
+    a.receive(sealed(packets.Rumour(), record("b")), address("b"), 0.6)
     assert set(a.view(0.6).members) == {"a", "b"}
     assert set(former.members) == {"a"}
 
@@ -832,7 +832,7 @@ def test_no_more_packets_leave_than_the_budget_has() -> None:
     a = gossip("a")
     opener = DatagramSealer(KEYS, b"b" * 16)
     asked = 200
-    pings = [opener.seal(wire.encode(wire.Packet("b", wire.Ping(i, "a")))) for i in range(asked)]
+    pings = [opener.seal(wire.encode(packets.Packet("b", packets.Ping(i, "a")))) for i in range(asked)]
     sent = sum(len(a.receive(ping, address("b"), 1.0)) for ping in pings)
     assert sent == config.packet_burst
     assert a.statistics().packets_withheld == asked - sent
@@ -855,7 +855,7 @@ def test_news_that_nobody_is_left_to_hear_cost_no_wakeups() -> None:
 def test_a_datagram_with_two_records_of_one_member_leaves_the_greater() -> None:
     for versions in ((3, 4), (4, 3)):
         a = gossip("a")
-        a.receive(sealed(wire.Rumour(), *[record("c", v) for v in versions]), address("b"), 1.0)
+        a.receive(sealed(packets.Rumour(), *[record("c", v) for v in versions]), address("b"), 1.0)
         assert a.view(1.0).members["c"].version == 4
 
 

@@ -10,21 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.membership import (
-    MEMBERS_MAX,
-    NEWS,
-    TOMBSTONES_MAX,
-    Change,
-    Member,
-    MemberTable,
-    PeerCycle,
-    id_hash,
-    join_accusers,
-    own_member,
-)
+from mesh.member import Member, id_hash, join_accusers, own_member
+from mesh.membership import MEMBERS_MAX, NEWS, TOMBSTONES_MAX, Change, MemberTable, PeerCycle
+from mesh.packets import Record
 from mesh.state import encode_load, encode_profile
 from mesh.view import Address, MemberStatus, NodeLoad, NodeProfile, Readiness
-from mesh.wire import Record
 
 ALIVE, SUSPECT, DEAD, LEFT = MemberStatus
 HERE = Address("10.0.0.1", 7946)

@@ -14,8 +14,8 @@ import httpx
 import pytest
 import trio
 
-import nodes.node
 from mesh.udp import GossipSocket
+from nodes import node_models
 from nodes.config import BUILTIN_MODEL, ConfigInvalid, load_config
 from nodes.engine.engine import Engine, load_engine
 from nodes.engine.model_loader import ModelFolderInvalid, read_model_folder
@@ -61,7 +61,7 @@ async def test_a_node_whose_model_is_loading_is_alive_and_not_ready_and_gets_no_
         assert may_load.wait(30)
         return load_engine(*args, **options)
 
-    monkeypatch.setattr(nodes.node, "load_engine", load_when_told)
+    monkeypatch.setattr(node_models, "load_engine", load_when_told)
     async with running_node(tmp_path) as (client, _):
         try:
             await wait_for_status(client, "/health/live", 200)
@@ -84,7 +84,7 @@ async def test_a_model_that_fails_to_load_ends_the_node_with_its_reason(
     def fail(*args: Any, **options: Any) -> Engine:
         raise ModelFolderInvalid(tmp_path, "the graph is broken", "copy it again")
 
-    monkeypatch.setattr(nodes.node, "load_engine", fail)
+    monkeypatch.setattr(node_models, "load_engine", fail)
     with pytest.RaisesGroup(pytest.RaisesExc(ConfigInvalid, match="the graph is broken"), flatten_subgroups=True):
         async with running_node(tmp_path):
             await trio.sleep(30)
@@ -133,7 +133,7 @@ async def test_a_drained_node_is_not_ready_also_when_its_model_is_loaded_meanwhi
         assert may_load.wait(30)
         return load_engine(*args, **options)
 
-    monkeypatch.setattr(nodes.node, "load_engine", load_when_told)
+    monkeypatch.setattr(node_models, "load_engine", load_when_told)
     async with running_node(tmp_path) as (client, _):
         client.headers["authorization"] = f"Bearer {TOKEN}"
         try:

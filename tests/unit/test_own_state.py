@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from mesh.gossip_types import GossipConfig
-from mesh.membership import MemberTable, own_member
+from mesh.member import own_member
+from mesh.membership import MemberTable
 from mesh.own_state import OwnState
 from mesh.pace import Pace
+from mesh.packets import Record
 from mesh.view import Address, MemberStatus, ModelLoad, NodeLoad, Readiness
-from mesh.wire import Record
 
 
 def state(members: int) -> OwnState:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from mesh.gossip_types import GossipConfig
-from mesh.membership import MemberTable, own_member
+from mesh.member import own_member
+from mesh.membership import MemberTable
 from mesh.pace import Pace
+from mesh.packets import Record
 from mesh.view import Address, MemberStatus
-from mesh.wire import Record
 
 THERE = Address("10.0.0.2", 7946)
 

@@ -8,11 +8,12 @@ from collections import Counter
 import msgpack
 import pytest
 
-from mesh import wire
+from mesh import packets, wire
 from mesh.exchange import decode_answer, encode_question
 from mesh.gossip import Gossip, GossipConfig
 from mesh.gossip_types import SendDatagram
-from mesh.membership import Member, MemberTable, own_member
+from mesh.member import Member, own_member
+from mesh.membership import MemberTable
 from mesh.outbox import Outbox
 from mesh.seal import DEVELOPMENT_KEY, DatagramSealer, Keyring
 from mesh.signs import Sign, encode_sign, long_hash, with_signs
@@ -31,22 +32,22 @@ def sign(name: str, version: int, since: int) -> Sign:
     return Sign(long_hash(name), 1, version, version - since)
 
 
-def told(core: Gossip, *news: wire.Record | Sign, sender: str = "b", now: float = 0.1) -> None:
+def told(core: Gossip, *news: packets.Record | Sign, sender: str = "b", now: float = 0.1) -> None:
     """The core hears it from b."""
-    records = tuple(item for item in news if isinstance(item, wire.Record))
+    records = tuple(item for item in news if isinstance(item, packets.Record))
     signs = tuple(item for item in news if isinstance(item, Sign))
-    packet = wire.Packet(sender, wire.Rumour(), records, signs)
+    packet = packets.Packet(sender, packets.Rumour(), records, signs)
     core.receive(told_by_b.seal(wire.encode(packet)), address(sender), now)
 
 
 told_by_b = DatagramSealer(KEYS, b"b" * 16)
 
 
-def sent_by(core: Gossip, now: float) -> list[wire.Packet]:
+def sent_by(core: Gossip, now: float) -> list[packets.Packet]:
     return [packet for _, packet in packets_of(core.tick(now))]
 
 
-def signs_of(packets: list[wire.Packet], name: str) -> set[Sign]:
+def signs_of(packets: list[packets.Packet], name: str) -> set[Sign]:
     return {found for packet in packets for found in packet.signs if found.long_hash == long_hash(name)}
 
 
@@ -70,7 +71,7 @@ def test_in_a_mesh_too_large_to_tell_everybody_members_pass_on_signs_of_each_oth
         if isinstance(effect, SendDatagram):
             packet = wire.decode(opener.open(effect.data).payload)
             relayed["signs"] += sum(found.long_hash != long_hash(name) for found in packet.signs)
-            if isinstance(packet.message, wire.Rumour):
+            if isinstance(packet.message, packets.Rumour):
                 relayed["records"] += sum(found.node_id != name for found in packet.records)
     assert relayed["signs"] > 100
     assert relayed["records"] == 0
@@ -107,7 +108,7 @@ def test_a_load_that_was_missed_is_asked_for_until_it_is_there() -> None:
     asked = []
     for step in range(1, 9):
         effects = core.tick(0.3 + step * core._config.digest_hurry_s)
-        asked += [to for to, packet in packets_of(effects) if isinstance(packet.message, wire.Digest)]
+        asked += [to for to, packet in packets_of(effects) if isinstance(packet.message, packets.Digest)]
     assert asked.count(address("c")) >= 4
     assert len(asked) >= 6  # of others too, who may have it and be heard
     told(core, record("c", 9, hot=hot(7)), now=3.0)
@@ -115,7 +116,7 @@ def test_a_load_that_was_missed_is_asked_for_until_it_is_there() -> None:
     core.tick(3.3)
     later = [core.tick(3.3 + step * core._config.digest_hurry_s) for step in range(1, 6)]
     digests = [
-        packet for effects in later for _, packet in packets_of(effects) if isinstance(packet.message, wire.Digest)
+        packet for effects in later for _, packet in packets_of(effects) if isinstance(packet.message, packets.Digest)
     ]
     assert len(digests) <= 1
 
@@ -158,7 +159,7 @@ def test_no_datagram_is_too_long_whatever_it_has_to_hold(name_bytes: int) -> Non
     name = "o" * name_bytes
     table = MemberTable(own_member(name, 1, Address("10.0.0.1", 7946), b"", 0.0))
     suspect = "s" * name_bytes
-    plan = table.plan(wire.Record(suspect, 1, 5, SUSPECT, Address("10.0.0.2", 7946), hot=hot(1)))
+    plan = table.plan(packets.Record(suspect, 1, 5, SUSPECT, Address("10.0.0.2", 7946), hot=hot(1)))
     assert plan is not None
     member = table.apply(plan, 0.0, told_by="")
     assert member is not None
@@ -172,14 +173,14 @@ def test_no_datagram_is_too_long_whatever_it_has_to_hold(name_bytes: int) -> Non
             member.hot, member.load_version = bytes(other_bytes), member.version
             own.touched()
             member.touched()
-            outbox.send(member.address, wire.Ack(1, suspect), 0.0, records=[member.encoded(with_warm=False)])
-            outbox.send(member.address, wire.Ping(1, suspect), 0.0, to=member)
+            outbox.send(member.address, packets.Ack(1, suspect), 0.0, records=[member.encoded(with_warm=False)])
+            outbox.send(member.address, packets.Ping(1, suspect), 0.0, to=member)
             sizes += [len(effect.data) for effect in outbox.drain() if isinstance(effect, SendDatagram)]
     assert max(sizes) <= wire.DATAGRAM_BYTES_MAX
 
 
 def test_a_head_with_signs_is_the_head_of_the_array_that_it_says() -> None:
-    head = wire.encode_head("a", wire.Digest(0, 1, (), False))
+    head = wire.encode_head("a", packets.Digest(0, 1, (), False))
     signs = [Sign(random.Random(seed).getrandbits(64), 1, seed + 1, seed) for seed in range(60)]
     whole = with_signs(head, [encode_sign(one) for one in signs])
     assert msgpack.unpackb(whole) == [*msgpack.unpackb(head), [number for one in signs for number in one]]

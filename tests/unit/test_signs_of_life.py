@@ -9,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.anti_entropy import compare
-from mesh.membership import Member, MemberTable, own_member, sign_record
+from mesh.member import Member, own_member, sign_record
+from mesh.membership import MemberTable
+from mesh.packets import Digest, Record
 from mesh.signs import Sign, long_hash
 from mesh.state import encode_load
 from mesh.view import Address, MemberStatus, NodeLoad, Readiness
-from mesh.wire import HASH_MAX, Digest, Record
+from mesh.wire import HASH_MAX
 
 ALIVE, SUSPECT, DEAD, LEFT = MemberStatus
 THERE = Address("10.0.0.2", 7946)

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh import wire
+from mesh import packets, wire
 from mesh.errors import MalformedDatagram
+from mesh.packets import Packet, Record
 from mesh.signs import LONG_HASH_MAX, Sign
 from mesh.view import Address, MemberStatus
-from mesh.wire import PAYLOAD_BYTES_MAX, Packet, Record, decode, encode
+from mesh.wire import PAYLOAD_BYTES_MAX, decode, encode
 
 counts = st.integers(0, wire.COUNT_MAX)
 hashes = st.integers(0, wire.HASH_MAX)
@@ -37,20 +38,20 @@ records = plain_records | st.builds(
     sections,
     st.just(b"") | st.binary(min_size=16, max_size=16),
 )
-entries = st.builds(wire.DigestEntry, hashes, counts, counts, statuses, counts, counts)
+entries = st.builds(packets.DigestEntry, hashes, counts, counts, statuses, counts, counts)
 messages = st.one_of(
-    st.builds(wire.Ping, counts, ids),
-    st.builds(wire.Ack, counts, ids, counts),
-    st.builds(wire.PingRequest, counts, ids, addresses),
-    st.builds(wire.Nack, counts),
-    st.just(wire.Rumour()),
-    st.builds(wire.Digest, hashes, hashes, st.lists(entries, max_size=8).map(tuple), st.booleans()),
-    st.builds(wire.Delta, counts),
-    st.builds(wire.Join, counts, counts, counts),
-    st.just(wire.Leave()),
-    st.builds(wire.Cookie, counts),
-    st.builds(wire.CookieEcho, counts, counts),
-    st.builds(wire.Conflict, counts, addresses, counts),
+    st.builds(packets.Ping, counts, ids),
+    st.builds(packets.Ack, counts, ids, counts),
+    st.builds(packets.PingRequest, counts, ids, addresses),
+    st.builds(packets.Nack, counts),
+    st.just(packets.Rumour()),
+    st.builds(packets.Digest, hashes, hashes, st.lists(entries, max_size=8).map(tuple), st.booleans()),
+    st.builds(packets.Delta, counts),
+    st.builds(packets.Join, counts, counts, counts),
+    st.just(packets.Leave()),
+    st.builds(packets.Cookie, counts),
+    st.builds(packets.CookieEcho, counts, counts),
+    st.builds(packets.Conflict, counts, addresses, counts),
 )
 signs = st.builds(
     lambda id_hash, generation, version, since: Sign(id_hash, generation, version, version - min(version, since)),
@@ -59,15 +60,15 @@ signs = st.builds(
     versions,
     versions,
 )
-packets = st.builds(
+any_packets = st.builds(
     Packet, ids, messages, st.lists(records, max_size=3).map(tuple), st.lists(signs, max_size=3).map(tuple)
 )
 
 RECORD = Record("b", 3, 70, MemberStatus.ALIVE, Address("10.0.0.2", 7946), 1, b"hot", b"warm")
-PACKET = Packet("a", wire.Ping(5, "b"), (RECORD,))
+PACKET = Packet("a", packets.Ping(5, "b"), (RECORD,))
 
 
-@given(packets)
+@given(any_packets)
 def test_a_packet_is_decoded_as_it_was_encoded(packet: Packet) -> None:
     assert decode(encode(packet)) == packet
 
@@ -78,7 +79,7 @@ def test_arbitrary_bytes_are_a_packet_or_refused(payload: bytes) -> None:
         decode(payload)
 
 
-@given(packets, st.data())
+@given(any_packets, st.data())
 def test_a_mutated_packet_is_a_packet_or_refused(packet: Packet, data: st.DataObject) -> None:
     payload = bytearray(encode(packet))
     for _ in range(data.draw(st.integers(1, 4))):
@@ -87,7 +88,7 @@ def test_a_mutated_packet_is_a_packet_or_refused(packet: Packet, data: st.DataOb
         decode(bytes(payload))
 
 
-@given(packets, st.data())
+@given(any_packets, st.data())
 def test_a_packet_cut_short_is_refused_or_ends_at_a_record(packet: Packet, data: st.DataObject) -> None:
     payload = encode(packet)
     cut = data.draw(st.integers(0, len(payload) - 1))
@@ -106,14 +107,14 @@ def test_fields_of_a_newer_version_are_ignored() -> None:
 
 def test_a_message_of_a_newer_version_is_ignored_but_not_the_records_beside_it() -> None:
     assert decode(msgpack.packb([99, "a", "something new"]) + wire.encode_record(RECORD)) == Packet(
-        "a", wire.Unknown(), (RECORD,)
+        "a", packets.Unknown(), (RECORD,)
     )
 
 
 def test_only_a_cookie_and_its_echo_come_without_a_name() -> None:
-    assert decode(encode(Packet("", wire.Cookie(5)))) == Packet("", wire.Cookie(5))
+    assert decode(encode(Packet("", packets.Cookie(5)))) == Packet("", packets.Cookie(5))
     with pytest.raises(MalformedDatagram):
-        decode(encode(Packet("", wire.Nack(5))))
+        decode(encode(Packet("", packets.Nack(5))))
 
 
 def head(*fields: object) -> bytes:
@@ -175,7 +176,7 @@ def test_the_largest_section_of_the_longest_name_fits_a_datagram(with_hot: bool)
         None if with_hot else section,
         (wire.HASH_MAX - 2, wire.HASH_MAX - 1, wire.HASH_MAX),
     )
-    assert len(encode(Packet(name, wire.Delta(wire.COUNT_MAX), (record,)))) <= PAYLOAD_BYTES_MAX
+    assert len(encode(Packet(name, packets.Delta(wire.COUNT_MAX), (record,)))) <= PAYLOAD_BYTES_MAX
 
 
 def test_a_host_name_is_no_address_for_peers() -> None:
@@ -184,6 +185,6 @@ def test_a_host_name_is_no_address_for_peers() -> None:
 
 
 def test_a_digest_entry_takes_the_room_it_says() -> None:
-    entry = wire.DigestEntry(wire.HASH_MAX, 3, 70_000, MemberStatus.ALIVE, 2)
-    empty = len(encode(Packet("a", wire.Digest(0, 1, ()))))
-    assert len(encode(Packet("a", wire.Digest(0, 1, (entry,))))) == empty + wire.digest_entry_bytes(entry)
+    entry = packets.DigestEntry(wire.HASH_MAX, 3, 70_000, MemberStatus.ALIVE, 2)
+    empty = len(encode(Packet("a", packets.Digest(0, 1, ()))))
+    assert len(encode(Packet("a", packets.Digest(0, 1, (entry,))))) == empty + wire.digest_entry_bytes(entry)
