@@ -22,11 +22,13 @@ import numpy.typing as npt
 import onnxruntime
 
 from nodes.engine.graph import LOGITS_TO_KEEP, POSITION_IDS, DecoderGraph
-from nodes.engine.shared_kv_session import PREFILL_TOKENS_MAX, as_float
+from nodes.engine.kv_slots import BLOCK_TOKENS
+from nodes.engine.shared_kv_session import as_float
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
+PREFILL_TOKENS_MAX = BLOCK_TOKENS
 WIDTH_MIN = 64
 # How far logits with holes may be from those without, as a part of their spread. Positions or masks that ignore the
 # holes give others altogether; quantised activations of a chunk and of a step differ by up to a fifth.
@@ -53,6 +55,7 @@ class ConcatKvSession:
         self.vocabulary_size = graph.vocabulary_size
         self.is_exact = graph.is_exact
         self.steady_rows_min = graph.steady_rows_min
+        self.prefill_tokens_max = PREFILL_TOKENS_MAX
         self.device = device
         self._session = session
         self._graph = graph
@@ -109,7 +112,7 @@ class ConcatKvSession:
         return as_float(self._logits[:count, 0])
 
     def prefill(self, slot: int, token_ids: IntArray, start: int) -> FloatArray:
-        """Write the rows [start, start + S) of a slot whose rows below start are valid; 1 <= S <= PREFILL_TOKENS_MAX.
+        """Write the rows [start, start + S) of a slot whose rows below start are valid; 1 <= S <= prefill_tokens_max.
         Returns the logits [vocabulary] after the last of them."""
         count = len(token_ids)
         end = start + count

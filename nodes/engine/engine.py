@@ -96,7 +96,9 @@ class Engine:
         self._streams: dict[Sequence, EngineStream] = {}  # at most slots + what the scheduler lets wait
         self._estimates: dict[Sequence, tuple[float, float]] = {}  # until the first token: when submitted, estimate
         self._answer_tokens = float(ANSWER_TOKENS_DEFAULT)
-        self._scheduler = Scheduler(session.slots, queue_limit, mixes_rows=session.is_exact)
+        self._scheduler = Scheduler(
+            session.slots, queue_limit, mixes_rows=session.is_exact, chunk_tokens_max=session.prefill_tokens_max
+        )
         self._thread = EngineThread(session, self._scheduler, now)
         self._wake = self._thread.wake  # its lock guards the scheduler, and is held for bookkeeping only
         self._grammars = GrammarCompiler(model.tokenizer.to_json(), session.vocabulary_size, model.eos_ids)

@@ -78,7 +78,7 @@ class EngineThread(StepThread[Tick]):
             return Tick([*plan.expired, *self._recover(plan, done, done.fault)])
         self._faults = 0
         with self.wake:
-            outcomes = self.scheduler.commit(plan, done.tokens, done.first_token)
+            outcomes = self.scheduler.commit(plan, done.tokens, done.first_token, done.prefill_s)
         return Tick(
             [*plan.expired, *outcomes] if plan.expired else outcomes,
             time.perf_counter() - started,

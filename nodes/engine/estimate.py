@@ -5,8 +5,8 @@
     ahead    the prompt tokens that are prefilled before its own, which goes on while it waits for the slot.
     own      its own prompt.
 
-The engine prefills one chunk a tick and decodes all others' next tokens in between, so a prompt token costs its share
-of a chunk and of the decode step beside it.
+The engine prefills one block a tick beside the decode step of all others, so a prompt token costs its share of a block
+and of that step.
 """
 
 from __future__ import annotations

@@ -47,12 +47,19 @@ class Session(Protocol):
         """The fewest rows of a decode step from which a row's logits do not depend on how many there are."""
         ...
 
+    @property
+    def prefill_tokens_max(self) -> int:
+        """Of one prefill(), a multiple of BLOCK_TOKENS. More than one block only where blocks give the same bits
+        together as alone, but for those of a single token."""
+        ...
+
     def decode(self, token_ids: IntArray, lengths: IntArray) -> FloatArray:
         """Feed token_ids[i] to slot i at row lengths[i]. Returns float32 [k, vocabulary], valid until the next call."""
         ...
 
     def prefill(self, slot: int, token_ids: IntArray, start: int) -> FloatArray:
-        """Write rows from `start` on. Returns float32 [vocabulary] after the last, valid until the next call."""
+        """Write rows from `start` on, prefill_tokens_max at most. Returns float32 [vocabulary] after the last, valid
+        until the next call."""
         ...
 
     def copy(self, source: int, target: int, length: int) -> None:

@@ -3,10 +3,14 @@ no thread and no session.
 
 A tick is plan(), its execution by the caller, commit(). Between the two, submit() and cancel() may be called; they
 change neither a slot nor a length. A tick decodes one token of every sequence whose prompt is done, then prefills at
-most one chunk of one prompt, so a long prompt delays the others by one chunk a token. An answer that another engine has
+most one block of one prompt, so a long prompt delays the others by one block a token. An answer that another engine has
 begun gets several a tick: its reader is in the middle of a text that has stopped. Prompts are prefilled in order of
-arrival, fairly between askers. Chunks end at absolute multiples of PREFILL_CHUNK_TOKENS: how a prompt was cut never
-depends on who else was there, which keeps quantised results reproducible.
+arrival, fairly between askers.
+
+Chunks end at absolute multiples of BLOCK_TOKENS. Where it changes no result (Session.prefill_tokens_max) a chunk may
+have several blocks, which takes less time than each block alone: those of an answer begun elsewhere, and those of a
+prompt that no decode step waits for. A block of one token stays a chunk of its own there, since other kernels compute a
+single row. So nothing depends on how a prompt was cut, nor on who else was there.
 """
 
 from __future__ import annotations
@@ -21,11 +25,15 @@ from nodes.engine.sampler import INVALID
 from nodes.engine.sampling import Sampled
 from nodes.engine.sequence import Phase, Progress, Sequence
 
-# One chunk takes about as long as one decode step of a full batch, so prefilling halves the others' rate, not more.
-PREFILL_CHUNK_TOKENS = BLOCK_TOKENS
-# Chunks a tick of an answer begun elsewhere. When a node dies its answers come together, each with all its tokens so
-# far to prefill; with one chunk a tick the last of them would stand still for as many steps as all have chunks.
-RESUMED_CHUNKS = 4
+# Blocks of a prompt in a tick that decodes. One takes about as long as a decode step of a full batch, so prefilling
+# halves the others' rate, not more.
+SHARED_BLOCKS = 1
+# Blocks a tick of an answer begun elsewhere. When a node dies its answers come together, each with all its tokens so
+# far to prefill; with one block a tick the last of them would stand still for as many steps as all have blocks.
+RESUMED_BLOCKS = 4
+# How long several blocks of a prompt may take where nobody decodes: so long a client that leaves keeps its slot. To an
+# entry a node whose steps stand still for nodes.witness.HANG_MIN_S hangs; this is a quarter of it.
+LONE_PREFILL_S = 0.5
 # Answers begun elsewhere that may wait beyond a full queue, for each slot: what three nodes as large as this decoded
 # when they died. They are never refused for the sake of requests that nobody has answered yet.
 RESUMED_PER_SLOT = 3
@@ -96,9 +104,12 @@ class Scheduler:
     """Places sequences in `slots` slots; at most `queue_limit` more wait, of all askers together, and some that another
     engine has begun.
 
-    mixes_rows: see KvSlots."""
+    mixes_rows: see KvSlots. chunk_tokens_max: a multiple of BLOCK_TOKENS."""
 
-    def __init__(self, slots: int, queue_limit: int, *, mixes_rows: bool = True) -> None:
+    def __init__(
+        self, slots: int, queue_limit: int, *, mixes_rows: bool = True, chunk_tokens_max: int = BLOCK_TOKENS
+    ) -> None:
+        assert chunk_tokens_max % BLOCK_TOKENS == 0
         self.kv = KvSlots(slots, mixes_rows=mixes_rows)
         self.cache = CacheCounts()
         self._queue_limit = queue_limit
@@ -108,6 +119,8 @@ class Scheduler:
         # The last plan, where it holds on until somebody waits or leaves, or until this time: most plans are like it.
         self._steady: Plan | None = None
         self._steady_until = 0.0
+        self._chunk_blocks_max = chunk_tokens_max // BLOCK_TOKENS
+        self._lone_blocks = 1  # a tick that decodes nothing, until it is known how long they take
 
     def submit(self, sequence: Sequence) -> Sequence | None:
         """Queue a new sequence. Returns the one that waited and has ended because its asker held most of a full queue,
@@ -154,12 +167,18 @@ class Scheduler:
             self._steady_until = min(sequence.deadline for sequence in decoding)
         return Plan(moves, decoding, self._next_chunks(), expired)
 
-    def commit(self, plan: Plan, tokens: SequenceOf[Sampled], first_token: Sampled | None) -> list[Outcome]:
+    def commit(
+        self, plan: Plan, tokens: SequenceOf[Sampled], first_token: Sampled | None, prefill_s: float = 0.0
+    ) -> list[Outcome]:
         """Record that the plan was executed.
 
         tokens: one for each of plan.decode; that of a sequence with a forced_id is ignored. first_token: the one
-        sampled after the last chunk, else None.
+        sampled after the last chunk, else None. prefill_s: that the chunks took; 0.0 where it was not measured.
         """
+        prefilled = sum(len(chunk.token_ids) for chunk in plan.prefill)
+        if prefill_s > 0.0 and prefilled >= BLOCK_TOKENS:  # of fewer each takes longer
+            blocks = int(LONE_PREFILL_S / prefill_s * prefilled / BLOCK_TOKENS)
+            self._lone_blocks = max(1, min(blocks, self._chunk_blocks_max))
         outcomes: list[Outcome] = []
         self.kv.lengths[: len(plan.decode)] += 1
         for slot, (sequence, token) in enumerate(zip(plan.decode, tokens, strict=True)):
@@ -295,11 +314,19 @@ class Scheduler:
         if self.kv.prefilling is None:
             return []
         slot, sequence = self.kv.prefilling
+        blocks = SHARED_BLOCKS if self.kv.active else self._lone_blocks
+        if sequence.is_resumed:
+            blocks = RESUMED_BLOCKS
         chunks: list[PrefillChunk] = []
         end, total = sequence.prefilled, len(sequence.prefill_ids)
-        while end < total and len(chunks) < (RESUMED_CHUNKS if sequence.is_resumed else 1):
+        until = min(total, (end // BLOCK_TOKENS + blocks) * BLOCK_TOKENS)
+        while end < until:
             start = end
-            end = min(total, start - start % PREFILL_CHUNK_TOKENS + PREFILL_CHUNK_TOKENS)
+            end = min(until, (start // BLOCK_TOKENS + self._chunk_blocks_max) * BLOCK_TOKENS)
+            if start % BLOCK_TOKENS == BLOCK_TOKENS - 1:
+                end = start + 1
+            elif end % BLOCK_TOKENS == 1 and end - start > 1:
+                end -= 1
             chunks.append(PrefillChunk(sequence, slot, start, sequence.prefill_ids[start:end], end == total))
         return chunks
 

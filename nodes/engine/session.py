@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 
 from nodes.engine import memory
-from nodes.engine.concat_kv_session import ConcatKvSession, HolesUnsupported
+from nodes.engine.concat_kv_session import PREFILL_TOKENS_MAX, ConcatKvSession, HolesUnsupported
 from nodes.engine.cuda import (
     CUDA,
     INSTALL_FIX,
@@ -34,7 +34,7 @@ from nodes.engine.model_folder import BUILD_FIX, ModelFolder, ModelFolderInvalid
 from nodes.engine.model_loader import read_model_folder
 from nodes.engine.model_variants import find_variants
 from nodes.engine.priority import call_making_way
-from nodes.engine.shared_kv_session import PREFILL_TOKENS_MAX, SharedKvSession
+from nodes.engine.shared_kv_session import SharedKvSession
 
 __all__ = ["OnnxSession", "Provider", "load_session"]
 

@@ -23,7 +23,12 @@ from nodes.engine.kv_slots import BLOCK_TOKENS
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
-PREFILL_TOKENS_MAX = BLOCK_TOKENS  # of one prefill(): the scheduler's chunk
+# So many blocks together give bit for bit what each of them alone gives, in less time, since a matrix of 64 rows is too
+# small for full speed: in float32 on the CPU and for heads of up to LARGE_CHUNK_HEAD_SIZE, beyond which the sums of
+# attention are cut otherwise. In quantised models a chunk's size changes bits, on CUDA nobody has looked, and a graph
+# that gives the logits of all tokens would pay for them with memory.
+LARGE_CHUNK_BLOCKS = 4
+LARGE_CHUNK_HEAD_SIZE = 128
 
 
 class SharedKvSession:
@@ -41,6 +46,10 @@ class SharedKvSession:
         self.is_exact = graph.is_exact
         self.steady_rows_min = graph.steady_rows_min
         self.device = kv.device
+        is_large = (
+            graph.is_exact and graph.is_pruned and kv.device == "cpu" and graph.head_size <= LARGE_CHUNK_HEAD_SIZE
+        )
+        self.prefill_tokens_max = BLOCK_TOKENS * (LARGE_CHUNK_BLOCKS if is_large else 1)
         self._session = session
         self._graph = graph
         self._kv = kv
@@ -57,12 +66,12 @@ class SharedKvSession:
 
         # Of one chunk.
         self._one: IntArray = np.ones((), np.int64)
-        self._chunk_ids: IntArray = np.zeros((1, PREFILL_TOKENS_MAX), np.int64)
-        self._chunk_positions: IntArray = np.zeros((1, PREFILL_TOKENS_MAX), np.int64)
+        self._chunk_ids: IntArray = np.zeros((1, self.prefill_tokens_max), np.int64)
+        self._chunk_positions: IntArray = np.zeros((1, self.prefill_tokens_max), np.int64)
         self._chunk_newest: npt.NDArray[np.int32] = np.zeros(1, np.int32)
         self._chunk_total: npt.NDArray[np.int32] = np.zeros(graph.total_length_shape, np.int32)
         self._ones: IntArray = np.ones((1, capacity), np.int64)
-        chunk_rows = 1 if graph.is_pruned else PREFILL_TOKENS_MAX
+        chunk_rows = 1 if graph.is_pruned else self.prefill_tokens_max
         self._chunk_logits = np.empty((1, chunk_rows, graph.vocabulary_size), graph.logits_type)
         self.recover()
 
@@ -96,11 +105,11 @@ class SharedKvSession:
         return as_float(self._logits[:count, 0])
 
     def prefill(self, slot: int, token_ids: IntArray, start: int) -> FloatArray:
-        """Write the rows [start, start + S) of a slot whose rows below start are valid; 1 <= S <= PREFILL_TOKENS_MAX.
+        """Write the rows [start, start + S) of a slot whose rows below start are valid; 1 <= S <= prefill_tokens_max.
         Returns the logits [vocabulary] after the last of them."""
         count = len(token_ids)
         width = start + count
-        assert 1 <= count <= PREFILL_TOKENS_MAX, f"{count} tokens in a chunk of at most {PREFILL_TOKENS_MAX}"
+        assert 1 <= count <= self.prefill_tokens_max, f"{count} tokens in a chunk of at most {self.prefill_tokens_max}"
         assert width <= self.capacity, f"{width} rows in a slot of {self.capacity}"
         self._chunk_ids[0, :count] = token_ids
         self._chunk_positions[0, :count] = self._columns[start:width]

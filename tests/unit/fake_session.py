@@ -15,9 +15,9 @@ import trio.testing
 
 from nodes.engine.chat_template import ChatTemplate
 from nodes.engine.engine import Engine
+from nodes.engine.kv_slots import BLOCK_TOKENS
 from nodes.engine.model_loader import LoadedModel
 from nodes.engine.sampling import SamplingParams
-from nodes.engine.scheduler import PREFILL_CHUNK_TOKENS
 from nodes.engine.sequence import EngineEvent
 from nodes.engine.stream import EngineStream
 from nodes.engine.tokenizer import Tokenizer
@@ -40,11 +40,14 @@ class FakeSession:
     assertion error. Special tokens are never the best. While a test holds it, it takes a step for each that is allowed.
     """
 
-    def __init__(self, slots: int = 4, capacity: int = CAPACITY, *, is_exact: bool = True) -> None:
+    def __init__(
+        self, slots: int = 4, capacity: int = CAPACITY, *, is_exact: bool = True, chunk_blocks_max: int = 1
+    ) -> None:
         self.slots = slots
         self.capacity = capacity
         self.kv_bytes = slots * capacity * 8
         self.is_exact = is_exact
+        self.prefill_tokens_max = chunk_blocks_max * BLOCK_TOKENS
         self.steady_rows_min = 1 if is_exact else 2
         self.vocabulary_size = VOCABULARY
         self.recoveries = 0
@@ -78,7 +81,8 @@ class FakeSession:
 
     def prefill(self, slot: int, token_ids: IntArray, start: int) -> FloatArray:
         self._enter()
-        assert start // PREFILL_CHUNK_TOKENS == (start + len(token_ids) - 1) // PREFILL_CHUNK_TOKENS, "chunk alignment"
+        blocks = (start + len(token_ids) - 1) // BLOCK_TOKENS - start // BLOCK_TOKENS + 1
+        assert blocks * BLOCK_TOKENS <= self.prefill_tokens_max, "chunk alignment"
         self._rows[slot, start : start + len(token_ids)] = token_ids
         self.prefilled += len(token_ids)
         return self._logits(slot, start + len(token_ids))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trio
 
-from nodes.engine import step_watch
+from nodes.engine import executor, step_watch
 from nodes.engine import stream as stream_module
 from nodes.engine.engine import Engine, Resume, load_engine
 from nodes.engine.engine_statistics import FAILED, LOADING, READY, STUCK
@@ -335,6 +337,18 @@ async def test_a_chunk_that_breaks_leaves_the_decode_step_before_it_as_it_was() 
         with pytest.raises(EngineFault):
             await arriving.receive()
         assert await read(decoding) == expected
+
+
+async def test_a_prompt_that_nobody_waits_for_is_prefilled_in_large_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr(executor, "time", SimpleNamespace(perf_counter=lambda: next(clock) / 1000))
+    session = FakeSession(2, chunk_blocks_max=4)
+    engine = Engine(toy_model(), session, queue_limit=9, now=Clock())
+    async with running(engine):
+        for prompt, chunks in (([7] * 70, 2), ([8, *range(100, 340)], 1)):
+            before, steps = session.entered, len(session.batches)
+            await read(engine.submit(prompt, greedy(3), FAR))
+            assert session.entered - before - (len(session.batches) - steps) == chunks
 
 
 async def test_of_several_chunks_of_an_answer_begun_elsewhere_the_second_may_break() -> None:

@@ -11,7 +11,16 @@ from nodes.engine.errors import DeadlinePassed, EngineFault, QueueFull
 from nodes.engine.kv_slots import CopyRows, SwapRows
 from nodes.engine.sampler import INVALID, sample
 from nodes.engine.sampling import Sampled, SamplingParams
-from nodes.engine.scheduler import RESUMED_CHUNKS, RESUMED_PER_SLOT, Failed, Outcome, Plan, Progress, Scheduler
+from nodes.engine.scheduler import (
+    LONE_PREFILL_S,
+    RESUMED_BLOCKS,
+    RESUMED_PER_SLOT,
+    Failed,
+    Outcome,
+    Plan,
+    Progress,
+    Scheduler,
+)
 from nodes.engine.sequence import Phase, Sequence
 from tests.unit.fake_session import CAPACITY, FakeSession, greedy
 from tests.unit.test_sequence import LetterDecoder
@@ -63,12 +72,17 @@ def execute(plan: Plan, scheduler: Scheduler, session: FakeSession) -> list[Outc
     return scheduler.commit(plan, tokens, first_token)
 
 
-def tick(scheduler: Scheduler, now: float = NOW, token: int = 5) -> Plan:
+def tick(scheduler: Scheduler, now: float = NOW, token: int = 5, prefill_s: float = 0.0) -> Plan:
     """One tick in which every token is `token`."""
     plan = scheduler.plan(now)
     is_last = any(chunk.is_last for chunk in plan.prefill)
-    scheduler.commit(plan, [Sampled(token)] * len(plan.decode), Sampled(token) if is_last else None)
+    scheduler.commit(plan, [Sampled(token)] * len(plan.decode), Sampled(token) if is_last else None, prefill_s)
     return plan
+
+
+def spans(plan: Plan) -> list[tuple[int, int]]:
+    """(start, end) of each of its chunks."""
+    return [(chunk.start, chunk.start + len(chunk.token_ids)) for chunk in plan.prefill]
 
 
 def chunks(prompt_tokens: int) -> list[tuple[int, int]]:
@@ -109,6 +123,93 @@ def test_a_long_prompt_delays_the_others_by_one_chunk_a_token() -> None:
     assert len(tick(scheduler).decode) == 2
 
 
+@pytest.mark.parametrize(
+    ("block_s", "second"),
+    [
+        (0.0, (64, 128)),
+        (LONE_PREFILL_S / 9, (64, 320)),
+        (LONE_PREFILL_S / 3, (64, 256)),
+        (LONE_PREFILL_S / 2.5, (64, 192)),
+        (LONE_PREFILL_S * 3, (64, 128)),
+    ],
+    ids=["not measured", "fast", "less fast", "slow", "very slow"],
+)
+def test_a_prompt_that_nobody_waits_for_has_chunks_as_large_as_their_time_allows(
+    block_s: float, second: tuple[int, int]
+) -> None:
+    scheduler = Scheduler(SLOTS, QUEUE_LIMIT, chunk_tokens_max=256)
+    scheduler.submit(sequence(600, capacity=1024))
+    assert spans(tick(scheduler, prefill_s=block_s)) == [(0, 64)]
+    assert spans(tick(scheduler)) == [second]
+
+
+def test_a_rest_that_takes_long_says_nothing_of_a_blocks_time() -> None:
+    scheduler = Scheduler(SLOTS, QUEUE_LIMIT, chunk_tokens_max=256)
+    scheduler.submit(sequence(70, params=greedy(1), capacity=1024))
+    tick(scheduler, prefill_s=LONE_PREFILL_S / 9)
+    tick(scheduler, prefill_s=LONE_PREFILL_S / 9)
+    scheduler.submit(
+        Sequence(
+            [400 - i % 90 for i in range(300)],
+            greedy(),
+            LetterDecoder(),
+            eos_ids=frozenset(),
+            capacity=1024,
+            deadline=FAR,
+        )
+    )
+    assert spans(tick(scheduler)) == [(0, 256)]
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "cuts"),
+    [(65, [(0, 64), (64, 65)]), (66, [(0, 66)]), (257, [(0, 256)]), (193, [(0, 192), (192, 193)])],
+)
+def test_a_single_token_of_a_block_is_a_chunk_of_its_own(prompt_tokens: int, cuts: list[tuple[int, int]]) -> None:
+    scheduler = Scheduler(SLOTS, QUEUE_LIMIT, chunk_tokens_max=256)
+    scheduler.submit(sequence(64, params=greedy(1), capacity=1024))
+    tick(scheduler, prefill_s=1e-3)
+    scheduler.submit(
+        Sequence(
+            [400 - i % 90 for i in range(prompt_tokens)],
+            greedy(),
+            LetterDecoder(),
+            eos_ids=frozenset(),
+            capacity=1024,
+            deadline=FAR,
+        )
+    )
+    assert spans(tick(scheduler)) == cuts
+
+
+def test_a_beginning_that_lacks_one_token_of_a_block_is_filled_up_first() -> None:
+    scheduler = Scheduler(SLOTS, QUEUE_LIMIT, chunk_tokens_max=256)
+    scheduler.submit(sequence(127, params=greedy(1), capacity=1024))
+    for _ in range(3):
+        tick(scheduler, prefill_s=1e-3)
+    scheduler.submit(sequence(300, capacity=1024))
+    assert spans(tick(scheduler)) == [(127, 128), (128, 300)]
+
+
+def test_beside_others_and_after_a_cached_beginning_large_chunks_end_at_blocks_too() -> None:
+    scheduler = Scheduler(SLOTS, QUEUE_LIMIT, chunk_tokens_max=256)
+    scheduler.submit(sequence(100, params=greedy(3), capacity=1024))
+    tick(scheduler, prefill_s=1e-3)
+    assert spans(tick(scheduler, prefill_s=1e-3)) == [(64, 100)]
+    scheduler.submit(sequence(700, capacity=1024))  # begins like the other, which still runs
+    assert spans(tick(scheduler, prefill_s=1e-3)) == [(100, 128)]
+    assert spans(tick(scheduler, prefill_s=1e-3)) == [(128, 192)]
+    assert [spans(tick(scheduler, prefill_s=1e-3)) for _ in range(3)] == [[(192, 448)], [(448, 700)], []]
+
+
+def test_an_answer_begun_elsewhere_has_one_large_chunk_a_token_where_results_are_exact() -> None:
+    scheduler = Scheduler(SLOTS, QUEUE_LIMIT, chunk_tokens_max=256)
+    scheduler.submit(sequence())
+    tick(scheduler)
+    scheduler.submit(sequence(70, params=greedy(400), generated_ids=tuple(range(290)), capacity=512))
+    assert [spans(tick(scheduler)) for _ in range(3)] == [[(0, 256)], [(256, 360)], []]
+
+
 def test_an_answer_begun_elsewhere_gets_several_chunks_a_token_cut_like_any_other() -> None:
     scheduler = Scheduler(SLOTS, QUEUE_LIMIT)
     running, resumed = sequence(), sequence(70, params=greedy(400), generated_ids=tuple(range(290)), capacity=512)
@@ -118,7 +219,7 @@ def test_an_answer_begun_elsewhere_gets_several_chunks_a_token_cut_like_any_othe
     ends = []
     while planned := tick(scheduler).prefill:
         assert {chunk.sequence for chunk in planned} == {resumed}
-        assert len(planned) <= RESUMED_CHUNKS
+        assert len(planned) <= RESUMED_BLOCKS
         ends.append([chunk.start + len(chunk.token_ids) for chunk in planned])
     assert ends == [[64, 128, 192, 256], [320, 360]]
     assert list(tick(scheduler).decode) == [running, resumed]
@@ -133,7 +234,7 @@ def test_an_answer_begun_elsewhere_leaves_after_its_first_chunks(how: str) -> No
     if how == "cancelled":
         scheduler.cancel(resumed)
     scheduler.commit(plan, [], None)
-    assert scheduler.kv.lengths[plan.prefill[0].slot] == RESUMED_CHUNKS * 64
+    assert scheduler.kv.lengths[plan.prefill[0].slot] == RESUMED_BLOCKS * 64
     expired = scheduler.plan(NOW + 1).expired
     assert len(expired) == (how == "late")
     assert not scheduler.plan(NOW + 1).has_steps

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from nodes.engine.errors import EngineFault
 from nodes.engine.executor import Executor
+from nodes.engine.kv_slots import BLOCK_TOKENS
 from nodes.engine.sampling import SamplingParams
 from nodes.engine.scheduler import Scheduler
 from nodes.engine.sequence import Phase, Sequence
@@ -29,9 +30,10 @@ TICKS_MAX = 20_000
 class Traffic:
     """A scheduler, its executor and the session that they run."""
 
-    def __init__(self, slots: int, *, is_exact: bool) -> None:
-        self.session = FakeSession(slots, is_exact=is_exact)
-        self.scheduler = Scheduler(slots, REQUESTS, mixes_rows=is_exact)
+    def __init__(self, slots: int, *, is_exact: bool, chunk_blocks_max: int = 1) -> None:
+        self.session = FakeSession(slots, is_exact=is_exact, chunk_blocks_max=chunk_blocks_max)
+        chunk_tokens_max = self.session.prefill_tokens_max
+        self.scheduler = Scheduler(slots, REQUESTS, mixes_rows=is_exact, chunk_tokens_max=chunk_tokens_max)
         self.executor = Executor(self.session)
 
     def tick(self) -> bool:
@@ -40,14 +42,16 @@ class Traffic:
         plan = scheduler.plan(0.0)
         if not plan.has_steps:
             return False
+        for chunk in plan.prefill:
+            assert chunk.is_last or (chunk.start + len(chunk.token_ids)) % BLOCK_TOKENS == 0
         done = self.executor.execute(plan, scheduler.kv)
         if done.fault is None:
-            scheduler.commit(plan, done.tokens, done.first_token)
+            scheduler.commit(plan, done.tokens, done.first_token, 1e-6)
             return True
         if not isinstance(done.fault, RuntimeError):
             raise done.fault
         if done.tokens:
-            scheduler.commit(replace(plan, prefill=None), done.tokens, None)
+            scheduler.commit(replace(plan, prefill=()), done.tokens, None)
         scheduler.fail(done.broken, EngineFault("told to"))
         return True
 
@@ -80,7 +84,7 @@ def alone(ids: list[int], params: SamplingParams) -> list[int]:
 def test_every_request_gets_what_it_gets_alone(seed: int, slots: int, is_exact: bool, is_calm: bool) -> None:
     """is_calm: nobody leaves early and no step breaks, so that every answer is whole."""
     rng = random.Random(seed)
-    traffic = Traffic(slots, is_exact=is_exact)
+    traffic = Traffic(slots, is_exact=is_exact, chunk_blocks_max=rng.choice([1, 2, 4]))
     scheduler = traffic.scheduler
     beginnings = [[rng.randrange(3, 500) for _ in range(250)] for _ in range(2)]
     waiting: list[tuple[Sequence, list[int]]] = []

@@ -24,7 +24,7 @@ from nodes.engine.executor import Session
 from nodes.engine.graph import describe_graph
 from nodes.engine.model_loader import ModelFolder, ModelFolderInvalid, fingerprint_of, read_model_folder
 from nodes.engine.session import OnnxSession, load_session
-from nodes.model_tools.llama_onnx import TokenIds, write_llama
+from nodes.model_tools.llama_onnx import LlamaShape, TokenIds, write_llama
 from nodes.model_tools.random_llama import SIZES, random_weights, small_tokenizer, write_random_llama
 from tests.unit.fake_session import FakeSession
 
@@ -65,6 +65,7 @@ def real(request: pytest.FixtureRequest, folder: ModelFolder, optimum: ModelFold
 
 
 def prefill(session: Session, slot: int, prompt: list[int]) -> Logits:
+    logits = np.empty(0, np.float32)
     for start in range(0, len(prompt), 64):
         logits = session.prefill(slot, np.array(prompt[start : start + 64]), start)
     return logits.copy()
@@ -94,6 +95,36 @@ def test_a_prompt_prefilled_in_chunks_ends_where_one_fed_token_by_token_does(ses
     for length, token in enumerate(prompt):
         logits = session.decode(np.array([token]), np.array([length]))
     np.testing.assert_allclose(logits[0], whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("head_size", [16, 64, 128])
+def test_chunks_of_several_blocks_give_bit_for_bit_what_each_block_alone_gives(
+    tmp_path: Path, head_size: int, threads: int
+) -> None:
+    shape = replace(SIZES["tiny"], hidden=256, head_dim=head_size, ffn=704)
+    session = load(written(tmp_path, shape), capacity=512, threads=threads)
+    assert session.prefill_tokens_max == 256
+    prompt = [3 + 7 * i % 300 for i in range(320)]
+    for start, total in [(0, 66), (0, 256), (44, 300), (62, 300), (64, 318), (100, 130)]:
+        for slot in (0, 1):
+            prefill(session, slot, prompt[:start])
+        for first in range(start // 64 * 64, total, 64):
+            piece = prompt[max(first, start) : min(first + 64, total)]
+            pieces = session.prefill(0, np.array(piece), max(first, start)).copy()
+        np.testing.assert_array_equal(session.prefill(1, np.array(prompt[start:total]), start), pieces)
+        lengths = np.full(2, total)
+        for _ in range(3):
+            first_row, second_row = session.decode(np.full(2, 9), lengths)
+            np.testing.assert_array_equal(first_row, second_row)
+            lengths += 1
+
+
+def test_what_gives_other_bits_in_large_chunks_has_small_ones(folder: ModelFolder, tmp_path: Path) -> None:
+    large_heads = replace(SIZES["tiny"], head_dim=256)
+    assert load(written(tmp_path, large_heads)).prefill_tokens_max == 64
+    assert load(read_model_folder(MODELS / "llama-int4")).prefill_tokens_max == 64
+    assert load(changed(folder, tmp_path, with_all_logits)).prefill_tokens_max == 64
 
 
 def test_a_slot_is_used_again_without_a_trace_of_its_last_sequence(session: Session) -> None:
@@ -440,8 +471,11 @@ def with_all_logits(model: onnx.ModelProto) -> None:
 @pytest.fixture(scope="module")
 def long_folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     """A model with a context of 20,000 tokens."""
-    path = tmp_path_factory.mktemp("long")
-    shape = replace(SIZES["tiny"], layers=1, context=20_000)
+    return written(tmp_path_factory.mktemp("long"), replace(SIZES["tiny"], layers=1, context=20_000))
+
+
+def written(path: Path, shape: LlamaShape) -> ModelFolder:
+    """Random weights of this shape."""
     write_llama(path, shape, random_weights(shape, seed=3), TokenIds(bos=0, eos=2, pad=2))
     small_tokenizer(shape.vocab).save(str(path / "tokenizer.json"))
     (path / "chat_template.jinja").write_text("{{ messages }}")
