@@ -4,11 +4,13 @@ Every draw gives the token that scoring all tokens and sorting all of them would
 at few. Logits are float32, scores `(logit - peak) / temperature + noise` float64; between equal scores the lowest id
 wins. min_p, top_k and top_p all keep a beginning of the tokens in one order: likeliest first, of equal ones lower ids.
 
-Gumbel-max: the best score can be guessed from the row's total. Only tokens with large noise reach it, which are known
-without looking (noise.KeyNoise), and tokens so near to the peak that usual noise suffices.
+Gumbel-max: the best score is no less than that of the likeliest token, nor of any with large noise, which are known
+without looking (noise.KeyNoise). Besides these only tokens reach it that are so near to the peak that usual noise
+suffices.
 
-top_p: where few tokens hold the nucleus they are sorted. Else the best of all tokens is the best of the nucleus if it
-is of it (nucleus.Nucleus.has), as it mostly is; if it is not, the next best is asked for, of those that come before it.
+top_p: the best of all tokens is the best of the nucleus if it is of it, as it mostly is. The likeliest always is, and
+of others the tokens near to the peak often tell. Where they do not and few tokens hold the nucleus these are sorted,
+else Nucleus.has tells. If the best is not of the nucleus, the next best is asked for, of those that come before it.
 """
 
 from __future__ import annotations
@@ -25,15 +27,15 @@ from nodes.engine.sampling import SamplingParams
 FloatArray = npt.NDArray[np.float32]
 
 _FEW = 512  # so many tokens are sorted and scored without further thought: about 30 us
-_GUESS = 1.5  # the best score is that far below its median in 1 draw of 90, which then takes a second look
-_WIDER = 4.0  # by which the second look goes deeper
+_WIDER = 4.0  # by which a second look goes deeper, where no token found is of the nucleus
 _ROUNDING = 1e-6  # far above that of a score, in units of the temperature
 _BAND_WIDTHS = (4.0, 8.0, 16.0)  # below the peak, in units of the temperature: where the k largest are looked for
 
 
-def draw(row: FloatArray, peak: float, params: SamplingParams, noise: KeyNoise) -> int:
-    """A token id. row: [vocabulary], its largest value `peak` finite. params.temperature is positive."""
-    temperature = params.temperature
+def draw(row: FloatArray, likeliest: int, params: SamplingParams, noise: KeyNoise) -> int:
+    """A token id. row: [vocabulary]. likeliest: the lowest id of its largest value, which is finite.
+    params.temperature is positive."""
+    peak, temperature = float(row[likeliest]), params.temperature
     ids: IdArray | None = None  # None: all of the row
     if 0 < params.top_k < len(row):
         ids = largest(row, peak, params.top_k, temperature)
@@ -48,10 +50,7 @@ def draw(row: FloatArray, peak: float, params: SamplingParams, noise: KeyNoise) 
         kept = np.full(len(row), -np.inf, np.float32)
         kept[ids] = row[ids]
         row = kept
-    nucleus = Nucleus(row, peak, temperature, params.top_p)
-    if params.top_p < 1.0 and (ids := nucleus.few(_FEW)) is not None:
-        return _draw_few(row, ids, peak, params, noise, nucleus)
-    return _draw_many(row, peak, params, noise, nucleus)
+    return _draw_many(row, likeliest, peak, params, noise)
 
 
 def largest(row: FloatArray, peak: float, count: int, unit: float) -> IdArray:
@@ -123,20 +122,39 @@ def _end(sums: DoubleArray, top_p: float, beside: float) -> int:
     return min(int(sums.searchsorted(top_p * (float(sums[-1]) + beside))) + 1, len(sums))
 
 
-def _draw_many(row: FloatArray, peak: float, params: SamplingParams, noise: KeyNoise, nucleus: Nucleus) -> int:
-    # The nucleus has the likeliest token, whose mass is 1, and at least top_p of all.
-    least = math.log(max(params.top_p * nucleus.total, 1.0)) - _GUESS
+def _draw_many(row: FloatArray, likeliest: int, peak: float, params: SamplingParams, noise: KeyNoise) -> int:
+    temperature, top_p = params.temperature, params.top_p
+    hit_scores = _distances(row[noise.hit_ids], peak, temperature) + noise.hit_noise
+    least = max(float(hit_scores.max(initial=-math.inf)), noise.own_of(likeliest) - _ROUNDING)
+    ids, scores, near = _reaching(row, peak, temperature, noise, hit_scores, least)
+    best = int(ids[scores == scores.max()].min())
+    if top_p >= 1.0 or best == likeliest or _is_surely_kept((float(row[best]) - peak) / temperature, near, top_p):
+        return best
+    nucleus = Nucleus(row, peak, temperature, top_p)
+    if (few := nucleus.few(_FEW)) is not None:
+        return _draw_few(row, few, peak, params, noise, nucleus)
     cut: int | None = None  # no token from this one on is of the nucleus
     while True:
-        ids, scores = _reaching(row, peak, params.temperature, noise, least)
         for index in np.lexsort((ids, -scores)):
             token_id = int(ids[index])
             if cut is not None and not _is_before(row, token_id, cut):
                 continue
-            if params.top_p >= 1.0 or nucleus.has(token_id):
+            if nucleus.has(token_id):
                 return token_id
             cut = token_id
         least -= _WIDER
+        ids, scores, _ = _reaching(row, peak, temperature, noise, hit_scores, least)
+
+
+def _is_surely_kept(distance: float, near: DoubleArray, top_p: float) -> bool:
+    """A token at this distance from the peak is of the nucleus, as can be told without the tokens that are further from
+    it than all of `near`, the distances of all others."""
+    if len(near) == 0 or distance < near.min():
+        return False
+    masses = np.exp(near)
+    before = float(masses[near >= distance].sum()) - math.exp(distance)  # some of the equal ones come after it
+    rest = float(masses.sum()) - before
+    return (1.0 - top_p) * before < top_p * rest * (1.0 - _ROUNDING)
 
 
 def _is_before(row: FloatArray, token_id: int, other: int) -> bool:
@@ -144,18 +162,19 @@ def _is_before(row: FloatArray, token_id: int, other: int) -> bool:
 
 
 def _reaching(
-    row: FloatArray, peak: float, temperature: float, noise: KeyNoise, least: float
-) -> tuple[IdArray, DoubleArray]:
+    row: FloatArray, peak: float, temperature: float, noise: KeyNoise, hit_scores: DoubleArray, least: float
+) -> tuple[IdArray, DoubleArray, DoubleArray]:
     """All ids whose score is at least `least`, in no order, and their scores. Some ids twice, then with their score and
-    a lower one."""
-    ids = noise.hit_ids
-    scores = _distances(row[ids], peak, temperature) + noise.hit_noise
-    if least < noise.level:  # tokens that are no hits can reach it
+    a lower one. Also the distances of all tokens so near to the peak that they can reach it without being hits.
+
+    hit_scores: of noise.hit_ids."""
+    near = np.empty(0, np.int64)
+    if least < noise.level:
         near = np.flatnonzero(row >= np.float32(peak + temperature * (least - noise.level - _ROUNDING)))
-        near_scores = _distances(row[near], peak, temperature) + noise.own(near)
-        ids, scores = np.concatenate((ids, near)), np.concatenate((scores, near_scores))
+    distances = _distances(row[near], peak, temperature)
+    ids, scores = np.concatenate((noise.hit_ids, near)), np.concatenate((hit_scores, distances + noise.own(near)))
     is_reaching = scores >= least
-    return ids[is_reaching], scores[is_reaching]
+    return ids[is_reaching], scores[is_reaching], distances
 
 
 def _distances(values: FloatArray, peak: float, temperature: float) -> DoubleArray:

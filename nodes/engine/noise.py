@@ -108,6 +108,11 @@ class KeyNoise:
         np.log(wait, out=wait)
         return np.negative(wait, out=wait)
 
+    def own_of(self, token_id: int) -> float:
+        """own() of one id, but for rounding, in a fifth of the time."""
+        bits = _mix((token_id + 1) * _GAMMA + _mix(self.key ^ _OWN) & _MASK)
+        return -math.log(self._until_s - math.log(((bits >> 12) + 0.5) * _UNIT))
+
 
 @lru_cache(_VOCABULARIES_MAX)
 def noise_of(vocabulary: int) -> Noise:

@@ -69,7 +69,7 @@ def _sample_row(row: FloatArray, state: SamplingState, noise: KeyNoise | None) -
         if not math.isfinite(peak):
             return Sampled(INVALID)
     if noise is not None:
-        best = draw(row, peak, state.params, noise)
+        best = draw(row, best, state.params, noise)
     return Sampled(best, None if logprobs is None else logprobs.token(best))
 
 

@@ -66,9 +66,9 @@ def params_of(sampling: Sampling, index: int) -> SamplingParams:
     return SamplingParams(temperature=1.0, seed=index, is_seeded=True, max_tokens=ANSWER_TOKENS, ignore_eos=True)
 
 
-def inverse_cdf(row: FloatArray, peak: float, params: SamplingParams, noise: KeyNoise) -> int:
+def inverse_cdf(row: FloatArray, likeliest: int, params: SamplingParams, noise: KeyNoise) -> int:
     """What most engines draw with: the first token at which the summed probabilities reach a random number."""
-    sums = np.exp((row.astype(np.float64) - peak) / params.temperature).cumsum()
+    sums = np.exp((row.astype(np.float64) - row[likeliest]) / params.temperature).cumsum()
     return int(sums.searchsorted(noise.key / 2.0**64 * sums[-1], side="right"))
 
 

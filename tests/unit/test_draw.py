@@ -29,7 +29,7 @@ def naive_nucleus(scores: npt.NDArray[np.float64], is_kept: npt.NDArray[np.bool_
 
 
 def drawn(row: FloatArray, params: SamplingParams, key: int) -> int:
-    return draw(row, float(row.max()), params, noise_of(len(row)).of_keys([key])[0])
+    return draw(row, int(row.argmax()), params, noise_of(len(row)).of_keys([key])[0])
 
 
 def naive_draw(row: FloatArray, params: SamplingParams, key: int) -> int:
@@ -104,15 +104,23 @@ def test_every_combination_draws_what_a_full_sort_would(
     check(random_row(seed, size, spread), params, KEYS)
 
 
-@given(seed=SEEDS, size=SIZES, top_k=st.sampled_from([0, 1, 7, 300]), masked=st.floats(0, 0.9))
-@example(seed=0, size=6_000, top_k=0, masked=0.0)
+@given(
+    seed=SEEDS,
+    size=SIZES,
+    top_k=st.sampled_from([0, 1, 7, 300]),
+    top_p=st.sampled_from([1.0, 0.9, 0.3]),
+    masked=st.floats(0, 0.9),
+)
+@example(seed=0, size=6_000, top_k=0, top_p=1.0, masked=0.0)
 @LAW
-def test_equal_and_excluded_logits_change_nothing(seed: int, size: int, top_k: int, masked: float) -> None:
+def test_equal_and_excluded_logits_change_nothing(
+    seed: int, size: int, top_k: int, top_p: float, masked: float
+) -> None:
     rng = np.random.default_rng(seed)
     row = rng.integers(-2, 3, size).astype(np.float32)
     row[rng.random(size) < masked] = -np.inf
     row[rng.integers(size)] = 2.0
-    check(row, SamplingParams(top_k=top_k, temperature=2.0), KEYS)
+    check(row, SamplingParams(top_k=top_k, top_p=top_p, temperature=2.0), KEYS)
 
 
 @given(seed=SEEDS, size=SIZES, spread=SPREADS, temperature=TEMPERATURES)

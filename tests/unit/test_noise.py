@@ -39,6 +39,7 @@ def test_noise_is_a_pure_function_of_seed_position_and_id(seed: int, position: i
     drawn = noise_of(32_000).of_keys([9, key])[1]
     own = drawn.own(np.array([5, token_id]))
     assert own[1] == pytest.approx(-math.log(until - math.log(uniform)), rel=1e-12, abs=1e-12)
+    assert drawn.own_of(token_id) == pytest.approx(own[1], rel=1e-12, abs=1e-12)
     at = ((split_mix((key + golden) % 2**64) >> 12) + 0.5) / 2**52 * 32_000
     assert drawn.hit_ids[0] == int(at)
     assert drawn.hit_noise[0] == pytest.approx(-math.log(until * (at % 1 + 2**-40)), rel=1e-9)
