@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 Resume = Literal["auto", "prefill", "replay"]
 
-# An answer's length until answers have been seen, for retry_after_s.
-ANSWER_TOKENS_DEFAULT = 256
 RETRY_AFTER_MIN_S = 1.0
 RETRY_AFTER_MAX_S = 60.0
 
@@ -95,7 +93,6 @@ class Engine:
         self._load_time_s = load_time_s
         self._streams: dict[Sequence, EngineStream] = {}  # at most slots + what the scheduler lets wait
         self._estimates: dict[Sequence, tuple[float, float]] = {}  # until the first token: when submitted, estimate
-        self._answer_tokens = float(ANSWER_TOKENS_DEFAULT)
         self._scheduler = Scheduler(
             session.slots, queue_limit, mixes_rows=session.is_exact, chunk_tokens_max=session.prefill_tokens_max
         )
@@ -239,7 +236,7 @@ class Engine:
                 load_time_s=self._load_time_s,
                 first_token=self._estimate_first_token(),
                 first_token_error=meter.estimate_error(),
-                answer_tokens=self._answer_tokens,
+                answer_tokens=meter.answer_tokens,
                 cache_queries_total=self._scheduler.cache.queries,
                 cache_hits_total=self._scheduler.cache.hits,
                 cache_query_tokens_total=self._scheduler.cache.query_tokens,
@@ -255,11 +252,11 @@ class Engine:
     def _estimate_first_token(self) -> FirstTokenEstimate:
         """With the scheduler's lock held."""
         load, meter = self._scheduler.load(), self._meter
-        remaining = self._scheduler.remaining_tokens(self._answer_tokens)
+        remaining = self._scheduler.remaining_tokens(meter.answer_tokens)
         return estimate_first_token(
             prefill_rate=meter.prefill.per_s,
             step_s=meter.decode_step_s(len(remaining)),
-            answer_tokens=self._answer_tokens,
+            answer_tokens=meter.answer_tokens,
             slots=self._session.slots,
             queued=max(0, load.active + load.queued - len(remaining)),
             queued_tokens=load.queued_tokens,
@@ -316,7 +313,7 @@ class Engine:
                 del self._streams[sequence]
                 stream.ended_at = self.now()
                 stream.end(None)
-                self._answer_tokens += (event.completion_tokens - self._answer_tokens) / 16
+                self._meter.answered(event.completion_tokens)
 
     def _note_placed(self, stream: EngineStream, sequence: Sequence) -> None:
         """How long one that ends without an event waited for its slot, if it got one."""

@@ -15,6 +15,10 @@ WINDOW_S = 10
 ESTIMATES = 255
 # Share of the newest measurement in the time of a decode step of one batch size.
 STEP_SHARE = 0.1
+# Tokens of an answer until one has been seen, and the share of the newest in their mean. The first ones count alike, so
+# that a node which has just started does not tell refused clients of answers that nobody asks for.
+ANSWER_TOKENS_DEFAULT = 256.0
+ANSWER_SHARE = 1 / 16
 
 
 class Rate:
@@ -47,6 +51,8 @@ class Meter:
         self.generated_tokens = 0
         self.step_seconds = 0.0
         self.session_seconds = 0.0
+        self.answer_tokens = ANSWER_TOKENS_DEFAULT  # running mean
+        self._answers = 0
         self._recent_steps: deque[float] = deque(maxlen=MEDIAN_STEPS)
         self._decode_step_s: dict[int, float] = {}  # by rows: at most as many as there are slots
         self._estimate_errors: deque[float] = deque(maxlen=ESTIMATES)
@@ -66,6 +72,11 @@ class Meter:
     def first_token(self, estimated_s: float, actual_s: float) -> None:
         """A request's first token came."""
         self._estimate_errors.append(abs(estimated_s - actual_s) / max(actual_s, 1e-9))
+
+    def answered(self, tokens: int) -> None:
+        """An answer has ended."""
+        self._answers += 1
+        self.answer_tokens += (tokens - self.answer_tokens) * max(ANSWER_SHARE, 1 / self._answers)
 
     def decode_step_s(self, rows: int) -> float:
         """Seconds of a decode step of so many rows, or of the nearest number that was measured; 0.0 before any."""
