@@ -16,7 +16,7 @@ import typer
 
 from mesh.seal import new_key, parse_key
 from nodes.cli_options import DEFAULT_DATA_DIR, DEFAULT_URL, AsJson, CaFile, DataDir, Url
-from nodes.config import ConfigInvalid
+from nodes.config import ConfigInvalid, parse_mesh_address
 
 EXIT_FAILED = 1  # some node did not do it; the line names it and the fix
 EXIT_USAGE = 2
@@ -89,6 +89,10 @@ def join(
     data_dir: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Let the node at URL join the mesh at ADDRESS, as serve --join does at a start."""
+    try:
+        parse_mesh_address(address)
+    except ValueError as exc:
+        refuse(f"{exc}; give the mesh address of a node of the other mesh")
     raise typer.Exit(_change(url, ca_file, data_dir, "/admin/join", {"address": address}))
 
 

@@ -50,16 +50,21 @@ class ConfigInvalid(Exception):
     """A configuration that no node can run with. The message is one line: what is wrong, where, and the fix."""
 
 
-def parse_address(value: object) -> Address:
-    """HOST:PORT, [IPV6]:PORT. Raises ValueError."""
+def parse_address(value: object, example: str = "127.0.0.1:8080") -> Address:
+    """HOST:PORT, [IPV6]:PORT. Raises ValueError, which shows the example."""
     if isinstance(value, Address):
         return value
     text = str(value).strip()
     host, separator, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not separator or not host or not port.isdecimal() or int(port) > 65535:
-        raise ValueError(f"{text!r} is no HOST:PORT, such as 127.0.0.1:8080")
+        raise ValueError(f"{text!r} is no HOST:PORT, such as {example}")
     return Address(host, int(port))
+
+
+def parse_mesh_address(value: object) -> Address:
+    """As parse_address()."""
+    return parse_address(value, "127.0.0.1:7946")
 
 
 def _split(value: object) -> object:
@@ -93,7 +98,8 @@ def _check_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
     return origins
 
 
-ConfiguredAddress = Annotated[Address, BeforeValidator(parse_address)]
+HttpAddress = Annotated[Address, BeforeValidator(parse_address)]
+MeshAddress = Annotated[Address, BeforeValidator(parse_mesh_address)]
 
 
 class NodeConfig(BaseModel):
@@ -101,13 +107,13 @@ class NodeConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
-    http: ConfiguredAddress = Field(
+    http: HttpAddress = Field(
         Address("127.0.0.1", 8080), description="HOST:PORT where users, clients and Prometheus reach this node"
     )
-    mesh: ConfiguredAddress = Field(
+    mesh: MeshAddress = Field(
         Address("127.0.0.1", 7946), description="HOST:PORT for other nodes: UDP gossip and TCP peer links"
     )
-    join: Annotated[tuple[ConfiguredAddress, ...], BeforeValidator(_split)] = Field(
+    join: Annotated[tuple[MeshAddress, ...], BeforeValidator(_split)] = Field(
         (), description="HOST:PORT of the mesh port of a running node; repeatable, any one that answers is enough"
     )
     model: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
@@ -140,7 +146,7 @@ class NodeConfig(BaseModel):
     name: str | None = Field(
         None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,63}$", description="node id; default: host name and mesh port"
     )
-    advertise: ConfiguredAddress | None = Field(
+    advertise: MeshAddress | None = Field(
         None, description="HOST:PORT at which other nodes reach the mesh port, where it is not the bound one"
     )
     data_dir: Path = Field(Path("data"), description="folder of this node's own state; one per node")

@@ -437,6 +437,7 @@ class MeshOperations:
 
 
 _HANDSHAKE_FIXES = {
+    "fenced": "it is this very node, or has its name: give the mesh address of another, and each node its own --name",
     "unknown key": "its mesh has another cluster key: ai-cluster keyring list at both",
     "wrong key": "its mesh has another cluster key: ai-cluster keyring list at both",
     "other cluster": "its mesh has another --cluster-name",

@@ -19,7 +19,7 @@ from nodes.api.accounting import exchange_of
 from nodes.api.operator_body import OperatorBody, read_operator_body
 from nodes.api.services import Services
 from nodes.api.sse import EventStreamBody
-from nodes.config import parse_address
+from nodes.config import parse_mesh_address
 from nodes.generation import RequestInvalid
 from nodes.mesh_operations import Line, Operation
 from nodes.peer_operations import OperationFailed
@@ -55,7 +55,7 @@ class KeyBody(OperatorBody):
 
 
 class JoinBody(OperatorBody):
-    address: Annotated[Address, BeforeValidator(parse_address), WithJsonSchema({"type": "string"})]
+    address: Annotated[Address, BeforeValidator(parse_mesh_address), WithJsonSchema({"type": "string"})]
 
 
 class LeaveBody(OperatorBody):

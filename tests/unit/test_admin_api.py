@@ -146,7 +146,7 @@ async def test_without_the_token_nothing_is_done_and_no_route_is_told(header: st
         ("keyring/use", {"key_id": "xyz"}, 400, "key_id"),
         ("keyring/remove", {"key_id": "0" * 8, "forced": True}, 400, "forced"),
         ("keyring/remove", {"key_id": "0" * 8, "here": 0}, 400, "here"),
-        ("join", {"address": "nowhere"}, 400, "HOST:PORT"),
+        ("join", {"address": "nowhere"}, 400, "HOST:PORT, such as 127.0.0.1:7946"),
         ("forget", {"node_id": "x"}, 409, "no member is named 'x'"),
         ("forget", {"node_id": "b"}, 409, "b is alive"),
         ("leave", {"node_id": "x"}, 409, "no member is named 'x'"),

@@ -168,6 +168,7 @@ def test_a_key_comes_from_a_file_or_from_standard_input_and_is_never_printed(
         (["keyring", "use", "12"], "'12' is no key id; ai-cluster keyring list"),
         (["keyring", "remove", "no key"], "no key id"),
         (["members", "--of", "b", "--everyone"], "contradict"),
+        (["join", "foo"], "'foo' is no HOST:PORT, such as 127.0.0.1:7946; give the mesh address of a node"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

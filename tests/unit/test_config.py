@@ -43,7 +43,7 @@ def test_lists_are_comma_separated_in_the_environment() -> None:
         ("slots = 0", {}, {}, ["slots = 0", "greater than or equal to 1", "node.toml"]),
         ("", {"AI_CLUSTER_SLOTS": "many"}, {}, ["slots = 'many'", "environment", "integer"]),
         ("", {}, {"http": "8080"}, ["http = '8080'", "HOST:PORT", "command line"]),
-        ("", {}, {"join": ["nowhere"]}, ["join", "HOST:PORT"]),
+        ("", {}, {"join": ["nowhere"]}, ["join", "HOST:PORT", "127.0.0.1:7946"]),
         ("slots = true", {}, {}, ["slots = true", "node.toml", "a whole number"]),
         ('slots = "8"', {}, {}, ["slots = '8'", "node.toml", "a whole number, without quotes"]),
         ("queue = 8.0", {}, {}, ["queue = 8.0", "a whole number"]),

@@ -472,6 +472,7 @@ async def test_a_seed_that_takes_this_node_is_called_and_awaited(autojump_clock:
     [
         (HandshakeRefused("unknown key"), "refuses this node: unknown key; its mesh has another cluster key"),
         (HandshakeRefused("other cluster"), "another --cluster-name"),
+        (HandshakeRefused("fenced"), "it is this very node, or has its name: give the mesh address of another,"),
         (HandshakeRefused("of a later version"), "its log may say more"),
         (PeerUnavailable("10.0.0.9:7946 cannot be reached"), "cannot be reached; is a node's mesh port there"),
         ("a", "is this very node"),
