@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeGuard
 from pydantic import Field
 from pydantic_core import from_json
 
-from nodes.api.schema import TOKENS_MAX, Body, parse
+from nodes.api.schema import TOKENS_MAX, Body, json_word, parse
 from nodes.embedding import EmbedRequest
 from nodes.generation import RequestInvalid
 
@@ -92,20 +92,20 @@ def parse_embedding(data: bytes) -> EmbeddingRequest:
 def _input_fault(value: object) -> RequestInvalid:
     """Why this is no input. Pydantic tells of a union only that it is not the first of its types."""
     if not isinstance(value, list):
-        return _fault("input", f"is {_word(value)}, and should be {FORMS}")
+        return _fault("input", f"is {json_word(value)}, and should be {FORMS}")
     if not value:
         return _fault("input", "is an empty list; give at least one text")
     first = value[0]
     if _is_int(first):
         return _ids_fault("input", value) or _fault("input", f"should be {FORMS}")
     if not isinstance(first, str | list):
-        return _fault("input[0]", f"is {_word(first)}, and should be a text, a token id or a list of token ids")
+        return _fault("input[0]", f"is {json_word(first)}, and should be a text, a token id or a list of token ids")
     if len(value) > INPUTS_MAX:
         return _fault("input", f"has {len(value)} inputs, and may have at most {INPUTS_MAX} inputs")
     for index, part in enumerate(value):
         if type(part) is not type(first):
             kind = "a text" if isinstance(first, str) else "a list of token ids"
-            return _fault(f"input[{index}]", f"is {_word(part)}, and should be {kind} as input[0] is")
+            return _fault(f"input[{index}]", f"is {json_word(part)}, and should be {kind} as input[0] is")
         if isinstance(part, list):
             fault = _ids_fault(f"input[{index}]", part)
             if fault is not None:
@@ -120,7 +120,7 @@ def _ids_fault(path: str, ids: list[object]) -> RequestInvalid | None:
         return _fault(path, f"has {len(ids)} token ids, the limit is {INPUT_IDS_TOTAL_MAX}")
     for index, token_id in enumerate(ids):
         if not _is_int(token_id):
-            return _fault(f"{path}[{index}]", f"is {_word(token_id)}, and should be a token id, a whole number")
+            return _fault(f"{path}[{index}]", f"is {json_word(token_id)}, and should be a token id, a whole number")
         if not 0 <= token_id <= TOKENS_MAX:
             return _fault(f"{path}[{index}]", f"is no token id: they are 0 to {TOKENS_MAX}")
     return None
@@ -132,22 +132,3 @@ def _fault(path: str, text: str) -> RequestInvalid:
 
 def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _word(value: object) -> str:
-    """What JSON calls it. A text is not repeated: it is the client's own."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
-        case int():
-            return "a number"
-        case float():
-            return "a number with a fraction"
-        case str():
-            return "a text"
-        case list():
-            return "a list"
-        case _:
-            return "an object"

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
 from nodes.generation import Grammar, RequestInvalid, Sampling
 
@@ -118,12 +119,51 @@ def parse(kind: type[BodyType], data: bytes, not_served: Mapping[str, tuple[Any,
         if fault["type"] == "json_invalid":
             raise RequestInvalid(f"the body is no JSON: {fault['ctx']['error']}", code="invalid_json") from exc
         param = _path(fault["loc"])
+        if param == "stop":
+            raise _stop_fault(from_json(data)["stop"]) from exc
         message = f"{param}: {fault['msg']}" if param else f"the body must be a JSON object: {fault['msg']}"
         raise RequestInvalid(message, param=param or None) from exc
     for field, value in (request.model_extra or {}).items():
         if field in not_served and value is not None and value not in not_served[field]:
             raise RequestInvalid(f"{field} is not served by this version", param=field, code="unsupported_parameter")
     return request
+
+
+def json_word(value: object) -> str:
+    """What JSON calls it. A text is not repeated: it is the client's own."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case int():
+            return "a number"
+        case float():
+            return "a number with a fraction"
+        case str():
+            return "a text"
+        case list():
+            return "a list"
+        case _:
+            return "an object"
+
+
+def _stop_fault(value: object) -> RequestInvalid:
+    """Why this says nowhere to stop. Pydantic tells of a union only that it is not the first of its types."""
+    is_list = isinstance(value, list)
+    texts = value if isinstance(value, list) else [value]
+    if len(texts) > STOP_STRINGS_MAX:
+        fault = f"stop has {len(texts)} texts, and may have at most {STOP_STRINGS_MAX}"
+        return RequestInvalid(fault, param="stop")
+    for index, text in enumerate(texts):
+        param = f"stop[{index}]" if is_list else "stop"
+        if not isinstance(text, str):
+            form = "a text" if is_list else f"a text, or a list of at most {STOP_STRINGS_MAX}"
+            return RequestInvalid(f"{param} is {json_word(text)}, and should be {form}", param=param)
+        if not 1 <= len(text) <= STOP_STRING_CHARS_MAX:
+            fault = f"{param} has {len(text)} characters, and should have 1 to {STOP_STRING_CHARS_MAX}"
+            return RequestInvalid(fault, param=param)
+    return RequestInvalid(f"stop should be a text, or a list of at most {STOP_STRINGS_MAX}", param="stop")
 
 
 def _path(location: tuple[int | str, ...]) -> str:

@@ -275,6 +275,26 @@ def test_what_cannot_be_honoured_is_refused_by_name(fields: dict[str, object], p
     assert raised.value.status == 400
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (["a", 1], "stop[1] is a number, and should be a text"),
+        (["a", None], "stop[1] is null, and should be a text"),
+        (["a", ""], "stop[1] has 0 characters, and should have 1 to 256"),
+        (["a", "b" * 257], "stop[1] has 257 characters, and should have 1 to 256"),
+        ("b" * 257, "stop has 257 characters, and should have 1 to 256"),
+        (["a"] * 17, "stop has 17 texts, and may have at most 16"),
+        (7, "stop is a number, and should be a text, or a list of at most 16"),
+        ({"a": 1}, "stop is an object, and should be a text, or a list of at most 16"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_stop_that_is_none_is_told_why(value: object, message: str) -> None:
+    with pytest.raises(RequestInvalid) as raised:
+        generate(stop=value)
+    assert (str(raised.value), raised.value.param) == (message, message.split()[0])
+
+
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b"[]", b"null", b'"x"', b'{"model": "\\ud800"}', b"[" * 5000])
 def test_a_body_that_is_no_json_object_is_refused(data: bytes) -> None:
     with pytest.raises(RequestInvalid):
