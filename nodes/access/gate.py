@@ -39,6 +39,9 @@ ESTIMATE_WEIGHT = 0.1
 ESTIMATES_MAX = 4_096
 # Tokens that a running answer has used are told on after so many.
 SETTLE_TOKENS = 64
+# In an error message.
+MODELS_NAMED_MAX = 4
+NAME_CHARS_SHOWN = 100
 
 
 class Unauthorized(Exception):
@@ -140,10 +143,18 @@ class Gate:
         return Caller(key)
 
     @staticmethod
-    def check_model(caller: Caller, model: str) -> None:
-        """Raises Forbidden."""
-        if not caller.may_use(model):
-            raise Forbidden(f"this API key may not use the model {model[:100]!r}; GET /v1/models lists what it may use")
+    def check_model(caller: Caller, model: str, is_served: Callable[[str], bool]) -> None:
+        """is_served: whether some node has the model of that name. Raises Forbidden."""
+        if caller.key is None or caller.may_use(model):
+            return
+        allowed = caller.key.settings.models
+        what = "GET /v1/models lists what it may use"
+        if not any(map(is_served, allowed)):
+            named = ", ".join(repr(name[:NAME_CHARS_SHOWN]) for name in allowed[:MODELS_NAMED_MAX])
+            more = ", …" if len(allowed) > MODELS_NAMED_MAX else ""
+            fix = "operators change that with: ai-cluster keys change KEY --models"
+            what = f"no node serves what it may use, {named}{more}; {fix}"
+        raise Forbidden(f"this API key may not use the model {model[:NAME_CHARS_SHOWN]!r}; {what}")
 
     async def admit(
         self,

@@ -17,6 +17,7 @@ from nodes.access.key_admin import Edited, KeyAdmin
 from nodes.access.key_book import KeyAmbiguous, KeyUnknown
 from nodes.access.usage import DAY_S
 from nodes.api.operator_body import OperatorBody, read_operator_body
+from nodes.api.served_models import is_served
 from nodes.api.services import Services
 from nodes.generation import PRIORITY_DEFAULT, RequestInvalid
 from nodes.iso_time import iso_time, parse_day, parse_time
@@ -92,8 +93,8 @@ def register(app: Quart, services: Services) -> None:
 
     def unserved(key: ApiKey) -> list[str]:
         """Of the models that it may use, those that no live node has: a typing error, or a node that is away."""
-        live = [member for member in services.view().members.values() if member.is_live]
-        return [name for name in key.settings.models if not any(member.model(name) for member in live)]
+        view = services.view()
+        return [name for name in key.settings.models if not is_served(view, name)]
 
     def answer(edited: Edited) -> Response:
         body: dict[str, Any] = {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from mesh.errors import ModelUnknown
-from mesh.view import EMBEDDING, GENERATION
+from mesh.view import EMBEDDING, GENERATION, ClusterView
 from nodes.access.gate import Caller
 from nodes.api.schema import CHARS_SHOWN
 from nodes.api.services import Services
@@ -12,11 +14,17 @@ from nodes.generation import RequestInvalid
 ENDPOINTS = {GENERATION: "POST /v1/chat/completions or /v1/completions", EMBEDDING: "POST /v1/embeddings"}
 
 
+def is_served(view: ClusterView, model: str) -> bool:
+    """Some live node has it."""
+    return any(member.is_live and member.model(model) is not None for member in view.members.values())
+
+
 def context_length_of(services: Services, caller: Caller, model: str, kind: str) -> int:
     """Of the nodes that have it the longest context. Raises Forbidden, ModelUnknown, and RequestInvalid for a model of
     another kind."""
-    services.gate.check_model(caller, model)
-    infos = [info for member in services.view().members.values() if (info := member.model(model)) is not None]
+    view = services.view()
+    services.gate.check_model(caller, model, partial(is_served, view))
+    infos = [info for member in view.members.values() if (info := member.model(model)) is not None]
     if not infos:
         raise ModelUnknown(f"no node of this mesh has a model named {model[:CHARS_SHOWN]!r}")
     lengths = [info.context_length for info in infos if info.kind == kind]

@@ -91,9 +91,11 @@ async def test_a_disabled_or_expired_key_is_told_apart_from_an_unknown_one() -> 
 async def test_models_that_a_key_may_not_use_are_forbidden() -> None:
     access = FakeAccess()
     caller = await access.gate.authenticate(bearer(access.create(models=("m", "n"))), HERE)
-    access.gate.check_model(caller, "m")
-    with pytest.raises(Forbidden, match="'other'"):
-        access.gate.check_model(caller, "other")
+    access.gate.check_model(caller, "m", lambda name: False)
+    with pytest.raises(Forbidden, match="'other'; GET /v1/models lists what it may use"):
+        access.gate.check_model(caller, "other", lambda name: name == "n")
+    with pytest.raises(Forbidden, match=r"no node serves what it may use, 'm', 'n'; .* keys change KEY --models"):
+        access.gate.check_model(caller, "other", lambda name: name == "other")
 
 
 async def test_guessing_is_slowed_and_who_shares_the_address_is_not_shut_out(

@@ -236,6 +236,14 @@ async def test_models_that_a_key_may_not_use_are_not_listed() -> None:
         assert (await api.client.get("/v1/models/demo", headers=headers)).status_code == 404
 
 
+async def test_a_key_whose_models_nobody_serves_is_told_so() -> None:
+    api = Api(ScriptedDispatch(*ANSWER))
+    token = api.access.create(models=("demoo",))
+    async with api.client:
+        assert "no node serves what it may use, 'demoo'" in (await chat(api, token)).json()["error"]["message"]
+        assert (await chat(api, token, model="demoo")).status_code == 404
+
+
 async def test_a_model_that_no_node_serves_is_told_and_the_key_made() -> None:
     api = Api(ScriptedDispatch())
     async with api.client:
