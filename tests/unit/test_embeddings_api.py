@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -10,13 +12,17 @@ import pytest
 
 from mesh.counters_wire import Totals
 from mesh.errors import NoCapacity
-from mesh.view import EMBEDDING, ClusterView
+from mesh.view import EMBEDDING, ClusterView, ModelInfo, NodeProfile
 from nodes.api.answer_schema import EmbeddingList, ErrorAnswer
 from nodes.api.embedding_schema import DIMENSIONS_MAX, FORMS, INPUT_IDS_TOTAL_MAX, INPUTS_MAX
 from nodes.api.embeddings import WRITE_INLINE_NUMBERS_MAX
 from nodes.api.schema import TOKENS_MAX
 from nodes.generation import GenerationFailed, RequestInvalid
 from tests.unit.scripted_api import ANSWER, Api, ScriptedDispatch, ScriptedEmbeddings, view
+
+
+def language_model(name: str) -> ModelInfo:
+    return ModelInfo(name, "f", 1024, 8)
 
 
 def api_of(embeddings: ScriptedEmbeddings | None = None, cluster: ClusterView | None = None, **options: Any) -> Api:
@@ -153,7 +159,7 @@ async def test_an_embedding_model_does_not_generate_and_says_what_it_does(path: 
     assert response.status_code == 400
     error = response.json()["error"]
     assert error["param"] == "model"
-    assert "POST /v1/embeddings" in error["message"]
+    assert "POST /v1/embeddings; no node has a model for generation" in error["message"]
     assert api.dispatch.requests == []
 
 
@@ -164,6 +170,17 @@ async def test_a_language_model_gives_no_embeddings_and_says_what_it_does() -> N
     assert response.json()["error"]["param"] == "model"
     assert "POST /v1/chat/completions" in response.json()["error"]["message"]
     assert api.embeddings.requests == []
+
+
+async def test_a_model_of_another_kind_is_told_with_those_that_the_caller_may_use_instead() -> None:
+    able = replace(view(b="f").members["b"], profile=NodeProfile(models=tuple(map(language_model, "gfedcb"))))
+    embedder = view(kind=EMBEDDING).members["a"]
+    api = api_of(cluster=ClusterView("a", 0.0, MappingProxyType({"a": embedder, "b": able})))
+    message = (await api.chat()).json()["error"]["message"]
+    assert message.endswith("models for generation are 'b', 'c', 'd', 'e', …")
+    token = api.access.create(models=("demo", "c"))
+    api.client.headers["authorization"] = f"Bearer {token}"
+    assert (await api.chat()).json()["error"]["message"].endswith("models for generation are 'c'")
 
 
 @pytest.mark.parametrize(
