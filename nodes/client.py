@@ -165,6 +165,6 @@ def _refusal(error: urllib.error.HTTPError) -> str:
     try:
         message = str(json.load(error)["error"]["message"])
         is_key_wanted = error.code == HTTPStatus.UNAUTHORIZED and "/v1/" in error.url
-        return f"{message} (with --api-key or AI_CLUSTER_API_KEY)" if is_key_wanted else message
+        return f"{message}; give a key with --api-key or AI_CLUSTER_API_KEY" if is_key_wanted else message
     except (ValueError, KeyError, TypeError):
         return f"{error.url} answered {error.code} {error.reason}"

@@ -39,6 +39,8 @@ ESTIMATE_WEIGHT = 0.1
 ESTIMATES_MAX = 4_096
 # Tokens that a running answer has used are told on after so many.
 SETTLE_TOKENS = 64
+# Where a client gets a key, for error messages.
+KEY_SOURCE = "operators make keys with: ai-cluster keys create --name NAME"
 # In an error message.
 MODELS_NAMED_MAX = 4
 NAME_CHARS_SHOWN = 100
@@ -125,21 +127,21 @@ class Gate:
                 return Caller()
             raise Unauthorized(
                 "this node's HTTP address is off loopback, so it takes requests with an API key only, and none was "
-                "created yet: ai-cluster keys create --name NAME"
+                f"created yet; {KEY_SOURCE}"
             )
         scheme, _, token = authorization.partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
-            raise Unauthorized("no API key: send the header Authorization: Bearer sk-…")
+            raise Unauthorized(f"no API key: send the header Authorization: Bearer sk-…; {KEY_SOURCE}")
         key = self._book.of_token(token.strip())
         if key is None:
             retry_after_s = self._failures.failed(address, self._now())
             if retry_after_s is not None:
                 raise LimitReached("too many wrong API keys from this address", "address", retry_after_s, {})
-            raise Unauthorized("this API key is not one of this cluster, or was revoked")
+            raise Unauthorized(f"this API key is not one of this cluster, or was revoked; {KEY_SOURCE}")
         if not key.settings.is_enabled:
-            raise Unauthorized("this API key is disabled")
+            raise Unauthorized("this API key is disabled; operators change that: ai-cluster keys change KEY --enable")
         if key.has_expired(self._wall_clock()):
-            raise Unauthorized("this API key has expired")
+            raise Unauthorized("this API key has expired; operators change that: ai-cluster keys change KEY --expires")
         return Caller(key)
 
     @staticmethod

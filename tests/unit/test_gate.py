@@ -71,7 +71,7 @@ async def test_from_the_first_key_on_one_is_demanded_also_when_all_are_revoked()
     assert caller.label == f"sk-{caller.key.public_id}"
     await access.admin.revoke("alice")
     for header in ("", "Bearer", bearer(token), bearer(token + "x"), "Basic abc", bearer("sk-unknown-secret")):
-        with pytest.raises(Unauthorized):
+        with pytest.raises(Unauthorized, match="operators make keys with: ai-cluster keys create --name NAME"):
             await access.gate.authenticate(header, HERE)
 
 
@@ -79,12 +79,12 @@ async def test_a_disabled_or_expired_key_is_told_apart_from_an_unknown_one() -> 
     access = FakeAccess()
     token = access.create(expires_at=int(access.wall_time) + 10)
     await access.admin.change("alice", {"is_enabled": False})
-    with pytest.raises(Unauthorized, match="disabled"):
+    with pytest.raises(Unauthorized, match=r"disabled; .* ai-cluster keys change KEY --enable"):
         await access.gate.authenticate(bearer(token), HERE)
     await access.admin.change("alice", {"is_enabled": True})
     assert (await access.gate.authenticate(bearer(token), HERE)).key is not None
     access.wall_time += 10
-    with pytest.raises(Unauthorized, match="expired"):
+    with pytest.raises(Unauthorized, match=r"expired; .* ai-cluster keys change KEY --expires"):
         await access.gate.authenticate(bearer(token), HERE)
 
 
