@@ -16,7 +16,14 @@ from typing import Any
 
 from rich.console import Console
 
-from nodes.node_address import NodeAddress, NodeAnswered, NodeUnreachable, describe_fault, parse_url
+from nodes.node_address import (
+    NodeAddress,
+    NodeAnswered,
+    NodeNotAsked,
+    NodeUnreachable,
+    describe_fault,
+    parse_url,
+)
 
 TIMEOUT_S = 10.0
 # A stream is silent for as long as its request waits in a queue; keep-alives come each 5 s.
@@ -143,7 +150,8 @@ def request_for(node: NodeAddress, path: str, bearer: str | None, body: bytes | 
 
 
 def open_answer(node: NodeAddress, request: urllib.request.Request, timeout_s: float) -> http.client.HTTPResponse:
-    """Raises NodeUnreachable when nobody answers, NodeAnswered with what the node gives as its reason to refuse."""
+    """Raises NodeUnreachable when nobody answers, NodeAnswered with what the node gives as its reason to refuse, which
+    is NodeNotAsked where that is the admin token."""
     handlers: list[urllib.request.BaseHandler] = []
     if node.tls is not None:
         handlers.append(urllib.request.HTTPSHandler(context=node.tls))
@@ -152,7 +160,8 @@ def open_answer(node: NodeAddress, request: urllib.request.Request, timeout_s: f
     try:
         response: http.client.HTTPResponse = urllib.request.build_opener(*handlers).open(request, timeout=timeout_s)
     except urllib.error.HTTPError as exc:
-        raise NodeAnswered(_refusal(exc)) from exc
+        is_token_wrong = exc.code == HTTPStatus.UNAUTHORIZED and "/admin/" in request.full_url
+        raise (NodeNotAsked if is_token_wrong else NodeAnswered)(_refusal(exc)) from exc
     except (OSError, http.client.HTTPException) as exc:  # a URLError is an OSError
         fault = exc.reason if isinstance(exc, urllib.error.URLError) else exc
         if not isinstance(fault, Exception):

@@ -186,10 +186,14 @@ def test_an_answer_that_breaks_off_is_a_failure_that_can_be_repeated(node: Scrip
     assert "before it was complete; the command can be repeated" in result.stderr
 
 
-def test_a_refusal_is_shown_as_the_node_words_it(node: ScriptedNode, data_dir: Path) -> None:
-    node.status, node.lines = 401, [{"error": {"message": "/admin takes this node's admin token"}}]
-    result = run(node, data_dir, "members")
-    assert result.exit_code == 1
+@pytest.mark.parametrize(("status", "exit_code"), [(401, 2), (409, 1), (503, 1)])
+@pytest.mark.parametrize("command", [["members"], ["keys", "list"]], ids=" ".join)
+def test_a_refusal_is_shown_as_the_node_words_it_and_a_wrong_token_is_a_fault_here(
+    command: list[str], status: int, exit_code: int, node: ScriptedNode, data_dir: Path
+) -> None:
+    node.status, node.lines = status, [{"error": {"message": "/admin takes this node's admin token"}}]
+    result = run(node, data_dir, *command)
+    assert result.exit_code == exit_code
     assert result.stderr == "ai-cluster: /admin takes this node's admin token\n"
 
 
