@@ -175,10 +175,10 @@ class KeyAdmin:
             meant = self._meant(name)
         except KeyAmbiguous:
             raise
-        except KeyUnknown:
+        except KeyUnknown as exc:
             if self._book.is_revoked(_id_in(name)):
                 return _id_in(name)
-            raise
+            raise KeyUnknown(f"{exc}; a key that was revoked goes by its id, which `ai-cluster usage` shows") from exc
         if len({key.family for key in meant}) > 1:
             return self.find(name).family  # which names them, or knows the one that works
         return meant[-1].family

@@ -105,5 +105,5 @@ async def test_usage_is_asked_of_a_key_that_is_known_or_was_revoked() -> None:
         await access.admin.usage(0, 1, "alicia")
     await access.admin.revoke("alice", is_all=True)
     assert await access.admin.usage(0, 1, first.label) == []
-    with pytest.raises(KeyUnknown):
+    with pytest.raises(KeyUnknown, match="a key that was revoked goes by its id, which `ai-cluster usage` shows"):
         await access.admin.usage(0, 1, "alice")  # a name goes with its key
