@@ -244,7 +244,12 @@ def chat(
     """Ask a model, and print the answer while it is made."""
     from nodes.client import stream_chat
 
-    text = " ".join(question) if question else sys.stdin.read().strip()
+    try:
+        text = " ".join(question) if question else sys.stdin.read().strip()
+        text.encode()  # bytes of an argument that are no text have become surrogates
+    except UnicodeError as exc:
+        print("ai-cluster: the question is no UTF-8 text; convert it, as with: iconv -t utf-8", file=sys.stderr)
+        raise typer.Exit(EXIT_USAGE) from exc
     if not text:
         print('ai-cluster: no question; try: ai-cluster chat "How do I add a node?"', file=sys.stderr)
         raise typer.Exit(EXIT_USAGE)

@@ -79,6 +79,13 @@ def test_an_empty_question_is_a_usage_error() -> None:
     assert "no question" in result.stderr
 
 
+@pytest.mark.parametrize(("arguments", "text"), [([], b"caf\xe9\n"), (["caf\udce9"], None)], ids=["stdin", "argument"])
+def test_a_question_that_is_no_text_is_a_usage_error(arguments: list[str], text: bytes | None) -> None:
+    result = runner.invoke(cli.app, ["chat", *arguments], input=text)
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
+    assert "no UTF-8 text" in result.stderr
+
+
 def test_the_version_is_that_of_the_package() -> None:
     result = runner.invoke(cli.app, ["--version"])
     assert (result.exit_code, result.stdout) == (0, f"ai-cluster {version('ai-cluster')}\n")
