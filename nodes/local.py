@@ -100,6 +100,8 @@ class LocalGenerator:
         if request.fingerprint not in ("", engine.fingerprint):
             raise GenerationFailed("the model of this node differs from the one that began the answer")
         deadline = engine.now() + request.deadline_s
+        if not request.generated_ids:  # else whoever began the answer took them
+            _check_bias(request, engine.vocabulary_size)
         if request.text_bytes() > ENCODE_INLINE_BYTES_MAX:
             prompt_ids = await trio.to_thread.run_sync(_prompt_ids, engine, request)
         else:
@@ -141,6 +143,13 @@ class LocalGenerator:
         if request.trace is not None and request.trace.is_sampled:
             record.spans = GenerationSpans(self._tracer, request, stream, engine.now())
         return LocalStream(stream, record, engine.model.tokenizer)
+
+
+def _check_bias(request: GenerateRequest, vocabulary_size: int) -> None:
+    """Raises RequestInvalid for a token id that the model does not have: it is meant for another tokenizer."""
+    for token_id, _ in request.sampling.logit_bias:
+        if not 0 <= token_id < vocabulary_size:
+            raise RequestInvalid(f"logit_bias: {TokenUnknown(token_id, vocabulary_size)}", param="logit_bias")
 
 
 def _params(model: LoadedModel, request: GenerateRequest) -> SamplingParams:

@@ -113,6 +113,11 @@ class Engine:
         """Tokens that prompt and answer may have together on this engine."""
         return self._session.capacity
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Token ids are below it."""
+        return self._session.vocabulary_size
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run the engine thread until cancelled; once. Readers of streams still open then get EngineStopped.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -187,6 +188,17 @@ async def test_logprobs_and_grammars_reach_the_engine_and_come_back() -> None:
             await setup.open(sampling=Sampling(grammar=Grammar("prose")))
         with pytest.raises(RequestInvalid):
             await setup.open(sampling=Sampling(grammar=Grammar("regex", "(")))
+
+
+async def test_a_bias_for_a_token_that_the_model_does_not_have_is_refused_where_an_answer_begins() -> None:
+    async with serving(Setup()) as setup:
+        biased = replace(GREEDY, logit_bias=((3, 1.0), (512, 1.0)))
+        with pytest.raises(RequestInvalid, match="logit_bias: token 512 is not among the 512 of this model") as raised:
+            await setup.open(sampling=biased)
+        assert raised.value.param == "logit_bias"
+        assert setup.witness.told == []
+        await read(await setup.open(sampling=biased, generated_ids=(1,)))
+        await read(await setup.open(sampling=replace(GREEDY, logit_bias=((511, 1.0),))))
 
 
 async def test_max_tokens_is_cut_to_what_is_left_of_the_context() -> None:
