@@ -25,7 +25,7 @@ from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hyperframe.exceptions import HyperframeError
 
-from nodes.strict_headers import refusal, with_strict_headers
+from nodes.strict_headers import slow_head_refusal, with_strict_headers
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ CLOSE_REASONS = (SLOW_HEAD, NOT_READING, LIMIT, FAULT, HANDSHAKE)
 SCOPE_STATE_KEY = "ai_cluster.connection"
 
 _RESET_AT_CLOSE = struct.pack("ii", 1, 0)
-_SLOW_HEAD_ANSWER = refusal(b"408 Request Timeout", b"")
+_SLOW_HEAD_ANSWER = slow_head_refusal(HEAD_TIMEOUT_S)
 # HTTP/2's graceful GOAWAY: no new streams, and all that were begun are answered (RFC 9113, 6.8).
 _GOAWAY = b"\x00\x00\x08\x07\x00" + bytes(4) + b"\x7f\xff\xff\xff" + bytes(4)
 

@@ -1,9 +1,12 @@
 """What every answer tells browsers, whoever wrote it: nothing is guessed, framed or kept, and no foreign page reads it.
 
-nodes.api.response_headers adds them to the application's answers; what the HTTP server answers itself has them too.
+nodes.api.response_headers adds them to the application's answers; what the HTTP server answers itself has them too, and
+OpenAI's error object as every refusal.
 """
 
 from __future__ import annotations
+
+import json
 
 # Of a request's target and headers; no client of the API sends a tenth of it. The HTTP server ends a head that grows
 # beyond it while it comes; one that comes at once nodes.api.response_headers refuses.
@@ -19,8 +22,23 @@ STRICT = {
 SAME_ORIGIN = (b"cross-origin-resource-policy", b"same-origin")
 LINES = b"".join(b"%s: %s\r\n" % header for header in (*STRICT.items(), SAME_ORIGIN))
 _MARK = b"\r\nx-content-type-options: "
-# hypercorn's own refusals, which no application sees: bytes that are no HTTP, a head too large, a websocket.
-_BARE = b"\r\ncontent-length: 0\r\nconnection: close\r\n"
+_JSON = b"content-type: application/json\r\n"
+_EMPTY = b"content-length: 0\r\n"
+# hypercorn's own refusals, which no application sees, are these statuses with this.
+_BARE = b"\r\n%sconnection: close\r\n" % _EMPTY
+
+
+def _error(code: str, message: str) -> bytes:
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    return json.dumps({"error": error}).encode()
+
+
+_ERRORS = {
+    b"400": _error("bad_request", "this is no HTTP: the head is malformed or names no host, or chunks are malformed"),
+    b"403": _error("forbidden", "there are no websockets here; POST /v1/chat/completions streams with stream=true"),
+    b"431": _error("request_header_fields_too_large", f"more than {HEAD_BYTES_MAX} bytes of request line and headers"),
+    b"501": _error("not_implemented", "the only transfer coding known here is chunked, given once"),
+}
 
 
 def refusal(status: bytes, headers: bytes, body: bytes = b"") -> bytes:
@@ -34,8 +52,18 @@ def refusal(status: bytes, headers: bytes, body: bytes = b"") -> bytes:
     )
 
 
+def slow_head_refusal(timeout_s: float) -> bytes:
+    body = _error("request_timeout", f"the request's head did not come within {timeout_s:g} s")
+    return refusal(b"408 Request Timeout", _JSON, body)
+
+
 def with_strict_headers(data: bytes) -> bytes:
-    """What is written to an HTTP/1.1 client: a head of hypercorn's own making gets them, all else stays as it is."""
-    if data.startswith(b"HTTP/1.1 4") and _BARE in data and data.endswith(b"\r\n\r\n") and _MARK not in data:
-        return data[:-2] + LINES + b"\r\n"
-    return data
+    """What is written to an HTTP/1.1 client: a head of hypercorn's own making gets them, and a body that says what is
+    wrong; all else stays as it is."""
+    body = _ERRORS.get(data[9:12])
+    if body is None or not data.startswith(b"HTTP/1.1 ") or not data.endswith(b"\r\n\r\n"):
+        return data
+    if _BARE not in data or _MARK in data:
+        return data
+    head = data[:-2].replace(_EMPTY, b"content-length: %d\r\n%s" % (len(body), _JSON), 1)
+    return head + LINES + b"\r\n" + body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -147,6 +148,15 @@ async def read_to_end(client: trio.SocketStream) -> bytes:
     return answer
 
 
+def error_code(answer: bytes) -> str:
+    """Of the JSON body, whose length and type its head tells."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.count(b"content-length: ") == head.count(b"content-length: %d\r\n" % len(body)) == 1
+    assert b"content-type: application/json\r\n" in head
+    code: str = json.loads(body)["error"]["code"]
+    return code
+
+
 async def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         await trio.sleep(0.25)
@@ -172,6 +182,7 @@ async def test_a_head_that_trickles_is_refused_after_a_fixed_time(clock: trio.te
                 answer += part
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert LINES in answer
+        assert error_code(answer) == "request_timeout"
         assert trio.current_time() - started < HEAD_TIMEOUT_S + 3
         await wait_until(lambda: not served.connections)
         assert served.closed == {"slow_head": 1}
@@ -295,31 +306,37 @@ def test_the_maximum_follows_the_file_descriptors_there_are(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    "data",
+    ("data", "status", "code"),
     [
-        b"\x00\x01\x02 nonsense\r\n\r\n",
-        b"GET / HTTP/1.1\r\ncontent-length: x\r\n\r\n",
-        b"GET /%s HTTP/1.1\r\n\r\n" % (b"x" * 20_000),
+        (b"\x00\x01\x02 nonsense\r\n\r\n", b"400", "bad_request"),
+        (b"GET / HTTP/1.1\r\ncontent-length: x\r\n\r\n", b"400", "bad_request"),
+        (b"GET / HTTP/1.1\r\n\r\n", b"400", "bad_request"),
+        (b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\nx\r\n", b"400", "bad_request"),
+        (b"GET /%s" % (b"x" * 20_000), b"431", "request_header_fields_too_large"),
+        (b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: gzip\r\n\r\n", b"501", "not_implemented"),
     ],
-    ids=["nonsense", "length", "too long"],
+    ids=["nonsense", "length", "no host", "no chunk", "too long", "transfer coding"],
 )
-async def test_bytes_that_are_no_http_are_answered_400_and_the_connection_ends(
-    data: bytes, clock: trio.testing.MockClock
+async def test_bytes_that_are_no_http_are_answered_with_an_error_and_the_connection_ends(
+    data: bytes, status: bytes, code: str, clock: trio.testing.MockClock
 ) -> None:
     async with serving() as served:
         client = await served.connect()
         await client.send_all(data)
         answer = await read_to_end(client)
-        assert answer.startswith(b"HTTP/1.1 4")
+        assert answer.startswith(b"HTTP/1.1 %s " % status)
         assert answer.count(LINES) == 1
+        assert error_code(answer) == code
         await client.aclose()
         await wait_until(lambda: not served.connections)
 
 
 def test_only_a_bare_refusal_gets_headers() -> None:
     bare = b"HTTP/1.1 431 \r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-    assert with_strict_headers(bare) == bare[:-2] + LINES + b"\r\n"
-    for other in (with_strict_headers(bare), bare + b"a body", b"HTTP/1.1 400 is what the text says", b""):
+    answer = with_strict_headers(bare)
+    assert LINES in answer
+    assert error_code(answer) == "request_header_fields_too_large"
+    for other in (answer, bare + b"a body", b"HTTP/1.1 400 is what the text says", b""):
         assert with_strict_headers(other) == other
 
 
@@ -585,6 +602,7 @@ async def test_a_websocket_is_refused_and_its_connection_goes_on_to_be_bounded(c
         answer = await client.receive_some()
         assert answer.startswith(b"HTTP/1.1 403")
         assert LINES in answer
+        assert error_code(answer) == "forbidden"
         await wait_until(lambda: served.connections == 0)
         assert served.application.ended == []
         assert served.closed == {}
