@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from rich.console import Console
 from rich.text import Text
 
 from mesh.view import Address
+from nodes.access.api_key import RECORD_PREFIX
 from nodes.config import ConfigInvalid, load_config
 from nodes.messages import NODE_READY
 from nodes.sockets import bind_http, bind_mesh
+from nodes.store import holds_records
 from observability.logs import LogMerger
 
 # Longest line taken from a child; a longer one is cut into pieces of this size.
@@ -46,6 +49,14 @@ class LocalMesh:
     log_dir: Path
     config: Path | None
 
+    def url(self, index: int) -> str:
+        return f"http://127.0.0.1:{self.http_port + index - 1}"
+
+    def needs_key(self) -> bool:
+        """Some node has kept an API key, also a revoked one: then all demand one."""
+        folders = [self.data_dir / f"node-{index}" for index in range(1, self.nodes + 1)]
+        return any(holds_records(folder, RECORD_PREFIX) for folder in folders)
+
     def command(self, index: int) -> list[str]:
         """The command line of node `index`, counted from 1. Every node is told all others, so any may start first."""
         others = [i for i in range(1, self.nodes + 1) if i != index]
@@ -67,11 +78,15 @@ class LocalMesh:
 
 @dataclass(slots=True)
 class _Child:
-    name: str
+    index: int
     process: trio.Process
     colour: str
     is_ready: bool = False
     last_words: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"node-{self.index}"
 
 
 def run_local_mesh(mesh: LocalMesh) -> int:
@@ -138,7 +153,7 @@ class _Supervisor:
             env=environment,
             start_new_session=True,  # a Ctrl-C reaches this process alone, which then stops the nodes in order
         )
-        return _Child(f"node-{index}", process, _COLOURS[(index - 1) % len(_COLOURS)])
+        return _Child(index, process, _COLOURS[(index - 1) % len(_COLOURS)])
 
     async def _follow(self, child: _Child, logs: LogMerger) -> None:
         assert child.process.stderr is not None
@@ -171,20 +186,10 @@ class _Supervisor:
         self._console.print(text)
         if message == NODE_READY and not child.is_ready:
             child.is_ready = True
-            if all(other.is_ready for other in self._children) and len(self._children) == self._mesh.nodes:
-                self._greet()
-
-    def _greet(self) -> None:
-        first = self._mesh.http_port
-        command = _own_command()
-        self._console.print(
-            f"\n{self._mesh.nodes} nodes are ready, each answers for all: "
-            + ", ".join(f"http://127.0.0.1:{first + i}" for i in range(self._mesh.nodes))
-            + f'\n  ask:   {command} chat --url http://127.0.0.1:{first} "How do I add a node?"'
-            + f"\n  look:  {command} status --url http://127.0.0.1:{first}"
-            + "\n  stop:  Ctrl-C\n",
-            style="bold",
-        )
+            ready, nodes = sum(other.is_ready for other in self._children), self._mesh.nodes
+            self._say(f"{child.name} is ready ({ready} of {nodes}): {self._mesh.url(child.index)}", "bold")
+            if ready == nodes:
+                self._console.print(greeting(self._mesh, _own_command()), style="bold", markup=False)
 
     async def _await_end(self, child: _Child) -> None:
         code = await child.process.wait()
@@ -230,6 +235,22 @@ class _Supervisor:
 
     def _say(self, message: str, style: str) -> None:
         self._console.print(f"ai-cluster | {message}", style=style)
+
+
+def greeting(mesh: LocalMesh, command: str) -> str:
+    """What to do with a mesh whose nodes are ready. command: how this program is called."""
+    url = mesh.url(1)
+    key = " --api-key sk-…" if mesh.needs_key() else ""
+    lines = [
+        f"\n{mesh.nodes} nodes are ready, each answers for all: {', '.join(map(mesh.url, range(1, mesh.nodes + 1)))}",
+        f'  ask:   {command} chat --url {url}{key} "How do I add a node?"',
+        f"  look:  {command} status --url {url}",
+        "  stop:  Ctrl-C\n",
+    ]
+    if key:
+        make = f"{command} keys create --name NAME --url {url} --data-dir {shlex.quote(str(mesh.data_dir))}"
+        lines.insert(1, f"  key:   API keys were made here, so every request needs one; a new one: {make}")
+    return "\n".join(lines)
 
 
 def _own_command() -> str:

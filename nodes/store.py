@@ -301,12 +301,28 @@ def check_store(folder: Path) -> None:
         return
     if not os.access(file, os.R_OK | os.W_OK):
         raise ConfigInvalid(f"{file}: {os.strerror(errno.EACCES)}; give a writable folder with --data-dir")
-    # A reader of a database that nobody has open would leave files of its own beside it.
-    is_open = file.with_name(file.name + "-wal").exists()
-    address = f"{file.absolute().as_uri()}?{'mode=ro' if is_open else 'immutable=1'}"
-    with _naming(file), closing(sqlite3.connect(address, timeout=BUSY_TIMEOUT_S, uri=True)) as connection:
+    with _naming(file), closing(_look_into(file)) as connection:
         _check_ours(connection, file)
         _check_whole(connection, file)
+
+
+def holds_records(folder: Path, prefix: str) -> bool:
+    """Whether a record is kept whose id begins with it, deleted or not; changes nothing, as check_store(). False also
+    where the file cannot be read, of which open_store() says why."""
+    file = folder / FILE_NAME
+    try:
+        with closing(_look_into(file)) as connection:
+            found = connection.execute("SELECT 1 FROM records WHERE substr(id, 1, length(?1)) = ?1 LIMIT 1", (prefix,))
+            return found.fetchone() is not None
+    except sqlite3.Error:
+        return False
+
+
+def _look_into(file: Path) -> sqlite3.Connection:
+    """To read only. Who reads a database that nobody has open in the usual way leaves files of its own beside it."""
+    is_open = file.with_name(file.name + "-wal").exists()
+    address = f"{file.absolute().as_uri()}?{'mode=ro' if is_open else 'immutable=1'}"
+    return sqlite3.connect(address, timeout=BUSY_TIMEOUT_S, uri=True)
 
 
 def _open(file: Path, pages_max: int) -> sqlite3.Connection:

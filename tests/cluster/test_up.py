@@ -91,6 +91,11 @@ def test_one_ctrl_c_stops_all_and_leaves_no_process(tmp_path: Path) -> None:
         assert process.wait(30) == 0
         assert [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE] == []
     assert "Traceback" not in text(tmp_path)
+    ready = re.findall(r"^ai-cluster \| (node-\d) is ready \((\d of 3)\): (\S+)$", text(tmp_path), re.MULTILINE)
+    assert [count for _, count, _ in ready] == ["1 of 3", "2 of 3", "3 of 3"]
+    assert {(name, url) for name, _, url in ready} == {
+        (f"node-{index}", f"http://127.0.0.1:{first + index - 1}") for index in (1, 2, 3)
+    }
     assert re.search(r"^node-2 \| ", text(tmp_path), re.MULTILINE)
     logged = {json.loads(line)["node_id"] for line in (tmp_path / "logs" / "combined.log").read_text().splitlines()}
     assert logged == {"node-1", "node-2", "node-3"}

@@ -35,6 +35,7 @@ from nodes.store import (
     StoreFailed,
     UsageRow,
     UsageSum,
+    holds_records,
     open_store,
 )
 from tests.unit.test_replica import records
@@ -54,6 +55,18 @@ async def test_what_was_put_is_there_after_a_reopening(tmp_path: Path) -> None:
     async with open_store(tmp_path) as store:
         assert sorted(await store.records(), key=lambda r: r.record_id) == kept
         assert await store.usage_rows(DAY, None, 10) == usage
+
+
+async def test_what_is_held_is_told_without_a_trace(tmp_path: Path) -> None:
+    assert not holds_records(tmp_path, "k")
+    async with open_store(tmp_path) as store:
+        await store.put([live("k_1", 1), Record("x")])
+        assert holds_records(tmp_path, "k_")
+    before = sorted(tmp_path.iterdir())
+    assert [holds_records(tmp_path, prefix) for prefix in ("k_1", "x", "kx", "K")] == [True, True, False, False]
+    assert sorted(tmp_path.iterdir()) == before
+    (tmp_path / FILE_NAME).write_bytes(b"no database" * 100)
+    assert not holds_records(tmp_path, "k")
 
 
 async def test_only_the_owner_may_read_the_database(tmp_path: Path) -> None:
