@@ -28,7 +28,8 @@ BoolArray = npt.NDArray[np.bool_]
 
 SPEC_BYTES_MAX = 64 * 1024  # a schema of hundreds of properties; 64 KB of choices compile in about 0.1 s
 GRAMMARS_MAX = 64  # compiled ones kept; most take below 1 MB, the largest that LIMITS allow some tens
-REASON_CHARS_MAX = 300
+REASON_CHARS_MAX = 200
+CAUSE_CHARS_MAX = 100  # of these
 # Runs of white space in JSON: room for deep indentation, but a model that likes blanks cannot go on with them for ever.
 JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 # What one grammar may cost. Enumerations of 4,000 strings and all formats of JSON Schema stay far below. With
@@ -333,5 +334,10 @@ def _parse_json(spec: GrammarSpec) -> Any:
 
 
 def _one_line(text: str) -> str:
+    """llguidance quotes a wrong expression whole, and several times; behind it one line says what is wrong with it."""
     line = " ".join(text.split())
-    return line if len(line) <= REASON_CHARS_MAX else line[: REASON_CHARS_MAX - 3] + "..."
+    if len(line) <= REASON_CHARS_MAX:
+        return line
+    causes = [f" {part[:CAUSE_CHARS_MAX]}" for part in text.splitlines() if part.startswith("error: ")]
+    end = f"...{causes[0] if causes else ''}"
+    return line[: REASON_CHARS_MAX - len(end)] + end
