@@ -22,6 +22,7 @@ from nodes.engine.scheduler import (
     Scheduler,
 )
 from nodes.engine.sequence import Phase, Sequence
+from nodes.witness import HANG_MIN_S
 from tests.unit.fake_session import CAPACITY, FakeSession, greedy
 from tests.unit.test_sequence import LetterDecoder
 
@@ -141,6 +142,10 @@ def test_a_prompt_that_nobody_waits_for_has_chunks_as_large_as_their_time_allows
     scheduler.submit(sequence(600, capacity=1024))
     assert spans(tick(scheduler, prefill_s=block_s)) == [(0, 64)]
     assert spans(tick(scheduler)) == [second]
+
+
+def test_several_blocks_at_once_make_no_entry_believe_that_the_node_hangs() -> None:
+    assert 4 * LONE_PREFILL_S <= HANG_MIN_S
 
 
 def test_a_rest_that_takes_long_says_nothing_of_a_blocks_time() -> None:
