@@ -15,7 +15,7 @@ from deploy.models.demo.frames import AFTER, BEFORE, TRAINED
 
 FALLBACK_GROUP = -1
 
-UNRELATED_SHARE = 0.36  # of all examples
+UNRELATED_SHARE = 0.39  # of all examples
 SMALLTALK_WEIGHT = 2  # greetings are asked literally, with many wordings each
 RARE_WORD_GROUPS_MAX = 6  # a word that stands in at most so many groups points at its answer
 SYNONYM_WORDS_MAX = 3  # the longest phrase that synonyms.txt replaces
