@@ -67,7 +67,8 @@ def stream_chat(
             served = get_json(node, "/v1/models", api_key)["data"]
             names = [entry["id"] for entry in served if entry.get("kind", "generation") == "generation"]
             if not names:
-                raise NodeAnswered("no node of this mesh serves a language model yet; see: ai-cluster status")
+                whose = "that this API key may use" if api_key else "yet"
+                raise NodeAnswered(f"no node of this mesh serves a language model {whose}; see: ai-cluster status")
             model = names[0]
         body = {
             "model": model,

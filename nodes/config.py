@@ -50,6 +50,10 @@ class ConfigInvalid(Exception):
     """A configuration that no node can run with. The message is one line: what is wrong, where, and the fix."""
 
 
+# A name or an IPv4 address, or an IPv6 address and perhaps its zone.
+_HOST = re.compile(r"[^\s/:\[\]?#@]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%[^\s/:\[\]?#@]+)?")
+
+
 def parse_address(value: object, example: str = "127.0.0.1:8080") -> Address:
     """HOST:PORT, [IPV6]:PORT. Raises ValueError, which shows the example."""
     if isinstance(value, Address):
@@ -57,7 +61,7 @@ def parse_address(value: object, example: str = "127.0.0.1:8080") -> Address:
     text = str(value).strip()
     host, separator, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not separator or not host or not port.isdecimal() or int(port) > 65535:
+    if not separator or not _HOST.fullmatch(host) or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"{text!r} is no HOST:PORT, such as {example}")
     return Address(host, int(port))
 

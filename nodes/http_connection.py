@@ -15,6 +15,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+import h11
 import trio
 from h2.exceptions import H2Error
 from hypercorn.config import Config
@@ -154,6 +155,22 @@ class WatchedStream(trio.abc.HalfCloseableStream):
         self.socket.close()
 
 
+class Http1(h11.Connection):
+    """HTTP/1.1 as hypercorn reads it, but for websockets: their upgrade is left out (RFC 9110, 7.8), so that they are
+    requests like any other, within the same bounds, and the application refuses them."""
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if not isinstance(event, h11.Request) or not _asks_for_websocket(event):
+            return event
+        headers = [(name, value) for name, value in event.headers.raw_items() if name.lower() != b"connection"]
+        return h11.Request(method=event.method, headers=headers, target=event.target, http_version=event.http_version)
+
+
+def _asks_for_websocket(request: h11.Request) -> bool:
+    return any(name == b"upgrade" and value.strip().lower() == b"websocket" for name, value in request.headers)
+
+
 class Connection(TCPServer):
     """hypercorn's server of one connection. is_draining: an HTTP/2 client is told to send its next requests elsewhere.
     note_closed: told the reason when it is closed against its client's will. watch: makes its stream."""
@@ -249,6 +266,9 @@ class Connection(TCPServer):
 
     async def _read_data(self) -> None:
         """As hypercorn's, with a bound for heads, and an end to the idle timer."""
+        protocol = self._protocol()
+        if isinstance(protocol, H11Protocol):
+            protocol.connection = Http1(h11.SERVER, max_incomplete_event_size=self.config.h11_max_incomplete_size)
         try:
             while True:
                 if (deadline := self._head_deadline()) < math.inf:

@@ -259,7 +259,7 @@ class HttpServer:
 
     async def _application(self, scope: Any, receive: Any, send: Any) -> None:
         """The application, its requests counted, its answers marked while draining, its HTTP/2 writes bounded."""
-        if scope["type"] == "websocket":  # there are none here; hypercorn answers 403
+        if scope["type"] == "websocket":  # of HTTP/2 (RFC 8441); hypercorn answers 403
             await send({"type": "websocket.close"})
             return
         is_operators = scope["path"].startswith(NOT_WAITED_FOR)

@@ -23,9 +23,9 @@ SAME_ORIGIN = (b"cross-origin-resource-policy", b"same-origin")
 LINES = b"".join(b"%s: %s\r\n" % header for header in (*STRICT.items(), SAME_ORIGIN))
 _MARK = b"\r\nx-content-type-options: "
 _JSON = b"content-type: application/json\r\n"
+# hypercorn's own refusals, which no application sees, are statuses of _ERRORS with these two lines.
 _EMPTY = b"content-length: 0\r\n"
-# hypercorn's own refusals, which no application sees, are these statuses with this.
-_BARE = b"\r\n%sconnection: close\r\n" % _EMPTY
+_CLOSE = b"\r\nconnection: close\r\n"
 
 
 def _error(code: str, message: str) -> bytes:
@@ -35,7 +35,6 @@ def _error(code: str, message: str) -> bytes:
 
 _ERRORS = {
     b"400": _error("bad_request", "this is no HTTP: the head is malformed or names no host, or chunks are malformed"),
-    b"403": _error("forbidden", "there are no websockets here; POST /v1/chat/completions streams with stream=true"),
     b"431": _error("request_header_fields_too_large", f"more than {HEAD_BYTES_MAX} bytes of request line and headers"),
     b"501": _error("not_implemented", "the only transfer coding known here is chunked, given once"),
 }
@@ -63,7 +62,7 @@ def with_strict_headers(data: bytes) -> bytes:
     body = _ERRORS.get(data[9:12])
     if body is None or not data.startswith(b"HTTP/1.1 ") or not data.endswith(b"\r\n\r\n"):
         return data
-    if _BARE not in data or _MARK in data:
+    if _EMPTY not in data or _CLOSE not in data.lower() or _MARK in data:
         return data
     head = data[:-2].replace(_EMPTY, b"content-length: %d\r\n%s" % (len(body), _JSON), 1)
     return head + LINES + b"\r\n" + body

@@ -42,6 +42,10 @@ _TWO_ENDS = (
     b'{"error": {"message": "the request has both content-length and transfer-encoding", '
     b'"type": "invalid_request_error", "param": null, "code": "bad_request"}}'
 )
+_NO_WEBSOCKET = (
+    b'{"error": {"message": "there are no websockets here; POST /v1/chat/completions streams with stream=true", '
+    b'"type": "invalid_request_error", "param": null, "code": "forbidden"}}'
+)
 _NO_PATH = (
     b'{"error": {"message": "the request\'s target has no path", "type": "invalid_request_error", "param": null, '
     b'"code": "bad_request"}}'
@@ -73,6 +77,8 @@ class ResponseHeaders:
             await _answer(
                 with_headers, 400, [(b"content-type", b"application/json"), (b"connection", b"close")], _TWO_ENDS
             )
+        elif _header(scope, b"upgrade").lower() == b"websocket":
+            await _answer(with_headers, 403, [(b"content-type", b"application/json")], _NO_WEBSOCKET)
         elif not _has_path(scope["path"]):
             await _answer(with_headers, 400, [(b"content-type", b"application/json")], _NO_PATH)
         elif allowed and scope["method"] == "OPTIONS" and _header(scope, b"access-control-request-method"):

@@ -83,14 +83,21 @@ def test_a_missing_configuration_file_is_named(tmp_path: Path) -> None:
         load_config(tmp_path / "absent.toml", {}, {})
 
 
-@pytest.mark.parametrize("text", ["", "8080", "host", ":8080", "host:", "host:port", "host:70000", "host:-1"])
+@pytest.mark.parametrize(
+    "text", ["", "8080", "host", ":8080", "host:", "host:port", "host:70000", "host:-1", "http://a:1", "a b:1", "x:y:1"]
+)
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="HOST:PORT"):
         parse_address(text)
 
 
 def test_an_address_survives_its_own_text() -> None:
-    for address in (Address("::1", 80), Address("10.1.2.3", 7946), Address("node.example", 1)):
+    for address in (
+        Address("::1", 80),
+        Address("fe80::1%eth0", 80),
+        Address("10.1.2.3", 7946),
+        Address("node.example", 1),
+    ):
         assert parse_address(str(address)) == address
 
 

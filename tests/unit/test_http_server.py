@@ -312,10 +312,15 @@ def test_the_maximum_follows_the_file_descriptors_there_are(monkeypatch: pytest.
         (b"GET / HTTP/1.1\r\ncontent-length: x\r\n\r\n", b"400", "bad_request"),
         (b"GET / HTTP/1.1\r\n\r\n", b"400", "bad_request"),
         (b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\nx\r\n", b"400", "bad_request"),
+        (
+            b"POST / HTTP/1.1\r\nhost: a\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\nx\r\n",
+            b"400",
+            "bad_request",
+        ),
         (b"GET /%s" % (b"x" * 20_000), b"431", "request_header_fields_too_large"),
         (b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: gzip\r\n\r\n", b"501", "not_implemented"),
     ],
-    ids=["nonsense", "length", "no host", "no chunk", "too long", "transfer coding"],
+    ids=["nonsense", "length", "no host", "no chunk", "no chunk, close", "too long", "transfer coding"],
 )
 async def test_bytes_that_are_no_http_are_answered_with_an_error_and_the_connection_ends(
     data: bytes, status: bytes, code: str, clock: trio.testing.MockClock
@@ -592,20 +597,20 @@ async def test_a_server_is_in_use_while_clients_are_connected_or_were_lately(clo
         assert not served.server.is_in_use
 
 
-async def test_a_websocket_is_refused_and_its_connection_goes_on_to_be_bounded(clock: trio.testing.MockClock) -> None:
+@pytest.mark.parametrize("version", [b"13", b"7", b""])
+@pytest.mark.parametrize("behind", [b"", b"x", b"\x81\x05hello", b"\x81\x85abcdhello"])
+async def test_a_websockets_upgrade_is_a_request_like_any_other_and_what_is_behind_it_another(
+    clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture, version: bytes, behind: bytes
+) -> None:
     async with serving() as served:
         client = await served.connect()
-        upgrade = b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n"
-        await client.send_all(
-            b"GET /short HTTP/1.1\r\nhost: a\r\n%ssec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n" % upgrade
-        )
-        answer = await client.receive_some()
-        assert answer.startswith(b"HTTP/1.1 403")
-        assert LINES in answer
-        assert error_code(answer) == "forbidden"
-        await wait_until(lambda: served.connections == 0)
-        assert served.application.ended == []
-        assert served.closed == {}
+        upgrade = b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+        head = b"GET /short HTTP/1.1\r\nhost: a\r\n%ssec-websocket-version: %s\r\n\r\n" % (upgrade, version)
+        await client.send_all(head + behind)
+        assert (await client.receive_some()).startswith(b"HTTP/1.1 200")
+        await wait_until(lambda: served.connections == 0)  # idle for too long, or what came behind is no HTTP
+        assert served.application.ended == ["/short"]
+        assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 @pytest.mark.parametrize("settings", [b"AAMAAABkAAQAAP__ folded", b"A", b"AAMAAABk", b"////////"])

@@ -156,6 +156,14 @@ async def test_a_host_that_can_be_none_is_the_clients_fault(host: str, caplog: p
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
+async def test_a_websocket_is_refused_with_an_error() -> None:
+    headers = {"upgrade": "WebSocket", "sec-websocket-version": "13"}
+    response = await Api(ScriptedDispatch()).client.get("/", headers=headers)
+    assert response.status_code == 403
+    assert response.json()["error"]["code"] == "forbidden"
+    assert response.headers["x-content-type-options"] == "nosniff"
+
+
 async def test_a_request_with_two_ends_is_refused_and_its_connection_closed() -> None:
     api = Api(ScriptedDispatch(*ANSWER))
     headers = {"content-length": "2", "transfer-encoding": "chunked", "content-type": "application/json"}
