@@ -62,18 +62,17 @@ class Contacts:
 
     def call(self, outbox: Outbox, now: float) -> None:
         """Call whoever is due, and report the seeds that did not answer the call before: the 1st, 2nd, 4th, … time,
-        and once that it lasts. One at whose address a live member is need not answer: it may have come by itself."""
+        and once that it lasts. One at whose address a member has come since is not reported: nobody was there then."""
         due = [seed for seed in self._seeds if now >= self._due(seed)]
-        live = {member.address for member in self._table.live} if due else set()
+        live = {member.address: member.known_since for member in self._table.live} if due else {}
         for seed in due:
             before, seed.called_at = seed.called_at, now
             member = self._table.members.get(seed.node_id)
             if member is not None and member.is_live:
                 continue  # looked at again after the next interval
-            if self._found.get(seed.address, seed.address) in live:
+            if live.get(self._found.get(seed.address, seed.address), float("-inf")) > before:
                 seed.join_sequence = seed.unanswered = 0
                 seed.is_lasting = False
-                continue
             if seed.join_sequence:
                 seed.unanswered += 1
                 if seed.unanswered == 1:

@@ -246,7 +246,7 @@ class GossipSocket:
                 numeric = Address(str(found[0][4][0]), address.port)
                 self._gossip.seed_found(address, numeric)
                 self._send(numeric, data)
-        except OSError:  # the name does not resolve: nobody answers, and the core says so
+        except (OSError, UnicodeError):  # the name does not resolve: nobody answers, and the core says so
             self._send_errors += 1
         finally:
             self._resolving.discard(address)

@@ -50,8 +50,8 @@ class ConfigInvalid(Exception):
     """A configuration that no node can run with. The message is one line: what is wrong, where, and the fix."""
 
 
-# A name or an IPv4 address, or an IPv6 address and perhaps its zone.
-_HOST = re.compile(r"[^\s/:\[\]?#@]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%[^\s/:\[\]?#@]+)?")
+_HOST_NAME = re.compile(r"[^\s\x00-\x1f/:\[\]?#@]+")
+ADDRESS_CHARS_SHOWN = 100
 
 
 def parse_address(value: object, example: str = "127.0.0.1:8080") -> Address:
@@ -61,9 +61,21 @@ def parse_address(value: object, example: str = "127.0.0.1:8080") -> Address:
     text = str(value).strip()
     host, separator, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not separator or not _HOST.fullmatch(host) or not port.isdecimal() or int(port) > 65535:
-        raise ValueError(f"{text!r} is no HOST:PORT, such as {example}")
+    if not separator or not _is_host(host) or not port.isdecimal() or int(port) > 65535:
+        shown = text.rpartition("@")[2][:ADDRESS_CHARS_SHOWN]  # before it is a URL's password
+        raise ValueError(f"{shown!r} is no HOST:PORT, such as {example}")
     return Address(host, int(port))
+
+
+def _is_host(host: str) -> bool:
+    try:
+        if ":" in host:
+            ipaddress.IPv6Address(host)
+        else:
+            host.encode("idna")  # as a lookup does
+    except ValueError:
+        return False
+    return ":" in host or _HOST_NAME.fullmatch(host) is not None
 
 
 def parse_mesh_address(value: object) -> Address:

@@ -20,8 +20,10 @@ import trio
 from h2.exceptions import H2Error
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.protocol.events import StreamClosed
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.protocol.ws_stream import WSStream
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hyperframe.exceptions import HyperframeError
@@ -161,6 +163,9 @@ class Http1(h11.Connection):
 
     def next_event(self) -> Any:
         event = super().next_event()
+        might_switch = self.their_state is h11.MIGHT_SWITCH_PROTOCOL  # type: ignore[attr-defined]
+        if event is h11.PAUSED and might_switch and not self.trailing_data[0]:
+            return h11.NEED_DATA  # of an upgrade that is not taken up; else nobody would see the client leave
         if not isinstance(event, h11.Request) or not _asks_for_websocket(event):
             return event
         headers = [(name, value) for name, value in event.headers.raw_items() if name.lower() != b"connection"]
@@ -168,7 +173,9 @@ class Http1(h11.Connection):
 
 
 def _asks_for_websocket(request: h11.Request) -> bool:
-    return any(name == b"upgrade" and value.strip().lower() == b"websocket" for name, value in request.headers)
+    """As hypercorn sees it, whose white space is that of texts."""
+    upgrades = (value.decode("latin1") for name, value in request.headers if name == b"upgrade")
+    return any(upgrade.strip().lower() == "websocket" for upgrade in upgrades)
 
 
 class Connection(TCPServer):
@@ -283,6 +290,7 @@ class Connection(TCPServer):
                 except (ValueError, H2Error, HyperframeError) as exc:  # of an upgrade to h2c, which it does not check
                     self._refuse_bytes(exc)
                     await trio.lowlevel.checkpoint()
+                await self._release_websockets()
                 if not data:
                     break
         except (trio.ClosedResourceError, trio.BrokenResourceError):
@@ -298,6 +306,14 @@ class Connection(TCPServer):
         if isinstance(protocol, H2Protocol):
             for buffer in list(protocol.stream_buffers.values()):
                 await buffer.close()
+
+    async def _release_websockets(self) -> None:
+        """Of HTTP/2 (RFC 8441): hypercorn keeps the stream of one that it has refused, and the connection with it."""
+        protocol = self._protocol()
+        if isinstance(protocol, H2Protocol):
+            for stream_id, stream in list(protocol.streams.items()):
+                if isinstance(stream, WSStream) and stream.closed:
+                    await protocol.stream_send(StreamClosed(stream_id=stream_id))
 
     def _head_deadline(self) -> float:
         if self._runs_request or self.stream.is_closing or not self._holds_part_of_head():

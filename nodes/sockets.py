@@ -88,7 +88,7 @@ def advertised_address(config: NodeConfig, bound: Address) -> Address:
     for seed in config.join:
         try:
             family, kind, _, _, target = socket.getaddrinfo(seed.host, seed.port, type=socket.SOCK_DGRAM)[0]
-        except socket.gaierror:
+        except (socket.gaierror, UnicodeError):
             continue  # the name may come; gossip looks it up each time it calls the seed
         with socket.socket(family, kind) as probe:
             try:

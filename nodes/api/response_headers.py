@@ -77,7 +77,7 @@ class ResponseHeaders:
             await _answer(
                 with_headers, 400, [(b"content-type", b"application/json"), (b"connection", b"close")], _TWO_ENDS
             )
-        elif _header(scope, b"upgrade").lower() == b"websocket":
+        elif scope["method"] == "GET" and _header(scope, b"upgrade").lower() == b"websocket":
             await _answer(with_headers, 403, [(b"content-type", b"application/json")], _NO_WEBSOCKET)
         elif not _has_path(scope["path"]):
             await _answer(with_headers, 400, [(b"content-type", b"application/json")], _NO_PATH)

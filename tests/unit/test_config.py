@@ -84,11 +84,33 @@ def test_a_missing_configuration_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "8080", "host", ":8080", "host:", "host:port", "host:70000", "host:-1", "http://a:1", "a b:1", "x:y:1"]
+    "text",
+    [
+        "",
+        "8080",
+        "host",
+        ":8080",
+        "host:",
+        "host:port",
+        "host:70000",
+        "host:-1",
+        "http://a:1",
+        "a b:1",
+        "x:y:1",
+        "127.0.0.1:1:1",
+        "a..b:1",
+        "a\x00b:1",
+    ],
 )
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="HOST:PORT"):
         parse_address(text)
+
+
+def test_a_password_before_what_is_no_address_is_not_repeated() -> None:
+    with pytest.raises(ValueError, match="'node:x' is no HOST:PORT") as caught:
+        parse_address("https://me:secret@node:x")
+    assert "secret" not in str(caught.value)
 
 
 def test_an_address_survives_its_own_text() -> None:

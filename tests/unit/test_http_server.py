@@ -19,7 +19,7 @@ import trio.testing
 from mesh.view import Address
 from nodes.certificate import Certificate
 from nodes.config import ConfigInvalid
-from nodes.http_connection import HEAD_TIMEOUT_S, WRITE_TIMEOUT_S
+from nodes.http_connection import HEAD_TIMEOUT_S, LINGER_S, WRITE_TIMEOUT_S
 from nodes.http_server import (
     CONNECTIONS_MAX,
     KEEP_ALIVE_TIMEOUT_S,
@@ -341,7 +341,10 @@ def test_only_a_bare_refusal_gets_headers() -> None:
     answer = with_strict_headers(bare)
     assert LINES in answer
     assert error_code(answer) == "request_header_fields_too_large"
-    for other in (answer, bare + b"a body", b"HTTP/1.1 400 is what the text says", b""):
+    marked = b"HTTP/1.1 431 \r\ncontent-length: 0\r\nconnection: close\r\nx-content-type-options: nosniff\r\n\r\n"
+    others = [answer, bare + b"a body", b"HTTP/1.1 400 is what the text says", b"", marked, b"2f\r\n" + bare]
+    others += [bare.replace(b"content-length: 0\r\n", b""), bare.replace(b"connection: close\r\n", b"")]
+    for other in others:
         assert with_strict_headers(other) == other
 
 
@@ -597,19 +600,62 @@ async def test_a_server_is_in_use_while_clients_are_connected_or_were_lately(clo
         assert not served.server.is_in_use
 
 
+@pytest.mark.parametrize("upgrade_to", [b"websocket", b"WebSocket", b"websocket\xa0"])
 @pytest.mark.parametrize("version", [b"13", b"7", b""])
 @pytest.mark.parametrize("behind", [b"", b"x", b"\x81\x05hello", b"\x81\x85abcdhello"])
-async def test_a_websockets_upgrade_is_a_request_like_any_other_and_what_is_behind_it_another(
-    clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture, version: bytes, behind: bytes
+async def test_a_websockets_upgrade_is_a_request_like_any_other(
+    clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture, upgrade_to: bytes, version: bytes, behind: bytes
 ) -> None:
     async with serving() as served:
         client = await served.connect()
-        upgrade = b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
-        head = b"GET /short HTTP/1.1\r\nhost: a\r\n%ssec-websocket-version: %s\r\n\r\n" % (upgrade, version)
-        await client.send_all(head + behind)
+        await client.send_all(websocket(upgrade_to, version) + behind)
         assert (await client.receive_some()).startswith(b"HTTP/1.1 200")
         await wait_until(lambda: served.connections == 0)  # idle for too long, or what came behind is no HTTP
         assert served.application.ended == ["/short"]
+        assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def websocket(upgrade_to: bytes = b"websocket", version: bytes = b"13") -> bytes:
+    upgrade = b"connection: upgrade\r\nupgrade: %s\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n" % upgrade_to
+    return b"GET /short HTTP/1.1\r\nhost: a\r\n%ssec-websocket-version: %s\r\n\r\n" % (upgrade, version)
+
+
+async def test_what_is_behind_a_websockets_upgrade_is_the_next_request(clock: trio.testing.MockClock) -> None:
+    async with serving() as served:
+        client = await served.connect()
+        await client.send_all(websocket() + b"GET /short HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+        assert (await read_to_end(client)).count(b"HTTP/1.1 200") == 2
+        await wait_until(lambda: served.application.ended == ["/short", "/short"])
+
+
+@pytest.mark.parametrize("upgrade", [b"", b"upgrade: h2c\r\n", b"connection: upgrade\r\nupgrade: websocket\r\n"])
+async def test_a_client_that_leaves_is_noticed_also_where_it_asked_for_an_upgrade(
+    clock: trio.testing.MockClock, upgrade: bytes
+) -> None:
+    async with serving() as served:
+        client = await served.connect()
+        await client.send_all(b"POST /slow HTTP/1.1\r\nhost: a\r\ncontent-length: 2\r\n%s\r\n{}" % upgrade)
+        await client.receive_some()
+        await client.aclose()
+        with trio.fail_after(LINGER_S):
+            await wait_until(lambda: served.application.ended == ["/slow"])
+
+
+@pytest.mark.parametrize("version", [[("sec-websocket-version", "13")], []], ids=["13", "none"])
+async def test_a_websocket_over_http2_holds_no_connection(
+    clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture, version: list[tuple[str, str]]
+) -> None:
+    async with serving() as served:
+        client = await served.connect()
+        peer = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True, validate_outbound_headers=False))
+        peer.initiate_connection()
+        await client.send_all(peer.data_to_send())
+        target = [(":method", "CONNECT"), (":protocol", "websocket"), (":scheme", "http"), (":path", "/short")]
+        peer.send_headers(1, [*target, (":authority", "a"), *version])
+        await client.send_all(peer.data_to_send())
+        with trio.fail_after(3 * KEEP_ALIVE_TIMEOUT_S):
+            await wait_until(lambda: served.connections == 0)
+        assert served.application.ended == []
         assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
