@@ -86,10 +86,6 @@ def _http_host_that_does_not_resolve(tmp_path: Path) -> Settings:
     return {"http": "no-such-host.invalid:0"}
 
 
-def _http_host_that_no_lookup_takes(tmp_path: Path) -> Settings:
-    return {"http": "a..b:0"}
-
-
 def _mesh_host_that_does_not_resolve(tmp_path: Path) -> Settings:
     return {"mesh": "no-such-host.invalid:0"}
 
@@ -134,7 +130,6 @@ FAULTS = (
     _store_of_another_program,
     _no_headers_for_the_collector,
     _http_host_that_does_not_resolve,
-    _http_host_that_no_lookup_takes,
     _mesh_host_that_does_not_resolve,
     _http_address_of_another_machine,
     _mesh_address_of_another_machine,
