@@ -71,11 +71,11 @@ def _is_host(host: str) -> bool:
     try:
         if ":" in host:
             ipaddress.IPv6Address(host)
-        else:
-            host.encode("idna")  # as a lookup does
+            return True
+        host.encode("idna")  # as a lookup does
     except ValueError:
         return False
-    return ":" in host or _HOST_NAME.fullmatch(host) is not None
+    return _HOST_NAME.fullmatch(host) is not None
 
 
 def parse_mesh_address(value: object) -> Address:

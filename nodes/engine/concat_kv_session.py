@@ -28,7 +28,7 @@ from nodes.engine.shared_kv_session import as_float
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
-PREFILL_TOKENS_MAX = BLOCK_TOKENS
+PREFILL_TOKENS_MAX = BLOCK_TOKENS  # of one prefill()
 WIDTH_MIN = 64
 # How far logits with holes may be from those without, as a part of their spread. Positions or masks that ignore the
 # holes give others altogether; quantised activations of a chunk and of a step differ by up to a fifth.

@@ -323,7 +323,7 @@ class Scheduler:
         while end < until:
             start = end
             end = min(until, (start // BLOCK_TOKENS + self._chunk_blocks_max) * BLOCK_TOKENS)
-            if start % BLOCK_TOKENS == BLOCK_TOKENS - 1:
+            if start % BLOCK_TOKENS == BLOCK_TOKENS - 1:  # a single token stays alone, here and at the prompt's end
                 end = start + 1
             elif end % BLOCK_TOKENS == 1 and end - start > 1:
                 end -= 1
