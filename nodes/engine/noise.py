@@ -35,7 +35,6 @@ _SHIFT_30, _SHIFT_27, _SHIFT_31, _SHIFT_12 = (np.uint64(bits) for bits in (30, 2
 _UNIT = 2.0**-52
 _LATE = 2.0**-40  # added to the time of a hit, below its resolution, so that no hit comes at 0
 _VOCABULARIES_MAX = 8  # in one process
-_KEYS_AT_ONCE = 16  # whose numbers, 5 KB each, stay in the first-level caches or near
 
 
 def noise_key(seed: int, position: int, choice: int = 0) -> int:
@@ -59,32 +58,67 @@ class Noise:
         self._steps = _steps(np.arange(len(self._counts)))
         self.level = -math.log(self._until_s)
 
-    def of_keys(self, keys: SequenceOf[int]) -> list[KeyNoise]:
-        """The noise of each of these draws. A few together cost little more than one."""
-        found = []
-        for start in range(0, len(keys), _KEYS_AT_ONCE):
-            some = keys[start : start + _KEYS_AT_ONCE]
-            counts = [bisect_left(self._counts, (_mix(key ^ _MIX_2) >> 11) * 2.0**-53) for key in some]
-            # An id and a time at once: the number's integer part and, of no less than 34 bits, what follows.
-            at = _uniform(self._steps[: max(counts)] + np.array(some, np.uint64)[:, None])
-            at *= self._vocabulary
-            ids = at.astype(np.int64)
-            np.minimum(ids, self._vocabulary - 1, out=ids)  # the product may be rounded up
-            at -= ids
-            at += _LATE
-            at *= self._until_s
-            np.log(at, out=at)
-            np.negative(at, out=at)
-            for key, count, key_ids, key_noise in zip(some, counts, ids, at, strict=True):
-                found.append(KeyNoise(self.level, self._until_s, key, key_ids[:count], key_noise[:count]))
-        return found
+    def of_keys(self, keys: SequenceOf[int]) -> DrawsNoise:
+        """The noise of these draws, at least one. A few together cost little more than one."""
+        counts = [bisect_left(self._counts, (_mix(key ^ _MIX_2) >> 11) * 2.0**-53) for key in keys]
+        most = max(1, *counts)
+        # An id and a time at once: the number's integer part and, of no less than 34 bits, what follows.
+        at = _uniform(self._steps[:most] + np.array(keys, np.uint64)[:, None])
+        at *= self._vocabulary
+        ids = at.astype(np.int64)
+        np.minimum(ids, self._vocabulary - 1, out=ids)  # the product may be rounded up
+        at -= ids
+        at += _LATE
+        at *= self._until_s
+        np.log(at, out=at)
+        np.negative(at, out=at)
+        for noise, count in zip(at, counts, strict=True):
+            noise[count:] = -np.inf
+        return DrawsNoise(self.level, self._until_s, keys, ids, at)
 
     def all(self, key: int) -> DoubleArray:
         """Of every id: what the others give in parts."""
-        drawn = self.of_keys([key])[0]
+        drawn = self.of_keys([key]).one(0)
         noise = drawn.own(np.arange(self._vocabulary))
         np.maximum.at(noise, drawn.hit_ids, drawn.hit_noise)
         return noise
+
+
+class DrawsNoise:
+    """The noise of several draws. hit_ids, hit_noise: [draws, most hits], of each what KeyNoise has; after the last hit
+    of a draw its noise is minus infinity, and the ids mean nothing."""
+
+    __slots__ = ("_keys", "_own_keys", "_until_s", "hit_ids", "hit_noise", "level")
+
+    def __init__(
+        self, level: float, until_s: float, keys: SequenceOf[int], hit_ids: IdArray, hit_noise: DoubleArray
+    ) -> None:
+        self.level = level
+        self.hit_ids = hit_ids
+        self.hit_noise = hit_noise
+        self._until_s = until_s
+        self._keys = keys
+        self._own_keys = np.array([_mix(key ^ _OWN) for key in keys], np.uint64)
+
+    def one(self, draw: int) -> KeyNoise:
+        """That of one of them, counted from 0."""
+        is_hit = self.hit_noise[draw] > -np.inf
+        ids, noise = self.hit_ids[draw][is_hit], self.hit_noise[draw][is_hit]
+        return KeyNoise(self.level, self._until_s, self._keys[draw], ids, noise)
+
+    def some(self, draws: SequenceOf[int]) -> DrawsNoise:
+        """That of these, counted from 0."""
+        keys = [self._keys[draw] for draw in draws]
+        return DrawsNoise(self.level, self._until_s, keys, self.hit_ids[draws], self.hit_noise[draws])
+
+    def own(self, ids: IdArray, draws: IdArray) -> DoubleArray:
+        """KeyNoise.own() of ids[i] in the draw draws[i]."""
+        return _own_noise(_steps(ids) + self._own_keys[draws], self._until_s)
+
+    def own_of(self, draw: int, token_id: int) -> float:
+        """own() of one id, but for rounding, in a fifth of the time."""
+        bits = _mix((token_id + 1) * _GAMMA + int(self._own_keys[draw]) & _MASK)
+        return -math.log(self._until_s - math.log(((bits >> 12) + 0.5) * _UNIT))
 
 
 class KeyNoise:
@@ -102,16 +136,7 @@ class KeyNoise:
 
     def own(self, ids: IdArray) -> DoubleArray:
         """The noise of these ids where they are not among the hits: below `level`, so a hit's is the larger one."""
-        wait = _uniform(_steps(ids) + np.uint64(_mix(self.key ^ _OWN)))
-        np.log(wait, out=wait)
-        np.subtract(self._until_s, wait, out=wait)
-        np.log(wait, out=wait)
-        return np.negative(wait, out=wait)
-
-    def own_of(self, token_id: int) -> float:
-        """own() of one id, but for rounding, in a fifth of the time."""
-        bits = _mix((token_id + 1) * _GAMMA + _mix(self.key ^ _OWN) & _MASK)
-        return -math.log(self._until_s - math.log(((bits >> 12) + 0.5) * _UNIT))
+        return _own_noise(_steps(ids) + np.uint64(_mix(self.key ^ _OWN)), self._until_s)
 
 
 @lru_cache(_VOCABULARIES_MAX)
@@ -151,6 +176,15 @@ def _uniform(bits: HashArray) -> DoubleArray:
     uniform += 0.5
     uniform *= _UNIT
     return uniform
+
+
+def _own_noise(bits: HashArray, until_s: float) -> DoubleArray:
+    """bits: overwritten."""
+    wait = _uniform(bits)
+    np.log(wait, out=wait)
+    np.subtract(until_s, wait, out=wait)
+    np.log(wait, out=wait)
+    return np.negative(wait, out=wait)
 
 
 def _mix(value: int) -> int:

@@ -95,7 +95,7 @@ class Nucleus:
         if odds[0] * (total - before + error) * _EXCESS_MAX <= odds[1] * (before - error):
             return False
         is_above[:token_id] |= row[:token_id] == value
-        weights = self.exact(row)
+        weights = exact_masses(row, self._peak, self._temperature)
         before = float(weights[is_above].sum())
         return before < top_p * float(weights.sum()) or before == 0.0
 
@@ -108,12 +108,22 @@ class Nucleus:
     def _mass(self, is_wanted: BoolArray, weights: FloatArray) -> float:
         return float(np.einsum("i,i->", weights, is_wanted.astype(np.float32))) * self._unit
 
-    def exact(self, values: FloatArray) -> npt.NDArray[np.float64]:
-        """The masses of tokens with these logits."""
-        distances = values.astype(np.float64)
-        distances -= self._peak
-        distances /= self._temperature
-        return np.exp(distances, out=distances)
+
+def total_mass(row: FloatArray, peak: float, temperature: float) -> tuple[float, float]:
+    """Bounds, narrow ones, of the mass of all tokens, in units of the likeliest's, whose logit `peak` is finite."""
+    masses = np.subtract(row, np.float32(peak))
+    with np.errstate(over="ignore"):  # to minus infinity, whose mass is 0
+        masses *= np.float32(1.0 / temperature)
+    total = _sum(np.exp(masses, out=masses))
+    return total * (1.0 - _SUM_ERROR), total * (1.0 + _SUM_ERROR)
+
+
+def exact_masses(values: FloatArray, peak: float, temperature: float) -> npt.NDArray[np.float64]:
+    """The masses of tokens with these logits."""
+    distances = values.astype(np.float64)
+    distances -= peak
+    distances /= temperature
+    return np.exp(distances, out=distances)
 
 
 def _weights(row: FloatArray, peak: float, temperature: float) -> tuple[FloatArray, float]:

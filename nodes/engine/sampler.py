@@ -27,9 +27,9 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 import numpy.typing as npt
 
-from nodes.engine.draw import draw
+from nodes.engine.draw import DRAWS_AT_ONCE, draw
 from nodes.engine.logprobs import RowLogprobs
-from nodes.engine.noise import KeyNoise, noise_key, noise_of
+from nodes.engine.noise import noise_key, noise_of
 from nodes.engine.sampling import Sampled, SamplingState
 
 FloatArray = npt.NDArray[np.float32]
@@ -42,35 +42,43 @@ def sample(logits: FloatArray, states: SequenceOf[SamplingState]) -> list[Sample
 
     logits: float32 [rows, vocabulary], may be overwritten. A grammar's mask is computed here where it was not before.
     """
-    drawing = [state for state in states if state.draws]
-    if not drawing:
-        return [_sample_row(row, state, None) for row, state in zip(logits, states, strict=True)]
-    keys = [noise_key(state.params.seed, state.position, state.params.choice) for state in drawing]
-    noise = iter(noise_of(logits.shape[1]).of_keys(keys))
-    return [
-        _sample_row(row, state, next(noise) if state.draws else None) for row, state in zip(logits, states, strict=True)
-    ]
+    found: list[Sampled] = []
+    drawing: list[int] = []  # rows
+    logprobs: dict[int, RowLogprobs] = {}
+    for index, (row, state) in enumerate(zip(logits, states, strict=True)):
+        token_id = _likeliest(row)
+        if token_id != INVALID and state.params.logprobs is not None:
+            is_row_kept = not state.changes_logits
+            logprobs[index] = RowLogprobs(row, float(row[token_id]), state.params.logprobs, is_row_kept=is_row_kept)
+        if token_id != INVALID and state.changes_logits:
+            token_id = _likeliest(row) if _change(row, state) else INVALID
+        found.append(Sampled(token_id))
+        if state.draws and token_id != INVALID:
+            drawing.append(index)
+    for start in range(0, len(drawing), DRAWS_AT_ONCE):
+        _draw(logits, states, drawing[start : start + DRAWS_AT_ONCE], found)
+    for index, row_logprobs in logprobs.items():
+        if found[index].token_id != INVALID:
+            found[index].logprobs = row_logprobs.token(found[index].token_id)
+    return found
 
 
-def _sample_row(row: FloatArray, state: SamplingState, noise: KeyNoise | None) -> Sampled:
-    """noise: None takes the likeliest."""
+def _likeliest(row: FloatArray) -> int:
+    """The lowest id of the largest logit, or INVALID where that is not a finite number."""
     best = int(row.argmax())
-    peak = float(row[best])
-    if not math.isfinite(peak):
-        return Sampled(INVALID)
-    logprobs = None
-    if state.params.logprobs is not None:
-        logprobs = RowLogprobs(row, peak, state.params.logprobs, is_row_kept=not state.changes_logits)
-    if state.changes_logits:
-        if not _change(row, state):
-            return Sampled(INVALID)
-        best = int(row.argmax())
-        peak = float(row[best])
-        if not math.isfinite(peak):
-            return Sampled(INVALID)
-    if noise is not None:
-        best = draw(row, best, state.params, noise)
-    return Sampled(best, None if logprobs is None else logprobs.token(best))
+    return best if math.isfinite(row[best]) else INVALID
+
+
+def _draw(logits: FloatArray, states: SequenceOf[SamplingState], drawing: list[int], found: list[Sampled]) -> None:
+    """Replace the likeliest token of these rows by one that is drawn."""
+    some = [states[index] for index in drawing]
+    keys = [noise_key(state.params.seed, state.position, state.params.choice) for state in some]
+    noise = noise_of(logits.shape[1]).of_keys(keys)
+    likeliest = [found[index].token_id for index in drawing]
+    params = [state.params for state in some]
+    token_ids = draw([logits[index] for index in drawing], likeliest, params, noise)
+    for index, token_id in zip(drawing, token_ids, strict=True):
+        found[index].token_id = token_id
 
 
 def _change(row: FloatArray, state: SamplingState) -> bool:

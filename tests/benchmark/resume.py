@@ -27,12 +27,12 @@ import numpy as np
 import trio
 
 from nodes.engine import sampler
-from nodes.engine.draw import FloatArray
+from nodes.engine.best_scores import FloatArray
 from nodes.engine.engine import Engine, load_engine
 from nodes.engine.engine_statistics import FAILED
 from nodes.engine.errors import EngineFault
 from nodes.engine.model_loader import read_model_folder
-from nodes.engine.noise import KeyNoise
+from nodes.engine.noise import DrawsNoise
 from nodes.engine.sampling import SamplingParams
 from nodes.model_tools.random_llama import SIZES
 from tests.benchmark.engine import models
@@ -66,10 +66,15 @@ def params_of(sampling: Sampling, index: int) -> SamplingParams:
     return SamplingParams(temperature=1.0, seed=index, is_seeded=True, max_tokens=ANSWER_TOKENS, ignore_eos=True)
 
 
-def inverse_cdf(row: FloatArray, likeliest: int, params: SamplingParams, noise: KeyNoise) -> int:
+def inverse_cdf(
+    rows: Sequence[FloatArray], likeliest: Sequence[int], params: Sequence[SamplingParams], noise: DrawsNoise
+) -> list[int]:
     """What most engines draw with: the first token at which the summed probabilities reach a random number."""
-    sums = np.exp((row.astype(np.float64) - row[likeliest]) / params.temperature).cumsum()
-    return int(sums.searchsorted(noise.key / 2.0**64 * sums[-1], side="right"))
+    found = []
+    for index, (row, best, each) in enumerate(zip(rows, likeliest, params, strict=True)):
+        sums = np.exp((row.astype(np.float64) - row[best]) / each.temperature).cumsum()
+        found.append(int(sums.searchsorted(noise.one(index).key / 2.0**64 * sums[-1], side="right")))
+    return found
 
 
 async def read(engine: Engine, answer: Answer, ids_so_far: Sequence[int], resume: Resume | None) -> tuple[int, ...]:

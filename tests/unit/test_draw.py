@@ -10,8 +10,8 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from nodes.engine.draw import draw, largest
-from nodes.engine.noise import noise_key, noise_of
+from nodes.engine.draw import DRAWS_AT_ONCE, draw, largest
+from nodes.engine.noise import DoubleArray, DrawsNoise, noise_key, noise_of
 from nodes.engine.sampling import SamplingParams
 
 FloatArray = npt.NDArray[np.float32]
@@ -29,7 +29,7 @@ def naive_nucleus(scores: npt.NDArray[np.float64], is_kept: npt.NDArray[np.bool_
 
 
 def drawn(row: FloatArray, params: SamplingParams, key: int) -> int:
-    return draw(row, int(row.argmax()), params, noise_of(len(row)).of_keys([key])[0])
+    return draw([row], [int(row.argmax())], [params], noise_of(len(row)).of_keys([key]))[0]
 
 
 def naive_draw(row: FloatArray, params: SamplingParams, key: int) -> int:
@@ -121,6 +121,44 @@ def test_equal_and_excluded_logits_change_nothing(
     row[rng.random(size) < masked] = -np.inf
     row[rng.integers(size)] = 2.0
     check(row, SamplingParams(top_k=top_k, top_p=top_p, temperature=2.0), KEYS)
+
+
+ANY_PARAMS = st.builds(
+    SamplingParams,
+    temperature=TEMPERATURES,
+    top_p=st.sampled_from([1.0, 0.95, 0.3]),
+    top_k=st.sampled_from([0, 0, 40, 1_000]),
+    min_p=st.sampled_from([0.0, 0.0, 0.04]),
+)
+
+
+@given(seed=SEEDS, size=SIZES, spreads=st.lists(st.tuples(SPREADS, ANY_PARAMS), min_size=1, max_size=DRAWS_AT_ONCE))
+@LAW
+def test_a_draw_gives_the_same_token_beside_others_as_alone(
+    seed: int, size: int, spreads: list[tuple[float, SamplingParams]]
+) -> None:
+    rows = [random_row(seed + index, size, spread) for index, (spread, _) in enumerate(spreads)]
+    params = [each for _, each in spreads]
+    keys = [noise_key(2, position) for position in range(len(rows))]
+    together = draw(rows, [int(row.argmax()) for row in rows], params, noise_of(size).of_keys(keys))
+    assert together == [drawn(row, each, key) for row, each, key in zip(rows, params, keys, strict=True)]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.95])
+def test_equally_likely_tokens_are_not_all_scored(top_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where large noise decides, of a row of any length."""
+    scored = []
+    own = DrawsNoise.own
+
+    def counted(self: DrawsNoise, ids: IdArray, draws: IdArray) -> DoubleArray:
+        scored.append(len(ids))
+        return own(self, ids, draws)
+
+    monkeypatch.setattr(DrawsNoise, "own", counted)
+    row = np.zeros(100_000, np.float32)
+    for key in KEYS:
+        drawn(row, SamplingParams(top_p=top_p), key)
+    assert scored == [1] * len(KEYS)
 
 
 @given(seed=SEEDS, size=SIZES, spread=SPREADS, temperature=TEMPERATURES)

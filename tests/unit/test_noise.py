@@ -36,10 +36,11 @@ def test_noise_is_a_pure_function_of_seed_position_and_id(seed: int, position: i
     until = ARRIVALS_MEAN / 32_000
     own_key = split_mix(key ^ 0xD1B54A32D192ED03)
     uniform = ((split_mix((own_key + (token_id + 1) * golden) % 2**64) >> 12) + 0.5) / 2**52
-    drawn = noise_of(32_000).of_keys([9, key])[1]
+    together = noise_of(32_000).of_keys([9, key])
+    drawn = together.one(1)
     own = drawn.own(np.array([5, token_id]))
     assert own[1] == pytest.approx(-math.log(until - math.log(uniform)), rel=1e-12, abs=1e-12)
-    assert drawn.own_of(token_id) == pytest.approx(own[1], rel=1e-12, abs=1e-12)
+    assert together.own_of(1, token_id) == pytest.approx(own[1], rel=1e-12, abs=1e-12)
     at = ((split_mix((key + golden) % 2**64) >> 12) + 0.5) / 2**52 * 32_000
     assert drawn.hit_ids[0] == int(at)
     assert drawn.hit_noise[0] == pytest.approx(-math.log(until * (at % 1 + 2**-40)), rel=1e-9)
@@ -84,7 +85,7 @@ def test_noise_of_ids_and_of_positions_is_uncorrelated() -> None:
 @given(key=st.integers(0, 2**64 - 1), vocabulary=st.sampled_from(VOCABULARIES))
 @settings(deadline=None, max_examples=60)
 def test_ids_with_noise_above_the_level_are_among_the_hits(key: int, vocabulary: int) -> None:
-    noise = noise_of(vocabulary).of_keys([key])[0]
+    noise = noise_of(vocabulary).of_keys([key]).one(0)
     ids, hits = noise.hit_ids, noise.hit_noise
     assert ((ids >= 0) & (ids < vocabulary)).all()
     assert (hits > noise.level - 1e-9).all()
@@ -96,16 +97,16 @@ def test_ids_with_noise_above_the_level_are_among_the_hits(key: int, vocabulary:
 
 def test_the_times_of_hits_are_finer_than_32_bits_of_which_the_id_takes_half() -> None:
     """So noise far above the level is drawn as often as it should be: a token of probability exp(-24) at times wins."""
-    noise = np.concatenate(
-        [drawn.hit_noise for drawn in noise_of(32_000).of_keys([noise_key(7, position) for position in range(40)])]
-    )
+    drawn = noise_of(32_000).of_keys([noise_key(7, position) for position in range(40)])
+    noise = np.concatenate([drawn.one(index).hit_noise for index in range(40)])
     assert len(np.unique(noise)) == len(noise) > 30 * ARRIVALS_MEAN
 
 
 def test_a_draw_has_the_same_noise_beside_others_as_alone() -> None:
     keys = [noise_key(2, position) for position in range(40)]
-    for key, beside in zip(keys, noise_of(3_000).of_keys(keys), strict=True):
-        alone = noise_of(3_000).of_keys([key])[0]
+    together = noise_of(3_000).of_keys(keys)
+    for index, key in enumerate(keys):
+        beside, alone = together.one(index), noise_of(3_000).of_keys([key]).one(0)
         assert (alone.hit_ids.tolist(), alone.hit_noise.tolist()) == (
             beside.hit_ids.tolist(),
             beside.hit_noise.tolist(),
