@@ -297,6 +297,8 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
                     # A client that comes back is known by what the router promised here, not by a peer's word. Where
                     # the nodes that have the model are gone since they refused it, it may come back all the same.
                     self._trace_no_route(exc, since)
+                    if fault := self._fault_of_all(view):
+                        raise fault from None
                     raise exc if isinstance(exc, NoCapacity) else self._refusal or exc from None
                 if not self._may_hope(view):
                     self._trace_no_route(exc, since)
@@ -453,6 +455,24 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
             and (info := member.model(self._request.model)) is not None
             and info.fingerprint in ("", self._fingerprint)
             for member in view.members.values()
+        )
+
+    def _fault_of_all(self, view: ClusterView) -> GenerationFailed | None:
+        """Where the nodes that have the model ready broke the request: it is not room that is wanting."""
+        if self._last_failure is None or self._refusal is not None:
+            return None
+        node_id, error = self._last_failure
+        excluded = self._excluded_now(view)
+        if not isinstance(error, GenerationFailed) or any(
+            member.is_live
+            and member.load.readiness is Readiness.READY
+            and member.model(self._request.model) is not None
+            and member.node_id not in excluded
+            for member in view.members.values()
+        ):
+            return None
+        return GenerationFailed(
+            f"{node_id} could not serve the request ({error}), and no other node has the model ready"
         )
 
     def _given_up(self) -> GenerationFailed:

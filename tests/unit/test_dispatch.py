@@ -426,6 +426,18 @@ async def test_nodes_that_are_broken_promise_nothing() -> None:
     assert not nodes.router._traffic["m"].retries
 
 
+@pytest.mark.parametrize("names", ["b", "bc"])
+async def test_a_request_that_every_node_breaks_is_no_want_of_room(names: str) -> None:
+    with pytest.raises(GenerationFailed, match="the logits are no numbers"):
+        await read(Nodes(**{name: [GenerationFailed("the logits are no numbers")] for name in names}))
+
+
+async def test_beside_a_full_node_one_that_broke_the_request_is_not_the_reason() -> None:
+    nodes = Nodes(b=[GenerationFailed("engine")], c=NoCapacity("full", 9.0))
+    with pytest.raises(NoCapacity):
+        await read(nodes)
+
+
 async def test_a_full_node_beside_one_that_refused_gives_the_routers_time() -> None:
     nodes = Nodes(b=NoCapacity("full", 9.0), c=[])
     nodes.set_load("c", ModelLoad(active=8, queued=10_000, decode_rate=10.0))
