@@ -241,8 +241,10 @@ def greeting(mesh: LocalMesh, command: str) -> str:
     """What to do with a mesh whose nodes are ready. command: how this program is called."""
     url = mesh.url(1)
     key = " --api-key sk-…" if mesh.needs_key() else ""
+    urls = [mesh.url(number) for number in range(1, mesh.nodes + 1)]
+    ready = f"{mesh.nodes} nodes are ready, each answers for all" if mesh.nodes > 1 else "the node is ready"
     lines = [
-        f"\n{mesh.nodes} nodes are ready, each answers for all: {', '.join(map(mesh.url, range(1, mesh.nodes + 1)))}",
+        f"\n{ready}: {', '.join(urls)}",
         f'  ask:   {command} chat --url {url}{key} "How do I add a node?"',
         f"  look:  {command} status --url {url}",
         "  stop:  Ctrl-C\n",

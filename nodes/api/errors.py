@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from mesh.errors import ModelUnknown, NoCapacity, PeerUnavailable
 from mesh.retry_after import RETRY_AFTER_MAX_S
@@ -82,4 +82,6 @@ def _http_message(error: HTTPException, status: int) -> str:
         return "no such path; the API is under /v1, for example POST /v1/chat/completions"
     if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
         return "the request body is larger than this node accepts (body_bytes_max)"
+    if isinstance(error, MethodNotAllowed) and error.valid_methods:
+        return f"this path is for {' and '.join(sorted({*error.valid_methods} - {'OPTIONS'}))}"
     return (error.description or HTTPStatus(status).phrase).strip()

@@ -180,6 +180,7 @@ def _open(
 
 def _started(session: EmbeddingSession, folder: EmbeddingFolder) -> EmbeddingSession:
     facts = {
+        "model": folder.path.name,
         "device": session.device,
         "graph": folder.graph_name,
         "precision": str(folder.precision),

@@ -202,6 +202,7 @@ class _Loader:
                     self._folder.path, f"{self._folder.graph_name} cannot run several sequences together ({exc})", fix
                 ) from exc
         facts = {
+            "model": self._folder.path.name,
             "device": loaded.device,
             "graph": self._folder.graph_name,
             "graph_reason": _graph_reason(self._folder),

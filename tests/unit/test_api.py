@@ -159,7 +159,7 @@ async def test_a_405_says_what_is_allowed() -> None:
     response = await Api(ScriptedDispatch()).client.put("/v1/chat/completions")
     assert response.status_code == 405
     assert "POST" in response.headers["allow"]
-    assert response.json()["error"]["message"]
+    assert response.json()["error"]["message"] == "this path is for POST"
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", None])
