@@ -47,6 +47,7 @@ from mesh.seal import Keyring
 REQUEST_BYTES_MAX = 8 * 1024 * 1024  # the HTTP body limit is below it
 LOAD_BYTES_MAX = 16 * 1024  # 24 bytes a model: room for hundreds
 FRAME_BYTES_MAX = REQUEST_BYTES_MAX + LOAD_BYTES_MAX + 1024  # the largest request, its envelope and its tag
+_HTTP_BEGINNINGS = (b"HTTP", b"\x15\x03")  # of an answer, and of a TLS alert; read as a length, each is above any
 EVENTS_BYTES_MAX = 64 * 1024  # an EVENTS frame is cut here, so that the reader acts before a long one has arrived
 EVENT_BYTES_MAX = 4 * 1024 * 1024  # one event, alone in its frame when large; half a frame leaves room for the rest
 STREAMS_MAX = 4096  # open at once on one link: beyond any engine's slots and queue
@@ -236,7 +237,7 @@ class Link:
         try:
             while len(self._buffer) - start >= LENGTH_BYTES and not self.is_closed:
                 header = bytes(self._buffer[start : start + LENGTH_BYTES])
-                size = self._checked_size(int.from_bytes(header, "big"))
+                size = self._checked_size(header)
                 body_start = start + LENGTH_BYTES
                 if len(self._buffer) - body_start < size:
                     break
@@ -253,7 +254,10 @@ class Link:
                 self._buffer.clear()
         return events
 
-    def _checked_size(self, size: int) -> int:
+    def _checked_size(self, header: bytes) -> int:
+        if self.state is LinkState.AWAIT_HELLO and header.startswith(_HTTP_BEGINNINGS):
+            raise MalformedFrame("what answers there is an HTTP server; a mesh address has another port")
+        size = int.from_bytes(header, "big")
         size_min = 1 if self.state is LinkState.AWAIT_HELLO else TAG_BYTES
         size_max = FRAME_BYTES_MAX if self.is_open else HANDSHAKE_BYTES_MAX
         if not size_min <= size <= size_max:

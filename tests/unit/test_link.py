@@ -248,6 +248,12 @@ def test_a_stranger_is_known_by_its_first_four_bytes(data: bytes) -> None:
         responder().receive(data)
 
 
+@pytest.mark.parametrize("data", [b"HTTP/1.1 400 \r\n\r\n", b"\x15\x03\x03\x00\x02\x02\x28"], ids=["HTTP", "TLS"])
+def test_an_http_server_that_was_taken_for_a_node_is_called_that(data: bytes) -> None:
+    with pytest.raises(MalformedFrame, match="HTTP server"):
+        initiator().receive(data)
+
+
 def test_an_unproven_initiator_cannot_make_the_responder_hold_a_large_frame() -> None:
     a, b = initiator(), responder()
     b.receive(a.data_to_send())
