@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import trio
@@ -23,6 +23,7 @@ from mesh.first_token import tokens_of
 from mesh.router import RouteRequest
 from mesh.view import ClusterView, MemberStatus, MemberView, Readiness
 from nodes.attempts import Attempt, AttemptFailed, Attempts, Move, trace_route
+from nodes.exclusions import EXCLUDED_FULL_S, EXCLUDED_S, Exclusions
 from nodes.generation import (
     DeadlineExceeded,
     GenerateEvent,
@@ -47,22 +48,9 @@ DEADLINE_GRACE_S = 1.0
 # restart; shorter than clients give up.
 PATIENCE_S = 15.0
 RETRY_INTERVAL_S = 0.1
-# A node that failed an answer is not tried again with it for so long, doubled with each failure, or until it has begun
-# a new life; a node that was full for the shorter time.
-EXCLUDED_S = 2.0
-EXCLUDED_FULL_S = 0.5
 
 Failure = MeshError | GenerationError
 Reason = Literal["hang", "drain"]
-
-
-@dataclass(slots=True)
-class _Exclusion:
-    """generation: of the life that failed. until: on trio's clock."""
-
-    generation: int
-    until: float
-    seconds: float
 
 
 class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
@@ -98,7 +86,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         self._held: GenerateEvent | None = None  # the first event, while the loser of the race is closed
         self._ids: list[int] = []  # of the answer so far; at most the model's context
         self._fingerprint = ""  # of the model that they are of
-        self._excluded: dict[str, _Exclusion] = {}  # at most one a member
+        self._excluded = Exclusions()
         self._failures = 0  # in a row
         self._last_failure: tuple[str, Failure] | None = None
         self._lost_at: float | None = None  # since when a begun answer has given nothing because its node failed
@@ -249,7 +237,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         if not self._attempts.take_from_budget(self._running()):
             return
         view = self._attempts.view()
-        exclude = self._excluded_now(view) | {first.node_id}
+        exclude = self._excluded.ids(view, trio.current_time()) | {first.node_id}
         try:
             self._rival = await self._try(view, exclude, self._request_now(), trio.current_time())
         except (AttemptFailed, NoCapacity, ModelUnknown):
@@ -287,7 +275,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         while True:
             request, view = self._request_now(), self._attempts.view()
             try:
-                attempt = await self._try(view, self._excluded_now(view), request, since)
+                attempt = await self._try(view, self._excluded.ids(view, trio.current_time()), request, since)
             except AttemptFailed as failed:
                 if self._is_final(failed.error):
                     raise failed.error from None
@@ -311,7 +299,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
             since = trio.current_time()
             if self._failures >= TRIES_MAX and not self._has_begun:
                 if self._refusal is not None:
-                    raise self._attempts.refused(view, self._route_now(self._excluded_now(view)))
+                    raise self._attempts.refused(view, self._route_now(self._excluded.ids(view, trio.current_time())))
                 raise GenerationFailed(f"{self._failures} nodes were tried and none could serve the request")
 
     async def _try(self, view: ClusterView, exclude: frozenset[str], request: GenerateRequest, since: float) -> Attempt:
@@ -343,7 +331,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         former = self._attempt
         assert former is not None
         view = self._attempts.view()
-        exclude = self._excluded_now(view) | {former.node_id}
+        exclude = self._excluded.ids(view, trio.current_time()) | {former.node_id}
         try:
             attempt = await self._try(view, exclude, self._request_now(), trio.current_time())
         except (AttemptFailed, NoCapacity, ModelUnknown) as exc:
@@ -352,7 +340,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
             logger.info("an answer stays where it is", extra=self._log_fields | extra)
             return
         self._note_loss(reason)
-        self._exclude(former.member, EXCLUDED_S)
+        self._excluded.add(former.member, EXCLUDED_S, trio.current_time())
         self._take(attempt)
         await former.close(reason)
 
@@ -412,9 +400,8 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         """Leave the node out for a while."""
         if isinstance(error, NoCapacity):
             self._refusal = error
-            self._exclude(member, EXCLUDED_FULL_S)
-        else:
-            self._exclude(member, EXCLUDED_S)
+        seconds = EXCLUDED_FULL_S if isinstance(error, NoCapacity) else EXCLUDED_S
+        self._excluded.add(member, seconds, trio.current_time())
         if isinstance(error, PeerUnavailable):
             self._attempts.peer_failed(member.node_id)
 
@@ -426,23 +413,6 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
             self._lost_at = trio.current_time()
             self._attempts.counts.failovers[reason] += 1
             self.failovers += 1
-
-    def _exclude(self, member: MemberView, seconds: float) -> None:
-        before = self._excluded.get(member.node_id)
-        if before is not None and before.generation == member.generation:
-            seconds = max(seconds, 2 * before.seconds)
-        until = trio.current_time() + seconds
-        self._excluded[member.node_id] = _Exclusion(member.generation, until, seconds)
-
-    def _excluded_now(self, view: ClusterView) -> frozenset[str]:
-        now = trio.current_time()
-        return frozenset(
-            node_id
-            for node_id, exclusion in self._excluded.items()
-            if now < exclusion.until
-            and (member := view.members.get(node_id)) is not None
-            and member.generation == exclusion.generation
-        )
 
     def _may_hope(self, view: ClusterView) -> bool:
         """Some node may yet become one that goes on: it is full, excluded for now, suspect, or loads."""
@@ -462,7 +432,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         if self._last_failure is None or self._refusal is not None:
             return None
         node_id, error = self._last_failure
-        excluded = self._excluded_now(view)
+        excluded = self._excluded.ids(view, trio.current_time())
         if not isinstance(error, GenerationFailed) or any(
             member.is_live
             and member.load.readiness is Readiness.READY
