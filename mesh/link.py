@@ -255,7 +255,8 @@ class Link:
         return events
 
     def _checked_size(self, header: bytes) -> int:
-        if self.state is LinkState.AWAIT_HELLO and header.startswith(_HTTP_BEGINNINGS):
+        is_unknown = self.state is LinkState.AWAIT_HELLO and self.role is Role.INITIATOR
+        if is_unknown and header.startswith(_HTTP_BEGINNINGS):
             raise MalformedFrame("what answers there is an HTTP server; a mesh address has another port")
         size = int.from_bytes(header, "big")
         size_min = 1 if self.state is LinkState.AWAIT_HELLO else TAG_BYTES

@@ -23,7 +23,7 @@ from mesh.first_token import tokens_of
 from mesh.router import RouteRequest
 from mesh.view import ClusterView, MemberStatus, MemberView, Readiness
 from nodes.attempts import Attempt, AttemptFailed, Attempts, Move, trace_route
-from nodes.exclusions import EXCLUDED_FULL_S, EXCLUDED_S, Exclusions
+from nodes.exclusions import EXCLUDED_FULL_S, EXCLUDED_S, Exclusions, others_left
 from nodes.generation import (
     DeadlineExceeded,
     GenerateEvent,
@@ -89,6 +89,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         self._excluded = Exclusions()
         self._failures = 0  # in a row
         self._last_failure: tuple[str, Failure] | None = None
+        self._has_only_faults = True  # no node was away, full or draining
         self._lost_at: float | None = None  # since when a begun answer has given nothing because its node failed
         self._has_begun = False
         self._loss = ""  # why it has to go on elsewhere, until it does
@@ -284,8 +285,9 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
                 if not self._has_begun:
                     # A client that comes back is known by what the router promised here, not by a peer's word. Where
                     # the nodes that have the model are gone since they refused it, it may come back all the same.
-                    self._trace_no_route(exc, since)
-                    if fault := self._fault_of_all(view):
+                    fault = self._fault_of_all(view)
+                    self._trace_no_route(fault or exc, since)
+                    if fault is not None:
                         raise fault from None
                     raise exc if isinstance(exc, NoCapacity) else self._refusal or exc from None
                 if not self._may_hope(view):
@@ -323,7 +325,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         self._latest_span = None if attempt.is_local else attempt.span.context
         return attempt
 
-    def _trace_no_route(self, error: MeshError, since: float) -> None:
+    def _trace_no_route(self, error: Failure, since: float) -> None:
         trace_route(self._attempts.tracer, self._request.trace, (), since=since, error=type(error).__name__)
 
     async def _move(self, reason: Reason) -> None:
@@ -382,6 +384,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
     def _note_failure(self, member: MemberView, error: Failure) -> None:
         self._failures += 1
         self._last_failure = (member.node_id, error)
+        self._has_only_faults &= isinstance(error, GenerationFailed)
         self._blame(member, error)
         self._note_loss(_reason(error), type(error).__name__)
         logger.log(
@@ -428,22 +431,13 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         )
 
     def _fault_of_all(self, view: ClusterView) -> GenerationFailed | None:
-        """Where the nodes that have the model ready broke the request: it is not room that is wanting."""
-        if self._last_failure is None or self._refusal is not None:
+        """Where every node that could serve the request broke it: it is not room that is wanting."""
+        if not self._has_only_faults or self._last_failure is None:
+            return None
+        if others_left(view, self._request.model, self._excluded.ids(view, trio.current_time())):
             return None
         node_id, error = self._last_failure
-        excluded = self._excluded.ids(view, trio.current_time())
-        if not isinstance(error, GenerationFailed) or any(
-            member.is_live
-            and member.load.readiness is Readiness.READY
-            and member.model(self._request.model) is not None
-            and member.node_id not in excluded
-            for member in view.members.values()
-        ):
-            return None
-        return GenerationFailed(
-            f"{node_id} could not serve the request ({error}), and no other node has the model ready"
-        )
+        return GenerationFailed(f"{node_id} could not serve the request ({error}), and no other node is left to try")
 
     def _given_up(self) -> GenerationFailed:
         node_id, error = self._last_failure or (self.node_id, None)

@@ -18,6 +18,7 @@ from mesh.view import EMBEDDING, ClusterView, MemberView
 from nodes.attempts import AttemptCounts, forward_span, trace_route
 from nodes.dispatched_stream import DEADLINE_GRACE_S, TRIES_MAX
 from nodes.embedding import Embedder, Embeddings, EmbedRequest, Vectors, input_bytes
+from nodes.exclusions import others_left
 from nodes.generation import DeadlineExceeded, GenerationError, GenerationFailed, RequestInvalid
 from nodes.span_ends import ending
 from observability.tracing import NO_TRACING, Tracer, log_fields
@@ -102,6 +103,7 @@ class EmbeddingDispatch:
         size = sum(map(input_bytes, piece.inputs))
         failed: set[str] = set()
         refusal: NoCapacity | None = None
+        fault: GenerationFailed | None = None
         faults = 0
         while len(failed) < TRIES_MAX:
             since = trio.current_time()
@@ -122,6 +124,8 @@ class EmbeddingDispatch:
                 order = self._router.rank(view, route, since)
             except (ModelUnknown, NoCapacity) as exc:
                 trace_route(self._tracer, piece.trace, (), since=since, error=type(exc).__name__)
+                if fault is not None and faults == len(failed) and not others_left(view, piece.model, failed):
+                    raise fault from None
                 if isinstance(exc, NoCapacity):
                     raise
                 raise refusal or exc from None
@@ -136,7 +140,8 @@ class EmbeddingDispatch:
                 failed.add(node_id)
                 refusal = exc if isinstance(exc, NoCapacity) else refusal
                 self._note_failure(piece, node_id, exc)
-                faults += isinstance(exc, GenerationFailed)
+                if isinstance(exc, GenerationFailed):
+                    fault, faults = exc, faults + 1
                 if faults >= FAULTS_MAX:
                     raise
             else:

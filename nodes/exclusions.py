@@ -1,10 +1,11 @@
-"""Which nodes one answer leaves out for a while, because they failed it. Sans-IO."""
+"""Which nodes one request leaves out for a while, because they failed it, and whether others are left. Sans-IO."""
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from mesh.view import ClusterView, MemberView
+from mesh.view import ClusterView, MemberView, Readiness
 
 # A node that failed an answer is not tried again with it for so long, doubled with each failure, or until it has begun
 # a new life; a node that was full for the shorter time.
@@ -43,3 +44,14 @@ class Exclusions:
             and (member := view.members.get(node_id)) is not None
             and member.generation == exclusion.generation
         )
+
+
+def others_left(view: ClusterView, model: str, excluded: AbstractSet[str]) -> bool:
+    """Beside those left out, a node is ready with the model, if full, or loads it."""
+    return any(
+        member.is_live
+        and member.load.readiness in (Readiness.READY, Readiness.LOADING)
+        and member.model(model) is not None
+        and member.node_id not in excluded
+        for member in view.members.values()
+    )

@@ -122,7 +122,7 @@ def parse(kind: type[BodyType], data: bytes, not_served: Mapping[str, tuple[Any,
         if param == "stop":
             raise _stop_fault(from_json(data)["stop"]) from exc
         if param == "logit_bias" and fault["type"] == "string_pattern_mismatch":
-            raise RequestInvalid("logit_bias: its keys are token ids, in digits", param=param) from exc
+            raise RequestInvalid("logit_bias: its keys are token ids, of at most 9 digits", param=param) from exc
         message = f"{param}: {fault['msg']}" if param else f"the body must be a JSON object: {fault['msg']}"
         raise RequestInvalid(message, param=param or None) from exc
     for field, value in (request.model_extra or {}).items():

@@ -1,8 +1,8 @@
 """The token with the best score of each of several rows of logits, and whether it surely is of the nucleus.
 
-Several at once, because a call of numpy takes about as long as its work on one row. Only two passes read whole rows:
-the argmax that the caller has done, and one comparison with a floor, down to which tokens are looked at. Scores, noise
-and how few tokens can have the best one: nodes.engine.draw.
+Several at once, because a call of numpy takes about as long as its work on one row. Two passes read whole rows, seldom
+three: the argmax that the caller has done, and a comparison with a floor, down to which tokens are looked at. Scores,
+noise and how few tokens can have the best one: nodes.engine.draw.
 
 Who wins a draw mostly lies well within the nucleus. To prove that, the tokens a little below it suffice: if they alone
 are more than what top_p may leave out beside those above it, it is of the nucleus.
@@ -56,7 +56,7 @@ def find_best(
     rows: SequenceOf[FloatArray], likeliest: SequenceOf[int], params: SequenceOf[SamplingParams], noise: DrawsNoise
 ) -> list[Best]:
     """Of each draw. rows: each [vocabulary], of one length. likeliest: the lowest id of each row's largest value, which
-    is finite. The scores of two hits are taken to be never equal: 52 bits of noise are in each."""
+    is finite."""
     peaks = np.array([row[token_id] for row, token_id in zip(rows, likeliest, strict=True)], np.float64)
     temperatures = np.array([each.temperature for each in params])
     hit_values = np.empty(noise.hit_ids.shape, np.float32)
@@ -65,7 +65,7 @@ def find_best(
     hit_scores = distances(hit_values, peaks[:, None], temperatures[:, None])
     hit_scores += noise.hit_noise
     found, best_scores = [], []
-    for draw, hit in enumerate(hit_scores.argmax(axis=1).tolist()):
+    for draw, hit in enumerate(_best_hits(hit_scores, noise.hit_ids)):
         score, own = float(hit_scores[draw, hit]), noise.own_of(draw, likeliest[draw]) - ROUNDING
         least = max(score, own)
         # A token that is no hit reaches `least` only if it is no further from the peak than this.
@@ -88,6 +88,15 @@ def find_best(
     if not all(best.is_kept for best in found):
         _weigh(rows, found, params, near)
     return found
+
+
+def _best_hits(scores: DoubleArray, ids: IdArray) -> list[int]:
+    """Where each row's best score is; of equal ones, which one row in a million has, that of the lowest id."""
+    best = scores.argmax(axis=1)
+    is_best = scores == scores[np.arange(len(scores)), best][:, None]
+    if np.count_nonzero(is_best) > len(scores):
+        best = np.where(is_best, ids, np.iinfo(np.int64).max).argmin(axis=1)
+    return [int(at) for at in best]
 
 
 def _look(

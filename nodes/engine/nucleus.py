@@ -23,7 +23,7 @@ _PEAK_MAX = 1e6  # times the temperature: for a larger one float32 is too coarse
 # at x = 1/ln(2) - 1. Roundings are below 1e-4 of it.
 _EXCESS_MAX = 1.0616
 _ROUNDING = 1e-4
-# Of the total, that a sum in float32 may be wrong by: 150,000 terms in eight partial sums, each rounded by 2^-24.
+# Of the total, that einsum's sum in float32 may be wrong by: ten times the most of 260,000 terms that were made for it.
 _SUM_ERROR = 1.2e-3
 _EXPONENT_ONE = 1 << 23  # float32 bits: one more in the exponent
 _EXPONENT_BIAS = 127

@@ -1,9 +1,9 @@
 """Microseconds that the sampler takes for a row of logits, by vocabulary, shape of the logits and what is asked for.
 
 `python -m tests.benchmark.sampler [--rounds 300] [--only TEXT]` prints one JSON line per case: the median and the least
-over the rounds, each of one row. Time is that of the processor on the one thread, so that others' load counts little:
-what remains of it is cold caches. Shapes: `peaked` is a trained model's row (a few likely tokens
-above N(0, 2)), `flat` is N(0, 3), that of a random model.
+over the rounds, a row, where one row is sampled and where 16 are together. Time is that of the processor on the one
+thread, so that others' load counts little: what remains of it is cold caches. Shapes: `peaked` is a trained model's row
+(a few likely tokens above N(0, 2)), `flat` is N(0, 3), that of a random model.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -48,19 +49,20 @@ def rows(vocabulary: int, shape: str) -> npt.NDArray[np.float32]:
     return logits
 
 
-def measure(logits: npt.NDArray[np.float32], params: SamplingParams, rounds: int) -> tuple[float, float]:
-    """Median and least microseconds a row."""
-    state = SamplingState(params, PROMPT, frozenset({2}))
+def measure(logits: npt.NDArray[np.float32], params: SamplingParams, count: int, rounds: int) -> tuple[float, float]:
+    """Median and least microseconds a row, of `count` rows together."""
+    states = [SamplingState(replace(params, seed=seed), PROMPT, frozenset({2})) for seed in range(count)]
     changes = params.presence_penalty != 0.0
     seconds = []
     for number in range(rounds):
-        at = number % len(logits)
-        row = logits[at : at + 1]
-        row = row.copy() if changes else row
+        at = number * count % len(logits)
+        rows = logits[at : at + count]
+        rows = rows.copy() if changes else rows
         started = time.thread_time()
-        sampled = sample(row, [state])[0]
-        seconds.append(time.thread_time() - started)
-        state.accept(sampled.token_id)
+        sampled = sample(rows, states)
+        seconds.append((time.thread_time() - started) / count)
+        for state, each in zip(states, sampled, strict=True):
+            state.accept(each.token_id)
     return statistics.median(seconds) * 1e6, min(seconds) * 1e6
 
 
@@ -73,9 +75,9 @@ def main() -> None:
         for shape in ("peaked", "flat"):
             logits = rows(vocabulary, shape)
             for name, params in CASES.items():
-                if options.only in name:
-                    median, least = measure(logits, params, options.rounds)
-                    figures = {"median_us": round(median, 1), "least_us": round(least, 1)}
+                for count in (1, ROWS) if options.only in name else ():
+                    median, least = measure(logits, params, count, options.rounds)
+                    figures = {"rows": count, "median_us": round(median, 1), "least_us": round(least, 1)}
                     print(json.dumps({"vocabulary": vocabulary, "logits": shape, "case": name} | figures), flush=True)
 
 

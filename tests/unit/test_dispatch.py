@@ -426,14 +426,27 @@ async def test_nodes_that_are_broken_promise_nothing() -> None:
     assert not nodes.router._traffic["m"].retries
 
 
+BROKEN = [GenerationFailed("the logits are no numbers")]
+
+
 @pytest.mark.parametrize("names", ["b", "bc"])
 async def test_a_request_that_every_node_breaks_is_no_want_of_room(names: str) -> None:
     with pytest.raises(GenerationFailed, match="the logits are no numbers"):
-        await read(Nodes(**{name: [GenerationFailed("the logits are no numbers")] for name in names}))
+        await read(Nodes(**dict.fromkeys(names, BROKEN)))
 
 
-async def test_beside_a_full_node_one_that_broke_the_request_is_not_the_reason() -> None:
-    nodes = Nodes(b=[GenerationFailed("engine")], c=NoCapacity("full", 9.0))
+@pytest.mark.parametrize("other", [NoCapacity("full", 9.0), PeerUnavailable("gone"), [GenerationMoved("drains")]])
+@pytest.mark.parametrize("is_first", [True, False])
+async def test_beside_a_node_that_is_full_or_away_one_that_broke_the_request_is_not_the_reason(
+    other: Script | Exception, is_first: bool
+) -> None:
+    with pytest.raises(NoCapacity):
+        await read(Nodes(b=other, c=BROKEN) if is_first else Nodes(b=BROKEN, c=other))
+
+
+async def test_a_request_may_come_back_to_a_node_that_loads_the_model() -> None:
+    nodes = Nodes(b=BROKEN, c=[])
+    nodes._set(replace(nodes.view.members["c"], load=NodeLoad(Readiness.LOADING)))
     with pytest.raises(NoCapacity):
         await read(nodes)
 

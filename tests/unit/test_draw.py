@@ -123,6 +123,38 @@ def test_equal_and_excluded_logits_change_nothing(
     check(row, SamplingParams(top_k=top_k, top_p=top_p, temperature=2.0), KEYS)
 
 
+@given(
+    seed=SEEDS,
+    size=st.sampled_from([50, 600, 6_000]),
+    step=st.sampled_from([0.25, 1.0, 3.0]),
+    temperature=st.floats(0.3, 3),
+    share=st.floats(0, 1),
+    beside=st.floats(-2e-3, 2e-3).filter(lambda beside: abs(beside) > 2e-5),
+)
+@LAW
+def test_a_nucleus_that_ends_among_equal_or_near_tokens_ends_where_a_full_sort_says(
+    seed: int, size: int, step: float, temperature: float, share: float, beside: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    row = (np.round(rng.normal(0, 3, size) / step) * step).astype(np.float32)
+    masses = np.exp(np.sort((row.astype(np.float64) - row.max()) / temperature)[::-1])
+    sums = (masses / masses.sum()).cumsum()
+    # Of the tokens that are drawn at all one, where the nucleus nearly ends.
+    last = int(sums.searchsorted(share * sums[-1]).clip(0, size - 1))
+    top_p = float(np.clip(sums[last] * (1 + beside), 1e-6, 1 - 1e-6))
+    check(
+        row, SamplingParams(temperature=temperature, top_p=top_p), [noise_key(seed, position) for position in range(8)]
+    )
+
+
+def test_of_hits_with_equal_scores_the_lowest_id_wins() -> None:
+    """The noise of two of this draw's hits is the same number; the higher id was hit first."""
+    row = np.full(260_000, -30.0, np.float32)
+    row[[90_383, 163_459]] = 0.0
+    for params in (SamplingParams(), SamplingParams(top_k=2), SamplingParams(top_p=0.9)):
+        assert drawn(row, params, 10525844451104858645) == 90_383
+
+
 ANY_PARAMS = st.builds(
     SamplingParams,
     temperature=TEMPERATURES,

@@ -130,6 +130,11 @@ async def test_no_other_node_is_asked_where_it_would_do_no_better(error: Generat
     assert [node_id for node_id, _ in nodes.asked] == ["b"]
 
 
+async def test_inputs_that_every_node_breaks_are_no_want_of_room() -> None:
+    with pytest.raises(GenerationFailed, match="broken"):
+        await Nodes(b=GenerationFailed("broken")).dispatch.embed(request())
+
+
 async def test_a_node_that_was_full_says_when_to_come_back() -> None:
     nodes = Nodes(b=NoCapacity("full", 3.0), c=GenerationFailed("broken"))
     with pytest.raises(NoCapacity, match="full"):
@@ -191,7 +196,7 @@ async def test_one_piece_that_nobody_can_compute_fails_the_request(autojump_cloc
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(break_later)
-        with pytest.raises(NoCapacity):
+        with pytest.raises(GenerationFailed, match="broken"):
             await nodes.dispatch.embed(request(12 * PIECE_INPUTS_MAX))
     assert nodes.at_once == 0
 

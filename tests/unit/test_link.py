@@ -239,12 +239,13 @@ def test_fields_of_later_versions_in_a_hello_are_ignored() -> None:
     "data",
     [
         pytest.param(b"GET / HTTP/1.1\r\n\r\n", id="HTTP"),
+        pytest.param(b"\x15\x03\x01\x00\x02\x02\x28", id="a TLS alert"),
         pytest.param((HANDSHAKE_BYTES_MAX + 1).to_bytes(4, "big"), id="a length above the limit"),
         pytest.param(b"\x00" * 4, id="a length of zero"),
     ],
 )
 def test_a_stranger_is_known_by_its_first_four_bytes(data: bytes) -> None:
-    with pytest.raises(MalformedFrame):
+    with pytest.raises(MalformedFrame, match="bytes"):
         responder().receive(data)
 
 
