@@ -283,7 +283,7 @@ def models_random(
         str, typer.Option(metavar="fp32|fp16|int4|int4-fp16", help="int4-fp16: the rest in halves, for GPUs")
     ] = "fp32",
     block_size: Annotated[int, typer.Option(metavar="32|128", help="weights that share a scale, of int4")] = 32,
-    seed: Annotated[int, typer.Option(help="the same seed gives the same bytes")] = 7,
+    seed: Annotated[int, typer.Option(min=0, help="the same seed gives the same bytes")] = 7,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="folder to make [models/SHAPE-PRECISION]")] = None,
 ) -> None:
     """Make a model of a given shape with random weights, for benchmarks and trials without a download: it answers noise

@@ -21,6 +21,7 @@ BUILD_BLOCK_SIZES = (16, 32, 64, 128, 256)
 # with ids past the vocabulary. What the model was trained with are those of the source.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+WEIGHT_BYTES_MIN = 1024  # of a weight file: one with less was not downloaded, or is a pointer to the file
 
 Say = Callable[[str], None]
 
@@ -87,7 +88,10 @@ def _check_source(source: Path) -> None:
     for name in ("config.json", "tokenizer.json"):
         if not (source / name).is_file():
             raise ModelToolError(f"{source} has no {name}; give the folder of a Hugging Face model, complete")
-    if not any(next(source.glob(pattern), None) for pattern in WEIGHT_PATTERNS):
+    weights = [file for pattern in WEIGHT_PATTERNS for file in source.glob(pattern)]
+    if empty := next((file for file in weights if file.stat().st_size < WEIGHT_BYTES_MIN), None):
+        raise ModelToolError(f"{empty} has {empty.stat().st_size} bytes and no weights; download the model completely")
+    if not weights:
         raise ModelToolError(f"{source} has no weights ({', '.join(WEIGHT_PATTERNS)}); download the model completely")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from nodes.model_tools.build import BuildPrecision, BuildTarget, build
+from nodes.model_tools.build import WEIGHT_BYTES_MIN, BuildPrecision, BuildTarget, build
 from nodes.model_tools.builder_environment import PACKAGES, CommandFailed, default_environment, prepare_environment
 from nodes.model_tools.errors import ModelToolError
 from nodes.model_tools.random_llama import write_random_llama
@@ -46,8 +46,8 @@ class FakeBuilder:
         write_random_llama(home / "model")
         self.source = home / "hf"
         self.source.mkdir()
-        for name in ("config.json", "model.safetensors"):
-            (self.source / name).write_text("{}")
+        (self.source / "config.json").write_text("{}")
+        (self.source / "model.safetensors").write_bytes(bytes(WEIGHT_BYTES_MIN))
         shutil.copy(home / "model" / "tokenizer.json", self.source)
 
     def build(
@@ -163,6 +163,13 @@ def test_a_source_that_is_not_complete_is_refused_before_anything_is_installed(
 ) -> None:
     (builder.source / missing).unlink()
     with pytest.raises(ModelToolError, match=r"has no (weights|config|tokenizer)"):
+        builder.build()
+    assert not (builder.home / "calls").exists()
+
+
+def test_weights_that_were_not_downloaded_are_refused_before_anything_is_installed(builder: FakeBuilder) -> None:
+    (builder.source / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ModelToolError, match=r"42 bytes and no weights; download the model completely"):
         builder.build()
     assert not (builder.home / "calls").exists()
 
