@@ -285,8 +285,8 @@ def _log_seed(silence: SeedUnanswered) -> None:
     facts = {"address": str(silence.address), "attempts": silence.attempts}
     if silence.is_lasting:
         logger.warning(
-            "a seed does not answer: see that a node runs there, that --join names its mesh port, that the name resolves "
-            "and UDP gets through; it is called on",
+            "a seed does not answer: see that a node runs there, that --join names its mesh port, that the name "
+            "resolves and UDP gets through; it is called on",
             extra=facts,
         )
     else:
