@@ -142,14 +142,17 @@ class ChatCompletionRequest(GenerationBody, ConstraintFields):
             raise RequestInvalid("top_logprobs is allowed only with logprobs=true", param="top_logprobs")
         tools = offered_tools(self.tools, self.tool_choice, self.parallel_tool_calls)
         constraint = constraint_of(self, self.response_format)
-        is_json_or_calls = bool(tools.tools) and not tools.is_forced and constraint is not None
-        if tools.tools and (tools.is_forced or constraint is not None):
+        has_bound_calls = bool(tools.tools) and (tools.is_forced or constraint is not None)
+        if has_bound_calls:
             constraint = _with_calls(constraint, tools)
         sampling = self.sampling(
             max_tokens=self.max_tokens or self.max_completion_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             grammar=constraint.grammar if constraint else None,
         )
+        if has_bound_calls:
+            # They are about text. A call that one of them cut would break its schema, and still be told as a call.
+            sampling = replace(sampling, stop=())
         first = GenerateRequest(
             request_id=request_id,
             model=self.model,
@@ -160,7 +163,7 @@ class ChatCompletionRequest(GenerationBody, ConstraintFields):
             tools=tools.json(),
         )
         choices = tuple(replace(first, sampling=replace(sampling, choice=i)) for i in range(self.choice_count))
-        return ChatPlan(choices, tools, constraint.param if constraint else "", is_json_or_calls)
+        return ChatPlan(choices, tools, constraint.param if constraint else "", has_bound_calls and not tools.is_forced)
 
 
 def _with_calls(constraint: Constraint | None, tools: OfferedTools) -> Constraint:

@@ -17,6 +17,9 @@ from nodes.generation import Grammar
 
 CALLS_MAX = 16  # in one answer: a model that has begun to call might not stop
 
+# Of a function that says nothing of its parameters: as OpenAI's API, it has none.
+NO_PARAMETERS = {"properties": {}, "additionalProperties": False}
+
 _BEFORE_ARGUMENTS = re.compile(
     r'[\s\[\]{},]*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)', re.DOTALL
 )
@@ -29,7 +32,7 @@ def calls_grammar(tools: OfferedTools, other_schema: dict[str, Any] | None = Non
     definitions: dict[str, Any] = {}
     calls = []
     for number, tool in enumerate(tools.tools):
-        parameters = tool["function"].get("parameters") or {}
+        parameters = tool["function"].get("parameters", NO_PARAMETERS)
         calls.append(
             {
                 "type": "object",

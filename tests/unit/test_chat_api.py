@@ -198,6 +198,20 @@ async def test_a_call_that_was_cut_at_the_limit_says_so() -> None:
     assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"ci'
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_a_free_call_that_a_stop_string_cut_is_content_and_no_call(is_stream: bool) -> None:
+    cut = CALL[: CALL.index("city")]
+    api = Api(ScriptedDispatch(*told(*cut)))
+    if is_stream:
+        choices = of_choice((await stream(api, tools=[TOOL], stop="city"))[0], 0)
+        assert "".join(choice["delta"].get("content") or "" for choice in choices) == cut
+        assert not any("tool_calls" in choice["delta"] for choice in choices)
+    else:
+        choices = (await api.chat(tools=[TOOL], stop="city")).json()["choices"]
+        assert choices[0]["message"] == {"role": "assistant", "content": cut, "refusal": None}
+    assert choices[-1]["finish_reason"] == "stop"
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

@@ -100,6 +100,17 @@ def test_parameters_may_be_written_in_several_ways(parameters: dict[str, Any]) -
     assert not allows(tools, '[{"name": "f", "arguments": []}]')
 
 
+@pytest.mark.parametrize(
+    ("function", "has_free_arguments"),
+    [({"name": "now"}, False), ({"name": "now", "parameters": {}}, True)],
+    ids=["no parameters", "parameters of any kind"],
+)
+def test_a_function_without_parameters_is_called_with_none(function: dict[str, Any], has_free_arguments: bool) -> None:
+    tools = OfferedTools(({"type": "function", "function": function},), is_forced=True)
+    assert allows(tools, '[{"name": "now", "arguments": {}}]')
+    assert allows(tools, '[{"name": "now", "arguments": {"zone": 1}}]') is has_free_arguments
+
+
 def read(pieces_of_text: list[str], *, may_be_content: bool = False) -> tuple[str, list[tuple[str, str]]]:
     reader = ForcedCallReader(may_be_content=may_be_content)
     content = ""

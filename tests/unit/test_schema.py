@@ -177,6 +177,25 @@ def test_tool_choice_says_what_is_offered_and_whether_it_must_be_called(
     assert (request.sampling.grammar is not None) is is_forced
 
 
+@pytest.mark.parametrize("stop", ["}", ["city", "x"]])
+@pytest.mark.parametrize(
+    ("fields", "applies"),
+    [
+        ({"tool_choice": "required"}, False),
+        ({"tool_choice": {"type": "function", "function": {"name": "weather"}}}, False),
+        ({"response_format": {"type": "json_object"}}, False),
+        ({"tool_choice": "auto"}, True),
+        ({"tool_choice": "none", "response_format": {"type": "json_object"}}, True),
+    ],
+    ids=["required", "named", "an object or calls", "auto", "none"],
+)
+def test_a_stop_string_cuts_no_call_that_a_grammar_binds(
+    stop: str | list[str], fields: dict[str, object], applies: bool
+) -> None:
+    texts = (stop,) if isinstance(stop, str) else tuple(stop)
+    assert generate(tools=[TOOL], stop=stop, **fields).sampling.stop == (texts if applies else ())
+
+
 def test_a_schema_and_tools_together_allow_either() -> None:
     request = generate(tools=[TOOL], response_format={"type": "json_object"})
     assert request.sampling.grammar is not None
