@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from nodes.api.constraints import Constraint, ConstraintFields, ResponseFormat, constraint_of
+from nodes.api.constraints import CONSTRAINT_FAULTS, Constraint, ConstraintFields, ResponseFormat, constraint_of
 from nodes.api.forced_calls import calls_grammar
 from nodes.api.schema import CHARS_SHOWN, TOKENS_MAX, Body, GenerationBody, parse
-from nodes.api.tool_schema import OfferedTools, ToolChoice, ToolList, offered_tools
+from nodes.api.tool_schema import OfferedTools, ToolChoice, ToolList, choice_fault, offered_tools
 from nodes.generation import GenerateRequest, RequestInvalid
 
 MESSAGES_MAX = 4_096
@@ -91,10 +91,12 @@ class Message(Body):
             )
             return self.content or self.refusal or ""
         texts = []
-        for part in self.content:
-            text = part.text if part.type == "text" else part.refusal if part.type == "refusal" else None
+        for index, part in enumerate(self.content):
             shown = part.type[:CHARS_SHOWN]
-            self._require(text is not None, path, "content", f"part of type {shown!r}: this model reads text only")
+            is_text = part.type in ("text", "refusal")
+            self._require(is_text, path, "content", f"part of type {shown!r}: this model reads text only")
+            text = part.text if part.type == "text" else part.refusal
+            self._require(text is not None, path, "content", f"part {index} is of type '{shown}' and has no '{shown}'")
             texts.append(text or "")
         return "".join(texts)
 
@@ -179,4 +181,4 @@ def _with_calls(constraint: Constraint | None, tools: OfferedTools) -> Constrain
 
 def parse_chat(data: bytes) -> ChatCompletionRequest:
     """Raises RequestInvalid that names the field and what is wrong with it."""
-    return parse(ChatCompletionRequest, data, NOT_SERVED)
+    return parse(ChatCompletionRequest, data, NOT_SERVED, CONSTRAINT_FAULTS | {"tool_choice": choice_fault})

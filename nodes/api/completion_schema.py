@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from nodes.api.answering import Asked
-from nodes.api.constraints import ConstraintFields, constraint_of
+from nodes.api.constraints import CONSTRAINT_FAULTS, ConstraintFields, constraint_of
 from nodes.api.schema import TOKENS_MAX, GenerationBody, parse
+from nodes.api.texts_or_ids import texts_or_ids_fault
 from nodes.generation import GenerateRequest, RequestInvalid
 
 PROMPTS_MAX = 64
@@ -94,4 +95,8 @@ def _ids(items: Any) -> Iterator[int]:
 
 def parse_completion(data: bytes) -> CompletionRequest:
     """Raises RequestInvalid that names the field and what is wrong with it."""
-    return parse(CompletionRequest, data, NOT_SERVED)
+    return parse(CompletionRequest, data, NOT_SERVED, CONSTRAINT_FAULTS | {"prompt": _prompt_fault})
+
+
+def _prompt_fault(value: object) -> RequestInvalid:
+    return texts_or_ids_fault(value, "prompt", count_max=PROMPTS_MAX, ids_max=PROMPT_IDS_MAX)

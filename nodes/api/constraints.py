@@ -6,12 +6,15 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
-from nodes.api.schema import Body
+from nodes.api.body_faults import FieldFault, json_word
+from nodes.api.schema import CHARS_SHOWN, Body
 from nodes.generation import Grammar, RequestInvalid
 
 CHOICES_MAX = 4_096
+FORMAT_TYPES = ("text", "json_object", "json_schema")
+STRUCTURED_KEYS = ("json", "regex", "choice", "grammar", "json_object")
 
 Schema = dict[str, Any]
 ChoiceList = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=CHOICES_MAX)]
@@ -42,6 +45,9 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 
 class StructuredOutputs(Body):
     """One of these. json: a schema, also as text."""
+
+    # A key that were ignored would leave the answer free, where the client relies on its form.
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"minProperties": 1})
 
     json_: Schema | str | None = Field(None, alias="json")
     regex: str | None = None
@@ -80,8 +86,13 @@ class Constraint:
 
 
 def constraint_of(fields: ConstraintFields, response_format: ResponseFormat | None = None) -> Constraint | None:
-    """Raises RequestInvalid where more than one is asked for."""
+    """Raises RequestInvalid where more than one is asked for, or structured_outputs asks for nothing."""
     newer = fields.structured_outputs
+    if newer is not None and not newer.model_dump(exclude_none=True):
+        keys = _listed(STRUCTURED_KEYS, "or")
+        raise RequestInvalid(
+            f"structured_outputs says nothing; give it one of {keys}, or leave it out", param="structured_outputs"
+        )
     asked = [
         ("response_format", _format_grammar(response_format)),
         ("guided_json", _json_grammar(fields.guided_json)),
@@ -91,16 +102,17 @@ def constraint_of(fields: ConstraintFields, response_format: ResponseFormat | No
     ]
     if newer is not None:
         asked += [
-            ("structured_outputs", _json_grammar(newer.json_)),
-            ("structured_outputs", _grammar("regex", newer.regex)),
-            ("structured_outputs", _choice_grammar(newer.choice)),
-            ("structured_outputs", _grammar("grammar", newer.grammar)),
-            ("structured_outputs", Grammar("json_object") if newer.json_object else None),
+            ("structured_outputs.json", _json_grammar(newer.json_)),
+            ("structured_outputs.regex", _grammar("regex", newer.regex)),
+            ("structured_outputs.choice", _choice_grammar(newer.choice)),
+            ("structured_outputs.grammar", _grammar("grammar", newer.grammar)),
+            ("structured_outputs.json_object", Grammar("json_object") if newer.json_object else None),
         ]
     found = [Constraint(grammar, param) for param, grammar in asked if grammar is not None]
     if len(found) > 1:
         raise RequestInvalid(
-            f"{found[0].param} and {found[1].param} both say what the answer must look like", param=found[1].param
+            f"{found[0].param} and {found[1].param} both say what the answer must look like; send one",
+            param=found[1].param,
         )
     return found[0] if found else None
 
@@ -127,3 +139,34 @@ def _choice_grammar(choices: list[str] | None) -> Grammar | None:
 
 def _grammar(kind: str, text: str | None) -> Grammar | None:
     return None if text is None else Grammar(kind, text)
+
+
+def _format_fault(value: object) -> RequestInvalid | None:
+    """Why this is no response_format; None where it is of a known type, and something in it is wrong."""
+    types = _listed(tuple(f"'{kind}'" for kind in FORMAT_TYPES), "or")
+    if not isinstance(value, dict):
+        fault = f"response_format is {json_word(value)}, and should be an object whose type is {types}"
+        return RequestInvalid(fault, param="response_format")
+    if value.get("type") in FORMAT_TYPES:
+        return None
+    fault = "is missing, and should be" if "type" not in value else "should be"
+    return RequestInvalid(f"response_format: its type {fault} {types}", param="response_format")
+
+
+def _structured_fault(value: object) -> RequestInvalid | None:
+    """Names a key that structured_outputs does not have; None where it has none such."""
+    unknown = [key for key in value if key not in STRUCTURED_KEYS] if isinstance(value, dict) else []
+    if not unknown:
+        return None
+    fault = f"{unknown[0][:CHARS_SHOWN]!r} is none of its keys, which are {_listed(STRUCTURED_KEYS, 'and')}"
+    return RequestInvalid(f"structured_outputs: {fault}", param="structured_outputs")
+
+
+def _listed(words: tuple[str, ...], last: str) -> str:
+    return f"{', '.join(words[:-1])} {last} {words[-1]}"
+
+
+CONSTRAINT_FAULTS: dict[str, FieldFault] = {
+    "response_format": _format_fault,
+    "structured_outputs": _structured_fault,
+}

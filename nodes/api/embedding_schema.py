@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeGuard
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
-from pydantic_core import from_json
 
-from nodes.api.schema import TOKENS_MAX, Body, json_word, parse
+from nodes.api.schema import TOKENS_MAX, Body, parse
+from nodes.api.texts_or_ids import texts_or_ids_fault
 from nodes.embedding import EmbedRequest
 from nodes.generation import RequestInvalid
 
@@ -15,8 +15,6 @@ from nodes.generation import RequestInvalid
 INPUTS_MAX = 2_048
 INPUT_IDS_TOTAL_MAX = 300_000
 DIMENSIONS_MAX = 2**16  # more than any model has
-
-FORMS = "a text, a list of texts, a list of token ids or a list of such lists"
 
 InputId = Annotated[int, Field(ge=0, le=TOKENS_MAX)]
 InputIds = Annotated[list[InputId], Field(fail_fast=True, min_length=1, max_length=INPUT_IDS_TOTAL_MAX)]
@@ -78,57 +76,8 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {}
 
 def parse_embedding(data: bytes) -> EmbeddingRequest:
     """Raises RequestInvalid that names the field and what is wrong with it."""
-    try:
-        return parse(EmbeddingRequest, data, NOT_SERVED)
-    except RequestInvalid as exc:
-        if exc.param != "input":
-            raise
-        body = from_json(data)
-        if "input" not in body:
-            raise
-        raise _input_fault(body["input"]) from exc
+    return parse(EmbeddingRequest, data, NOT_SERVED, {"input": _input_fault})
 
 
 def _input_fault(value: object) -> RequestInvalid:
-    """Why this is no input. Pydantic tells of a union only that it is not the first of its types."""
-    if not isinstance(value, list):
-        return _fault("input", f"is {json_word(value)}, and should be {FORMS}")
-    if not value:
-        return _fault("input", "is an empty list; give at least one text")
-    first = value[0]
-    if _is_int(first):
-        return _ids_fault("input", value) or _fault("input", f"should be {FORMS}")
-    if not isinstance(first, str | list):
-        return _fault("input[0]", f"is {json_word(first)}, and should be a text, a token id or a list of token ids")
-    if len(value) > INPUTS_MAX:
-        return _fault("input", f"has {len(value)} inputs, and may have at most {INPUTS_MAX} inputs")
-    for index, part in enumerate(value):
-        if type(part) is not type(first):
-            kind = "a text" if isinstance(first, str) else "a list of token ids"
-            return _fault(f"input[{index}]", f"is {json_word(part)}, and should be {kind} as input[0] is")
-        if isinstance(part, list):
-            fault = _ids_fault(f"input[{index}]", part)
-            if fault is not None:
-                return fault
-    return _fault("input", f"should be {FORMS}")
-
-
-def _ids_fault(path: str, ids: list[object]) -> RequestInvalid | None:
-    if not ids:
-        return _fault(path, "is empty; give at least one token id")
-    if len(ids) > INPUT_IDS_TOTAL_MAX:
-        return _fault(path, f"has {len(ids)} token ids, the limit is {INPUT_IDS_TOTAL_MAX}")
-    for index, token_id in enumerate(ids):
-        if not _is_int(token_id):
-            return _fault(f"{path}[{index}]", f"is {json_word(token_id)}, and should be a token id, a whole number")
-        if not 0 <= token_id <= TOKENS_MAX:
-            return _fault(f"{path}[{index}]", f"is no token id: they are 0 to {TOKENS_MAX}")
-    return None
-
-
-def _fault(path: str, text: str) -> RequestInvalid:
-    return RequestInvalid(f"{path} {text}", param=path)
-
-
-def _is_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return texts_or_ids_fault(value, "input", count_max=INPUTS_MAX, ids_max=INPUT_IDS_TOTAL_MAX)

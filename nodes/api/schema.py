@@ -6,12 +6,13 @@ as OpenAI's API does.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import from_json
 
+from nodes.api.body_faults import FieldFault, fault_of, json_word
 from nodes.generation import Grammar, RequestInvalid, Sampling
 
 STOP_STRINGS_MAX = 16
@@ -21,10 +22,6 @@ CHOICES_MAX = 16  # n; each is a generation of its own
 LOGIT_BIASES_MAX = 1_024
 # Of a client's own word in an error message.
 CHARS_SHOWN = 100
-# Fields whose keys are the client's own words, which an error's `param` does not repeat.
-FREE_KEYS = ("logit_bias", "metadata")
-# Fields of several types told apart by a tag, which pydantic puts into a fault's place.
-TAGGED = ("response_format", "tool_choice")
 
 
 class Body(BaseModel):
@@ -41,8 +38,10 @@ class StreamOptions(Body):
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=STOP_STRING_CHARS_MAX)]
-TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
-Bias = Annotated[float, Field(ge=-100, le=100)]
+ID_PATTERN = r"^[0-9]{1,9}$"
+BIAS_MAX = 100  # either way, as OpenAI's API
+TokenId = Annotated[str, Field(pattern=ID_PATTERN)]
+Bias = Annotated[float, Field(ge=-BIAS_MAX, le=BIAS_MAX)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
@@ -109,49 +108,27 @@ class GenerationBody(Body):
 BodyType = TypeVar("BodyType", bound=Body)
 
 
-def parse(kind: type[BodyType], data: bytes, not_served: Mapping[str, tuple[Any, ...]]) -> BodyType:
+def parse(
+    kind: type[BodyType],
+    data: bytes,
+    not_served: Mapping[str, tuple[Any, ...]],
+    faults: dict[str, FieldFault] | None = None,
+) -> BodyType:
     """The request in a JSON body. not_served: documented fields that cannot be honoured, each with the values that ask
-    for nothing, beside null. Raises RequestInvalid that names the field and what is wrong with it."""
+    for nothing, beside null. faults: by field, what says why a value is none, where pydantic's words would mislead.
+    Raises RequestInvalid that names the field and what is wrong with it."""
     try:
         request = kind.model_validate_json(data)
     except ValidationError as exc:
-        fault = exc.errors(include_url=False, include_input=False)[0]
-        if fault["type"] == "json_invalid":
-            raise RequestInvalid(f"the body is no JSON: {fault['ctx']['error']}", code="invalid_json") from exc
-        param = _path(fault["loc"])
-        if param == "stop":
-            raise _stop_fault(from_json(data)["stop"]) from exc
-        if param == "logit_bias" and fault["type"] == "string_pattern_mismatch":
-            raise RequestInvalid("logit_bias: its keys are token ids, of at most 9 digits", param=param) from exc
-        message = f"{param}: {fault['msg']}" if param else f"the body must be a JSON object: {fault['msg']}"
-        raise RequestInvalid(message, param=param or None) from exc
+        raise fault_of(exc, data, FIELD_FAULTS | (faults or {})) from exc
     for field, value in (request.model_extra or {}).items():
         if field in not_served and value is not None and value not in not_served[field]:
             raise RequestInvalid(f"{field} is not served by this version", param=field, code="unsupported_parameter")
     return request
 
 
-def json_word(value: object) -> str:
-    """What JSON calls it. A text is not repeated: it is the client's own."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
-        case int():
-            return "a number"
-        case float():
-            return "a number with a fraction"
-        case str():
-            return "a text"
-        case list():
-            return "a list"
-        case _:
-            return "an object"
-
-
 def _stop_fault(value: object) -> RequestInvalid:
-    """Why this says nowhere to stop. Pydantic tells of a union only that it is not the first of its types."""
+    """Why this says nowhere to stop."""
     is_list = isinstance(value, list)
     texts = value if isinstance(value, list) else [value]
     if len(texts) > STOP_STRINGS_MAX:
@@ -168,19 +145,18 @@ def _stop_fault(value: object) -> RequestInvalid:
     return RequestInvalid(f"stop should be a text, or a list of at most {STOP_STRINGS_MAX}", param="stop")
 
 
-def _path(location: tuple[int | str, ...]) -> str:
-    """("messages", 0, "role") → "messages[0].role"; the names pydantic adds for members of a union are left out: those
-    of types, which no field is called by, and of models, which begin with a capital."""
-    path = ""
-    is_tag_seen = False
-    for part in location:
-        if path in FREE_KEYS:
-            break
-        if path in TAGGED and not is_tag_seen and isinstance(part, str) and part.isidentifier():
-            is_tag_seen = True
-            continue
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif part.isidentifier() and not part[0].isupper() and part not in ("str", "int", "constrained"):
-            path += f".{part}" if path else part
-    return path
+def _bias_fault(value: object) -> RequestInvalid | None:
+    """Why a key or a value of this biases no token; None where all of them do."""
+    if not isinstance(value, dict):
+        return None
+    if not all(re.fullmatch(ID_PATTERN, key) for key in value):
+        return RequestInvalid("logit_bias: its keys are token ids, of at most 9 digits", param="logit_bias")
+    if all(type(bias) in (int, float) and abs(bias) <= BIAS_MAX for bias in value.values()):
+        return None
+    return RequestInvalid(
+        f"logit_bias: each token's bias should be a number from -{BIAS_MAX} to {BIAS_MAX}", param="logit_bias"
+    )
+
+
+# Of the fields of every endpoint that generates text.
+FIELD_FAULTS: dict[str, FieldFault] = {"stop": _stop_fault, "logit_bias": _bias_fault}

@@ -8,11 +8,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from nodes.api.body_faults import json_word
 from nodes.api.schema import Body
 from nodes.generation import RequestInvalid
 
 TOOLS_MAX = 128  # as OpenAI's API
 TOOLS_BYTES_MAX = 512 * 1024  # with each request they travel to the node that serves it, and through its template
+
+# By type, the objects that tool_choice may be, as a message shows them.
+CHOICE_FORMS = {
+    "function": '{"type": "function", "function": {"name": NAME}}',
+    "allowed_tools": (
+        '{"type": "allowed_tools", "allowed_tools": {"mode": "auto" or "required", '
+        '"tools": [{"type": "function", "function": {"name": NAME}}, ...]}}'
+    ),
+}
 
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
@@ -100,6 +110,17 @@ def offered_tools(tools: list[Tool] | None, choice: ToolChoice | None, parallel:
     if size > TOOLS_BYTES_MAX:
         raise RequestInvalid(f"the tools have {size} bytes, which exceeds {TOOLS_BYTES_MAX}", param="tools")
     return offered
+
+
+def choice_fault(value: object) -> RequestInvalid:
+    """Why this is no tool_choice: the form of its type, or all that there are."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if isinstance(kind, str) and kind in CHOICE_FORMS:
+        return RequestInvalid(f"tool_choice of type '{kind}' should be {CHOICE_FORMS[kind]}", param="tool_choice")
+    given = "an object of another type" if isinstance(value, dict) else json_word(value)
+    given = "another text" if isinstance(value, str) else given
+    forms = f"'none', 'auto', 'required', {' or '.join(CHOICE_FORMS.values())}"
+    return RequestInvalid(f"tool_choice is {given}, and should be {forms}", param="tool_choice")
 
 
 def _named(known: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:

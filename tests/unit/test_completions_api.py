@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from nodes.api.schema import TOKENS_MAX
+from nodes.api.texts_or_ids import FORMS
 from nodes.generation import GenerateEvent, TokenLogprob, Usage
 from tests.unit.scripted_api import ANSWER, Api, ScriptedDispatch, events
 
@@ -116,6 +118,23 @@ async def test_what_cannot_be_honoured_is_refused_by_name(fields: dict[str, Any]
     assert response.status_code == 400
     assert response.json()["error"]["param"].partition("[")[0] == param
     assert dispatch.requests == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param", "message"),
+    [
+        ([], "prompt", "is an empty list; give at least one text"),
+        (["a"] * 65, "prompt", "has 65 prompts, and may have at most 64 prompts"),
+        ([-1], "prompt[0]", f"is no token id: they are 0 to {TOKENS_MAX}"),
+        ([[]], "prompt[0]", "is empty; give at least one token id"),
+        ([1, "a"], "prompt[1]", "is a text, and should be a token id, a whole number"),
+        (5, "prompt", f"is a number, and should be {FORMS}"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+async def test_what_is_no_prompt_is_told_why(prompt: object, param: str, message: str) -> None:
+    error = (await Api(ScriptedDispatch(*ANSWER)).complete(prompt=prompt)).json()["error"]
+    assert (error["param"], error["message"]) == (param, f"{param} {message}")
 
 
 async def test_fields_that_ask_for_nothing_and_unknown_ones_are_accepted() -> None:

@@ -14,9 +14,10 @@ from mesh.counters_wire import Totals
 from mesh.errors import NoCapacity
 from mesh.view import EMBEDDING, ClusterView, ModelInfo, NodeProfile
 from nodes.api.answer_schema import EmbeddingList, ErrorAnswer
-from nodes.api.embedding_schema import DIMENSIONS_MAX, FORMS, INPUT_IDS_TOTAL_MAX, INPUTS_MAX
+from nodes.api.embedding_schema import DIMENSIONS_MAX, INPUT_IDS_TOTAL_MAX, INPUTS_MAX
 from nodes.api.embeddings import WRITE_INLINE_NUMBERS_MAX
 from nodes.api.schema import TOKENS_MAX
+from nodes.api.texts_or_ids import FORMS
 from nodes.generation import GenerationFailed, RequestInvalid
 from tests.unit.scripted_api import ANSWER, Api, ScriptedDispatch, ScriptedEmbeddings, view
 

@@ -223,7 +223,9 @@ def test_a_schema_and_tools_together_allow_either() -> None:
         ({"guided_regex": "a", "tools": [TOOL]}, "guided_regex"),
         ({"guided_json": "{", "tools": [TOOL]}, "guided_json"),
         ({"guided_json": "[" * 100_000, "tools": [TOOL]}, "guided_json"),
-        ({"structured_outputs": {"regex": "a", "grammar": "b"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "grammar": "b"}}, "structured_outputs.grammar"),
+        ({"structured_outputs": {"regex": "a", "regexp": None}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": 1}}, "structured_outputs.regex"),
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
@@ -312,6 +314,89 @@ def test_a_stop_that_is_none_is_told_why(value: object, message: str) -> None:
     with pytest.raises(RequestInvalid) as raised:
         generate(stop=value)
     assert (str(raised.value), raised.value.param) == (message, message.split()[0])
+
+
+STRUCTURED = "json, regex, choice, grammar"
+FUNCTION_FORM = '{"type": "function", "function": {"name": NAME}}'
+ALLOWED_FORM = (
+    f'{{"type": "allowed_tools", "allowed_tools": {{"mode": "auto" or "required", "tools": [{FUNCTION_FORM}, ...]}}}}'
+)
+CHOICE_FORMS = f"'none', 'auto', 'required', {FUNCTION_FORM} or {ALLOWED_FORM}"
+FLAT = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "function": {"name": "weather"}}]}
+FORMATS = "'text', 'json_object' or 'json_schema'"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"structured_outputs": {"regexp": "a"}},
+            f"structured_outputs: 'regexp' is none of its keys, which are {STRUCTURED} and json_object",
+        ),
+        (
+            {"structured_outputs": {"regex": "a", "foo": 1}},
+            f"structured_outputs: 'foo' is none of its keys, which are {STRUCTURED} and json_object",
+        ),
+        (
+            {"structured_outputs": {}},
+            f"structured_outputs says nothing; give it one of {STRUCTURED} or json_object, or leave it out",
+        ),
+        (
+            {"structured_outputs": {"json": None}},
+            f"structured_outputs says nothing; give it one of {STRUCTURED} or json_object, or leave it out",
+        ),
+        (
+            {"structured_outputs": {"regex": "a", "choice": ["b"]}},
+            "structured_outputs.regex and structured_outputs.choice both say what the answer must look like; send one",
+        ),
+        (
+            {"response_format": {"type": "json_object"}, "structured_outputs": {"json": {}}},
+            "response_format and structured_outputs.json both say what the answer must look like; send one",
+        ),
+        ({"response_format": {}}, f"response_format: its type is missing, and should be {FORMATS}"),
+        ({"response_format": {"type": "xml"}}, f"response_format: its type should be {FORMATS}"),
+        ({"response_format": "json"}, f"response_format is a text, and should be an object whose type is {FORMATS}"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a b"}}},
+            "response_format.json_schema.name: String should match pattern '^[a-zA-Z0-9_-]{1,64}$'",
+        ),
+        ({"tool_choice": {"type": "function"}}, f"tool_choice of type 'function' should be {FUNCTION_FORM}"),
+        ({"tool_choice": FLAT}, f"tool_choice of type 'allowed_tools' should be {ALLOWED_FORM}"),
+        ({"tool_choice": "always"}, f"tool_choice is another text, and should be {CHOICE_FORMS}"),
+        ({"tool_choice": {}}, f"tool_choice is an object of another type, and should be {CHOICE_FORMS}"),
+        ({"tool_choice": 5}, f"tool_choice is a number, and should be {CHOICE_FORMS}"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text"}]}]},
+            "messages[0].content: part 1 is of type 'text' and has no 'text'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0].content: part of type 'image_url': this model reads text only",
+        ),
+        ({"messages": []}, "messages: should be a list of at least 1 item, and has 0"),
+        ({"guided_choice": ["a"] * 4097}, "guided_choice: should be a list of at most 4096 items, and has 4097"),
+        (
+            {"metadata": {str(i): "v" for i in range(17)}},
+            "metadata: should be an object of at most 16 items, and has more",
+        ),
+        (
+            {"logit_bias": {str(i): 1 for i in range(2000)}},
+            "logit_bias: should be an object of at most 1024 items, and has more",
+        ),
+        ({"logit_bias": {"5": "much"}}, "logit_bias: each token's bias should be a number from -100 to 100"),
+        ({"logit_bias": {"5": 101}}, "logit_bias: each token's bias should be a number from -100 to 100"),
+        ({"logit_bias": {"word": 1}}, "logit_bias: its keys are token ids, of at most 9 digits"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_a_refusal_says_in_the_clients_words_what_is_wrong(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(RequestInvalid) as raised:
+        generate(**{"tools": [TOOL], **fields} if "tool_choice" in fields else fields)
+    assert str(raised.value) == message
+
+
+def test_structured_outputs_that_ask_for_no_object_leave_the_answer_free() -> None:
+    assert generate(structured_outputs={"json_object": False}).sampling.grammar is None
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b"[]", b"null", b'"x"', b'{"model": "\\ud800"}', b"[" * 5000])
