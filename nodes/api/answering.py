@@ -20,6 +20,7 @@ from nodes.access.gate import Admission, Caller
 from nodes.api.accounting import Exchange
 from nodes.api.choices import Choices
 from nodes.api.errors import api_error
+from nodes.api.forced_calls import naming_the_tool
 from nodes.api.limit_headers import limit_headers
 from nodes.api.outcome import Outcome, total_usage, usage_object
 from nodes.api.served_models import context_length_of
@@ -235,7 +236,8 @@ def _with_clients_field(error: RequestInvalid, asked: Asked) -> RequestInvalid:
     node's at once."""
     if error.param != "response_format" or not asked.grammar_param:
         return error
-    return RequestInvalid(str(error), param=asked.grammar_param, code=error.code, status=error.status)
+    message = naming_the_tool(str(error)) if asked.grammar_param == "tools" else str(error)
+    return RequestInvalid(message, param=asked.grammar_param, code=error.code, status=error.status)
 
 
 def system_fingerprint(services: Services, node_id: str, model: str) -> str | None:

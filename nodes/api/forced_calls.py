@@ -23,6 +23,8 @@ NO_PARAMETERS = {"properties": {}, "additionalProperties": False}
 _BEFORE_ARGUMENTS = re.compile(
     r'[\s\[\]{},]*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)', re.DOTALL
 )
+# As the engine names the definition in which a schema is wrong.
+_AT_FAULT = re.compile(r"json_schema: \$defs/(answer|tool_[a-zA-Z0-9_.-]+): ", re.ASCII)
 # What schemas hold as data, in which a "$ref" is none.
 _DATA_KEYS = ("const", "enum", "default", "examples")
 
@@ -31,14 +33,15 @@ def calls_grammar(tools: OfferedTools, other_schema: dict[str, Any] | None = Non
     """Of answers that are calls of these tools; or objects of the other schema, where there is one."""
     definitions: dict[str, Any] = {}
     calls = []
-    for number, tool in enumerate(tools.tools):
+    for tool in tools.tools:
+        name = tool["function"]["name"]
         parameters = tool["function"].get("parameters", NO_PARAMETERS)
         calls.append(
             {
                 "type": "object",
                 "properties": {
-                    "name": {"const": tool["function"]["name"]},
-                    "arguments": _define(definitions, f"tool_{number}", {"type": "object"} | parameters),
+                    "name": {"const": name},
+                    "arguments": _define(definitions, f"tool_{name}", {"type": "object"} | parameters),
                 },
                 "required": ["name", "arguments"],
                 "additionalProperties": False,
@@ -53,6 +56,15 @@ def calls_grammar(tools: OfferedTools, other_schema: dict[str, Any] | None = Non
     if other_schema is not None:
         schema = {"anyOf": [_define(definitions, "answer", other_schema), schema]}
     return Grammar("json_schema", json.dumps({**schema, "$defs": definitions}, separators=(",", ":")))
+
+
+def naming_the_tool(refusal: str) -> str:
+    """What an engine says against a grammar of calls, with the tool that it is about where the engine found it."""
+    found = _AT_FAULT.match(refusal)
+    if found is None:
+        return f"the calls of these tools: {refusal}"
+    whose = "the answer's schema" if found[1] == "answer" else f"the parameters of '{found[1].removeprefix('tool_')}'"
+    return f"{whose}: {refusal[found.end() :]}"
 
 
 def _define(definitions: dict[str, Any], name: str, schema: dict[str, Any]) -> dict[str, Any]:

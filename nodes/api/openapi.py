@@ -55,7 +55,7 @@ ERRORS = {
     409: "The mesh has no such node",
     413: "The body is larger than this node accepts",
     429: "A limit of the key, or too many wrong ones from this address; `retry-after` says when to come back",
-    415: "The body's content type is not JSON",
+    415: "The body's content type is not JSON, or it is compressed",
     500: "A fault of the node; the log has it under the request id",
     502: "The node that generated failed, and no other could go on",
     503: "No node has room now; `retry-after` says when one should",
@@ -63,7 +63,7 @@ ERRORS = {
     507: "The disk does not take the change; nothing was changed",
 }
 GENERATING = (400, 401, 403, 404, 408, 413, 415, 429, 500, 502, 503, 504)
-CHANGING = (400, 401, 408, 409, 413, 429, 500)
+CHANGING = (400, 401, 408, 409, 413, 415, 429, 500)
 USAGE_ERRORS = (400, 401, 429, 500, 503)
 
 

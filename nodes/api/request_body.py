@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import trio
 from quart import Request
 from werkzeug.exceptions import RequestEntityTooLarge
@@ -12,11 +14,13 @@ from nodes.generation import RequestInvalid
 # take about 14 minutes.
 BODY_TIMEOUT_S = 60.0
 BODY_BYTES_PER_S_MIN = 8 * 1024
+_ENCODING = re.compile(r"[a-z0-9, -]{1,40}")
 
 
 async def read_body(request: Request) -> bytes:
-    """The whole body. Raises RequestInvalid (408) for one that comes too slowly, RequestEntityTooLarge above the app's
-    MAX_CONTENT_LENGTH."""
+    """The whole body. Raises RequestInvalid for one that is compressed (415) or comes too slowly (408), and
+    RequestEntityTooLarge above the app's MAX_CONTENT_LENGTH."""
+    _check_encoding(request.headers.get("content-encoding", ""))
     parts: list[bytes] = []
     size = 0
     started = trio.current_time()
@@ -35,3 +39,15 @@ async def read_body(request: Request) -> bytes:
             status=408,
         )
     return b"".join(parts)
+
+
+def _check_encoding(value: str) -> None:
+    """Raises RequestInvalid: a small body that unpacks to a large one would pass every bound on its size."""
+    encoding = value.strip().lower()
+    if encoding not in ("", "identity"):
+        shown = encoding if _ENCODING.fullmatch(encoding) else "none that is known"
+        raise RequestInvalid(
+            f"the body's content encoding is {shown}; send it as it is, without content-encoding",
+            code="unsupported_media_type",
+            status=415,
+        )

@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,18 @@ SPEC_BYTES_MAX = 64 * 1024  # a schema of hundreds of properties; 64 KB of choic
 GRAMMARS_MAX = 64  # compiled ones kept; most take below 1 MB, the largest that LIMITS allow some tens
 REASON_CHARS_MAX = 200
 CAUSE_CHARS_MAX = 100  # of these
+# Looked at one by one for what is wrong with a schema, each for some 0.5 ms: 128 tools, which the API allows, and one.
+DEFINITIONS_MAX = 129
+# What llguidance says, and what that means to somebody who does not use it as a library.
+WORDS = {
+    "<non-verbose/>": "",
+    "Unimplemented keys:": "keywords that are not supported:",
+    "oneOf constraints are not supported. Enable 'coerce_one_of' option to approximate oneOf with anyOf": (
+        "oneOf is supported only where its alternatives exclude one another; use anyOf"
+    ),
+}
+NO_TEXT = "NoExtensionBias"  # llguidance's word for a grammar that lets no text through
+NO_TOKEN = "the grammar allows no token here, nor may the answer end"  # noqa: S105
 # Runs of white space in JSON: room for deep indentation, but a model that likes blanks cannot go on with them for ever.
 JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 # What one grammar may cost. Enumerations of 4,000 strings and all formats of JSON Schema stay far below. With
@@ -141,7 +154,7 @@ class GrammarMatcher:
         count = np.count_nonzero(allowed)
         may_end = self._matcher.is_accepting()
         if not count and not may_end:
-            self.error = "the grammar allows no token here, nor may the answer end"
+            self.error = NO_TOKEN
             return
         self.must_end = not count
         allowed[self._eos_ids] = may_end
@@ -215,18 +228,29 @@ class GrammarCompiler:
         grammar = _llguidance_grammar(spec)
         compiled = _Compiled(LLMatcher(self._load_tokenizer(), grammar, log_level=0, limits=LIMITS))
         if compiled.prototype.is_error():
-            raise GrammarInvalid(spec.kind, compiled.prototype.get_error())
+            raise GrammarInvalid(spec.kind, self._fault(spec, compiled.prototype.get_error()))
         # Lexers are built when they are needed: what is too much for LIMITS at once is refused here, not in the answer.
         probe = self._matcher(compiled)
         probe.prepare()
         if probe.error is not None:
-            raise GrammarInvalid(spec.kind, probe.error)
+            raise GrammarInvalid(spec.kind, _refusal(probe.error))
         if (token_id := probe.some_token()) is not None:
             probe.accept(token_id)
             probe.prepare()
         if compiled.is_spent:
-            raise GrammarInvalid(spec.kind, probe.error or "too large")
+            raise GrammarInvalid(spec.kind, _refusal(probe.error or ""))
         return compiled
+
+    def _fault(self, spec: GrammarSpec, reason: str) -> str:
+        """The reason, and in which definition of a schema it is, if it is in one that refers to no other."""
+        definitions = _parse_json(spec).get("$defs") if spec.kind == "json_schema" else None
+        if not isinstance(definitions, dict):
+            return reason
+        for name, definition in islice(definitions.items(), DEFINITIONS_MAX):
+            alone = _json_grammar({"$ref": f"#/$defs/{name}", "$defs": {name: definition}})
+            if LLMatcher(self._load_tokenizer(), alone, log_level=0, limits=LIMITS).get_error() == reason:
+                return f"$defs/{name[:CAUSE_CHARS_MAX]}: {reason}"
+        return reason
 
     def _load_tokenizer(self) -> LLTokenizer:
         with self._tokenizer_lock:
@@ -275,6 +299,14 @@ class MaskWorker:
 def _prepare_all(matchers: list[Matcher]) -> None:
     for matcher in matchers:
         matcher.prepare()
+
+
+def _refusal(error: str) -> str:
+    """Why a grammar without a mistake is refused. error: the one of a matcher's first steps."""
+    if NO_TEXT in error or error == NO_TOKEN:
+        return "no text can follow it: it contradicts itself, or never comes to an end"
+    cause = error.partition(": ")[2]
+    return "it is too large, or leaves too much open" + (f" ({cause})" if cause else "")
 
 
 def _llguidance_grammar(spec: GrammarSpec) -> str:
@@ -335,6 +367,8 @@ def _parse_json(spec: GrammarSpec) -> Any:
 
 def _one_line(text: str) -> str:
     """llguidance quotes a wrong expression whole, and several times; behind it one line says what is wrong with it."""
+    for theirs, ours in WORDS.items():
+        text = text.replace(theirs, ours)
     line = " ".join(text.split())
     if len(line) <= REASON_CHARS_MAX:
         return line

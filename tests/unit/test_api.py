@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -169,6 +170,18 @@ async def test_a_body_that_a_web_page_could_send_unasked_is_refused(content_type
     response = await Api(dispatch).client.post("/v1/chat/completions", content=json.dumps(BODY), headers=headers)
     assert response.status_code == 415
     assert dispatch.requests == []
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/embeddings"])
+async def test_a_compressed_body_is_refused_as_one(path: str) -> None:
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    client = Api(ScriptedDispatch(*ANSWER)).client
+    response = await client.post(path, content=gzip.compress(b"{}"), headers=headers)
+    assert response.status_code == 415
+    message = "the body's content encoding is gzip; send it as it is, without content-encoding"
+    assert response.json()["error"]["message"] == message
+    plain = await client.post(path, content=b"{}", headers=headers | {"content-encoding": "identity"})
+    assert plain.status_code == 400
 
 
 async def test_a_body_over_the_limit_is_413() -> None:

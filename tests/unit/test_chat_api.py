@@ -232,6 +232,12 @@ async def test_a_grammar_that_the_node_refuses_is_the_field_that_asked_for_it(
             assert response.json()["error"]["param"] == param
 
 
+async def test_a_refusal_of_a_forced_call_names_its_tool() -> None:
+    refusal = RequestInvalid("json_schema: $defs/tool_weather: no", param="response_format")
+    response = await Api(ScriptedDispatch(refusal=refusal)).chat(tools=[TOOL], tool_choice="required")
+    assert response.json()["error"]["message"] == "the parameters of 'weather': no"
+
+
 async def test_a_late_refusal_of_a_grammar_names_the_field_in_the_error_frame(autojump_clock: trio.abc.Clock) -> None:
     refusal = RequestInvalid("regex: bad", param="response_format")
     response = await Api(ScriptedDispatch(3.0, refusal)).chat(stream=True, guided_regex="(")

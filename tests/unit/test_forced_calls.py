@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 
 from nodes.api.answer_pieces import CallArguments, CallStart, Content
-from nodes.api.forced_calls import ForcedCallReader, calls_grammar
+from nodes.api.forced_calls import ForcedCallReader, calls_grammar, naming_the_tool
 from nodes.api.tool_schema import OfferedTools
-from nodes.engine.grammar import GrammarCompiler
+from nodes.engine.grammar import GrammarCompiler, GrammarInvalid
 from nodes.engine.sampling import GrammarSpec
 from nodes.model_tools.random_llama import IM_END, small_tokenizer
 
@@ -111,6 +112,28 @@ def test_a_function_without_parameters_is_called_with_none(function: dict[str, A
     assert allows(tools, '[{"name": "now", "arguments": {"zone": 1}}]') is has_free_arguments
 
 
+UNIQUE = {"type": "object", "properties": {"x": {"type": "array", "uniqueItems": True}}}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "other_schema", "message"),
+    [
+        (UNIQUE, None, "the parameters of 'f.1': keywords that are not supported: [\"uniqueItems\"]"),
+        (CITY, UNIQUE, 'the answer\'s schema: keywords that are not supported: ["uniqueItems"]'),
+        ({"$ref": "#/x"}, None, "the parameters of 'f.1': Pointer '/$defs/tool_f.1/x' does not exist"),
+        ({"title": "x" * 70_000}, None, r"the calls of these tools: json_schema: 70\d\d\d bytes exceed 65536"),
+    ],
+    ids=["of a tool", "of the answer", "a reference", "too large"],
+)
+def test_a_schema_that_no_grammar_can_follow_is_told_by_its_tool(
+    parameters: dict[str, Any], other_schema: dict[str, Any] | None, message: str
+) -> None:
+    tools = OfferedTools((*TOOLS, {"type": "function", "function": {"name": "f.1", "parameters": parameters}}))
+    with pytest.raises(GrammarInvalid) as raised:
+        allows(tools, "", other_schema)
+    assert re.fullmatch(message.replace("[", r"\[").replace("$", r"\$"), naming_the_tool(str(raised.value)))
+
+
 def read(pieces_of_text: list[str], *, may_be_content: bool = False) -> tuple[str, list[tuple[str, str]]]:
     reader = ForcedCallReader(may_be_content=may_be_content)
     content = ""
@@ -166,5 +189,5 @@ def test_an_object_where_calls_are_possible_is_content() -> None:
 def test_data_in_a_schema_is_no_reference() -> None:
     schema = {"type": "object", "properties": {"x": {"enum": [{"$ref": "#/a"}]}, "y": {"$ref": "#"}}}
     tools = OfferedTools(({"type": "function", "function": {"name": "f", "parameters": schema}},), is_forced=True)
-    moved = json.loads(calls_grammar(tools).text)["$defs"]["tool_0"]["properties"]
-    assert moved == {"x": {"enum": [{"$ref": "#/a"}]}, "y": {"$ref": "#/$defs/tool_0"}}
+    moved = json.loads(calls_grammar(tools).text)["$defs"]["tool_f"]["properties"]
+    assert moved == {"x": {"enum": [{"$ref": "#/a"}]}, "y": {"$ref": "#/$defs/tool_f"}}

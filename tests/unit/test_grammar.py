@@ -44,6 +44,8 @@ PERSON = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
+OVERLAPPING = {"oneOf": [{"type": "string"}, {"minLength": 2}]}
+IN_A_DEFINITION = {"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}], "$defs": {"a": {}, "b": OVERLAPPING}}
 CHOICES = ["yes", "no", "no, never", "😀\n\x7f", 'say "hi"', "a\\b/c"]
 
 
@@ -261,7 +263,7 @@ def test_a_panic_inside_the_library_ends_one_request(monkeypatch: pytest.MonkeyP
         (GrammarSpec("json_schema", "{"), "the text is no JSON"),
         (GrammarSpec("json_schema", "[1]"), "a schema is a JSON object"),
         (GrammarSpec("json_schema", '{"type": "nope"}'), "Invalid type"),
-        (GrammarSpec("json_schema", '{"not": {}}'), "Unimplemented keys"),
+        (GrammarSpec("json_schema", '{"not": {}}'), r'^json_schema: keywords that are not supported: \["not"\]$'),
         (GrammarSpec("json_schema", '{"$ref": "http://127.0.0.1:9/x"}'), "does not fetch"),
         (GrammarSpec("json_schema", '{"a":' * 5_000 + "1" + "}" * 5_000), "recursion"),
         (GrammarSpec("regex", "(a"), "unclosed group"),
@@ -275,7 +277,15 @@ def test_a_panic_inside_the_library_ends_one_request(monkeypatch: pytest.MonkeyP
         (GrammarSpec("choice", '["a", ""]'), "an empty one"),
         (GrammarSpec("choice", '["\\ud800"]'), "lone surrogates"),
         (GrammarSpec("grammar", "start: nothing"), "unknown name"),
-        (GrammarSpec("grammar", "start: start"), "grammar"),
+        (GrammarSpec("json_schema", json.dumps(OVERLAPPING)), "; use anyOf$"),
+        (GrammarSpec("json_schema", json.dumps(IN_A_DEFINITION)), r"^json_schema: \$defs/b: oneOf"),
+        (
+            GrammarSpec("regex", "a{1000000}"),
+            r"^regex: it is too large, or leaves too much open \(lexer error: [a-z ]+\)$",
+        ),
+        (GrammarSpec("regex", r"[^\s\S]"), "^regex: no text can follow it"),
+        (GrammarSpec("grammar", "start: start"), "^grammar: no text can follow it: it contradicts itself"),
+        (GrammarSpec("grammar", 'start: "a" start'), "^grammar: it is too large, or leaves too much open"),
         (GrammarSpec("grammar", ""), "Empty grammar"),
     ],
     ids=lambda value: f"{value.kind} {value.text[:20]!r}" if isinstance(value, GrammarSpec) else "",
