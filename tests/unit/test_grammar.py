@@ -298,6 +298,31 @@ def test_what_is_no_grammar_or_too_large_is_refused_in_one_line(spec: GrammarSpe
     assert len(str(raised.value)) <= len(f"{spec.kind}: ") + REASON_CHARS_MAX
 
 
+KEYWORDS_REFUSED = (
+    *("not", "if", "then", "else", "uniqueItems", "contains", "minContains", "maxContains", "propertyNames"),
+    *("dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties"),
+    *("$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor"),
+)
+FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
+API_PAGE = Path(grammar.__file__).parents[2] / "docs" / "api.md"
+
+
+@pytest.mark.parametrize("keyword", KEYWORDS_REFUSED)
+def test_a_keyword_that_cannot_be_followed_is_refused_as_the_page_says(keyword: str) -> None:
+    with pytest.raises(GrammarInvalid, match="not supported"):
+        COMPILER.compile(GrammarSpec("json_schema", json.dumps({keyword: False})))
+
+
+def test_the_page_has_the_keywords_and_formats_of_schemas() -> None:
+    rows = dict(re.findall(r"^\| (Keywords refused|`format` of texts) \| (.*) \|$", API_PAGE.read_text(), re.M))
+    assert re.findall("`([^`]+)`", rows["Keywords refused"]) == list(KEYWORDS_REFUSED)
+    assert re.findall("`([^`]+)`", rows["`format` of texts"]) == list(FORMATS)
+    for name in FORMATS:
+        COMPILER.compile(GrammarSpec("json_schema", json.dumps({"type": "string", "format": name})))
+    with pytest.raises(GrammarInvalid, match="format"):
+        COMPILER.compile(GrammarSpec("json_schema", '{"type": "string", "format": "regex"}'))
+
+
 @pytest.mark.parametrize(
     ("tokenizer_json", "vocabulary_size", "eos"),
     [("{}", WIDTH, EOS), ("/etc/hostname", WIDTH, EOS), (SMALL_JSON, 100, EOS), (SMALL_JSON, WIDTH, frozenset())],
