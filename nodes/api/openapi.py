@@ -57,7 +57,7 @@ ERRORS = {
     429: "A limit of the key, or too many wrong ones from this address; `retry-after` says when to come back",
     415: "The body's content type is not JSON, or it is compressed",
     500: "A fault of the node; the log has it under the request id",
-    502: "The node that generated failed, and no other could go on",
+    502: "The node that generated failed, and no other could go on; or every node that could serve it broke it",
     503: "No node has room now; `retry-after` says when one should",
     504: "The request's deadline passed",
     507: "The disk does not take the change; nothing was changed",
