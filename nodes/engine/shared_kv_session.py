@@ -197,4 +197,4 @@ class SharedKvSession:
 
 def as_float(logits: npt.NDArray[Any]) -> FloatArray:
     """The same array where it is float32, else a copy."""
-    return logits.astype(np.float32, copy=False)
+    return logits if logits.dtype == np.float32 else logits.astype(np.float32)
