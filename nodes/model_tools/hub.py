@@ -142,8 +142,11 @@ def _hash(path: Path, digest: hashlib._Hash) -> str:
 
 
 def _endpoint() -> str | None:
-    """Read anew: huggingface-hub reads it once, when it is imported."""
-    return os.environ.get("HF_ENDPOINT") or None
+    """Read anew: huggingface-hub reads it once, when it is imported. Raises ModelToolError where it is no URL."""
+    endpoint = os.environ.get("HF_ENDPOINT") or None
+    if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+        raise ModelToolError(f"HF_ENDPOINT is {endpoint[:100]!r}, and should be a URL such as https://hub.example")
+    return endpoint
 
 
 def _endpoint_name() -> str:

@@ -307,6 +307,14 @@ def test_a_hub_that_fails_and_one_that_is_away_are_network_trouble(
         pulled(tmp_path)
 
 
+def test_an_endpoint_that_is_no_url_is_no_network_trouble(
+    repository: FakeRepository, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "hub.example")
+    with pytest.raises(ModelToolError, match=r"HF_ENDPOINT is 'hub\.example', and should be a URL"):
+        pulled(tmp_path)
+
+
 @pytest.mark.parametrize("body", [b"<html>Please log in</html>", b"[1]"])
 def test_a_portal_that_answers_in_the_hubs_place_is_named(
     repository: FakeRepository, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: bytes
