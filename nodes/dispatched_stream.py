@@ -238,7 +238,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         if not self._attempts.take_from_budget(self._running()):
             return
         view = self._attempts.view()
-        exclude = self._excluded.ids(view, trio.current_time()) | {first.node_id}
+        exclude = self._excluded_now(view) | {first.node_id}
         try:
             self._rival = await self._try(view, exclude, self._request_now(), trio.current_time())
         except (AttemptFailed, NoCapacity, ModelUnknown):
@@ -276,7 +276,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         while True:
             request, view = self._request_now(), self._attempts.view()
             try:
-                attempt = await self._try(view, self._excluded.ids(view, trio.current_time()), request, since)
+                attempt = await self._try(view, self._excluded_now(view), request, since)
             except AttemptFailed as failed:
                 if self._is_final(failed.error):
                     raise failed.error from None
@@ -301,7 +301,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
             since = trio.current_time()
             if self._failures >= TRIES_MAX and not self._has_begun:
                 if self._refusal is not None:
-                    raise self._attempts.refused(view, self._route_now(self._excluded.ids(view, trio.current_time())))
+                    raise self._attempts.refused(view, self._route_now(self._excluded_now(view)))
                 raise GenerationFailed(f"{self._failures} nodes were tried and none could serve the request")
 
     async def _try(self, view: ClusterView, exclude: frozenset[str], request: GenerateRequest, since: float) -> Attempt:
@@ -333,7 +333,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         former = self._attempt
         assert former is not None
         view = self._attempts.view()
-        exclude = self._excluded.ids(view, trio.current_time()) | {former.node_id}
+        exclude = self._excluded_now(view) | {former.node_id}
         try:
             attempt = await self._try(view, exclude, self._request_now(), trio.current_time())
         except (AttemptFailed, NoCapacity, ModelUnknown) as exc:
@@ -417,6 +417,9 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
             self._attempts.counts.failovers[reason] += 1
             self.failovers += 1
 
+    def _excluded_now(self, view: ClusterView) -> frozenset[str]:
+        return self._excluded.ids(view, trio.current_time())
+
     def _may_hope(self, view: ClusterView) -> bool:
         """Some node may yet become one that goes on: it is full, excluded for now, suspect, or loads."""
         assert self._lost_at is not None
@@ -434,7 +437,7 @@ class DispatchedStream(trio.abc.ReceiveChannel[GenerateEvent]):
         """Where every node that could serve the request broke it: it is not room that is wanting."""
         if not self._has_only_faults or self._last_failure is None:
             return None
-        if others_left(view, self._request.model, self._excluded.ids(view, trio.current_time())):
+        if others_left(view, self._request.model, self._excluded_now(view)):
             return None
         node_id, error = self._last_failure
         return GenerationFailed(f"{node_id} could not serve the request ({error}), and no other node is left to try")

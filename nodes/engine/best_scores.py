@@ -15,12 +15,10 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from nodes.engine.noise import DoubleArray, DrawsNoise, IdArray
+from nodes.engine.nucleus import FloatArray, distances
 from nodes.engine.sampling import SamplingParams
-
-FloatArray = npt.NDArray[np.float32]
 
 ROUNDING = 1e-6  # far above that of a score, in units of the temperature
 # In units of the temperature: how far below the likely winner tokens are looked at for the sake of top_p, and how far
@@ -146,11 +144,3 @@ def _weigh(rows: SequenceOf[FloatArray], found: list[Best], params: SequenceOf[S
             best.near_mass, best.before = near_masses[draw], until_itself[draw] - itself
             top_p, rest = params[draw].top_p, best.near_mass - best.before
             best.is_kept = (1.0 - top_p) * best.before < top_p * rest * (1.0 - ROUNDING)
-
-
-def distances(values: FloatArray, peaks: DoubleArray | float, temperatures: DoubleArray | float) -> DoubleArray:
-    """From the peak, in units of the temperature; float64."""
-    found = values.astype(np.float64)
-    found -= peaks
-    found /= temperatures
-    return found

@@ -21,9 +21,9 @@ from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 
-from nodes.engine.best_scores import ROUNDING, Best, FloatArray, distances, find_best
+from nodes.engine.best_scores import ROUNDING, Best, find_best
 from nodes.engine.noise import DoubleArray, DrawsNoise, IdArray, KeyNoise
-from nodes.engine.nucleus import Nucleus, exact_masses, total_mass
+from nodes.engine.nucleus import FloatArray, Nucleus, distances, exact_masses, total_mass
 from nodes.engine.sampling import SamplingParams
 
 DRAWS_AT_ONCE = 16  # whose noise, 5 KB each, stays in the first-level caches or near

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
+DoubleArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 IdArray = npt.NDArray[np.int64]
 
@@ -118,12 +119,18 @@ def total_mass(row: FloatArray, peak: float, temperature: float) -> tuple[float,
     return total * (1.0 - _SUM_ERROR), total * (1.0 + _SUM_ERROR)
 
 
-def exact_masses(values: FloatArray, peak: float, temperature: float) -> npt.NDArray[np.float64]:
+def exact_masses(values: FloatArray, peak: float, temperature: float) -> DoubleArray:
     """The masses of tokens with these logits."""
-    distances = values.astype(np.float64)
-    distances -= peak
-    distances /= temperature
-    return np.exp(distances, out=distances)
+    found = distances(values, peak, temperature)
+    return np.exp(found, out=found)
+
+
+def distances(values: FloatArray, peaks: DoubleArray | float, temperatures: DoubleArray | float) -> DoubleArray:
+    """Of logits from the peak, in units of the temperature; float64."""
+    found = values.astype(np.float64)
+    found -= peaks
+    found /= temperatures
+    return found
 
 
 def _weights(row: FloatArray, peak: float, temperature: float) -> tuple[FloatArray, float]:

@@ -27,12 +27,12 @@ import numpy as np
 import trio
 
 from nodes.engine import sampler
-from nodes.engine.best_scores import FloatArray
 from nodes.engine.engine import Engine, load_engine
 from nodes.engine.engine_statistics import FAILED
 from nodes.engine.errors import EngineFault
 from nodes.engine.model_loader import read_model_folder
 from nodes.engine.noise import DrawsNoise
+from nodes.engine.nucleus import FloatArray
 from nodes.engine.sampling import SamplingParams
 from nodes.model_tools.random_llama import SIZES
 from tests.benchmark.engine import models
