@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nodes.engine.logit_rows import LogitRows
 from nodes.engine.noise import DoubleArray, DrawsNoise, IdArray
 from nodes.engine.nucleus import FloatArray, distances
 from nodes.engine.sampling import SamplingParams
@@ -26,6 +27,7 @@ ROUNDING = 1e-6  # far above that of a score, in units of the temperature
 _BAND = 0.5
 _DEPTH = 8.0
 _BAND_MAX = 2048
+_NONE: IdArray = np.empty(0, np.int64)
 
 
 @dataclass(slots=True)
@@ -51,10 +53,10 @@ class Best:
 
 
 def find_best(
-    rows: SequenceOf[FloatArray], likeliest: SequenceOf[int], params: SequenceOf[SamplingParams], noise: DrawsNoise
+    logits: LogitRows, likeliest: SequenceOf[int], params: SequenceOf[SamplingParams], noise: DrawsNoise
 ) -> list[Best]:
-    """Of each draw. rows: each [vocabulary], of one length. likeliest: the lowest id of each row's largest value, which
-    is finite."""
+    """Of each draw. likeliest: the lowest id of each row's largest value, which is finite."""
+    rows = logits.rows
     peaks = np.array([row[token_id] for row, token_id in zip(rows, likeliest, strict=True)], np.float64)
     temperatures = np.array([each.temperature for each in params])
     hit_values = np.empty(noise.hit_ids.shape, np.float32)
@@ -62,17 +64,22 @@ def find_best(
         row.take(ids, out=values, mode="clip")  # all are valid; other modes copy once more
     hit_scores = distances(hit_values, peaks[:, None], temperatures[:, None])
     hit_scores += noise.hit_noise
-    found, best_scores = [], []
+    found, best_scores, deeper = [], [], []
     for draw, hit in enumerate(_best_hits(hit_scores, noise.hit_ids)):
         score, own = float(hit_scores[draw, hit]), noise.own_of(draw, likeliest[draw]) - ROUNDING
-        least = max(score, own)
-        # A token that is no hit reaches `least` only if it is no further from the peak than this.
+        least, peak, temperature = max(score, own), float(peaks[draw]), params[draw].temperature
+        # A token that is no hit reaches `least` only if it is no further from the peak than this; none does where it is
+        # not positive.
         depth = noise.level + ROUNDING - least
-        winner = float(hit_values[draw, hit]) if score >= own and params[draw].top_p < 1.0 else None
-        peak = float(peaks[draw])
-        floor, near_ids = _look(rows[draw], likeliest[draw], peak, params[draw].temperature, depth, winner)
-        found.append(Best(int(noise.hit_ids[draw, hit]), peak, least, floor, near_ids))
+        floor = float(np.float32(peak - temperature * depth)) if depth > 0.0 else math.inf
+        found.append(Best(int(noise.hit_ids[draw, hit]), peak, least, floor, _NONE))
         best_scores.append(score)
+        winner = float(hit_values[draw, hit])
+        is_band_useful = score >= own and params[draw].top_p < 1.0 and winner > peak - _DEPTH * temperature
+        deeper.append(min(floor, float(np.float32(winner - _BAND * temperature))) if is_band_useful else floor)
+    for draw, best in enumerate(found):
+        ids = logits.reaching(draw, deeper[draw]) if deeper[draw] < math.inf else _NONE
+        _set_near(best, rows[draw], likeliest[draw], deeper[draw], ids)
 
     near = _near(rows, found, peaks, temperatures)
     near_scores = near.distances + noise.own(np.concatenate([best.near_ids for best in found]), near.draws)
@@ -97,20 +104,14 @@ def _best_hits(scores: DoubleArray, ids: IdArray) -> list[int]:
     return [int(at) for at in best]
 
 
-def _look(
-    row: FloatArray, likeliest: int, peak: float, temperature: float, depth: float, winner: float | None
-) -> tuple[float, IdArray]:
-    """Best.floor and near_ids. depth: a distance from the peak down to which ids are needed; none is where it is not
-    positive. winner: the logit of a token that is likely to win, below which some are wanted."""
-    floor = float(np.float32(peak - temperature * depth)) if depth > 0.0 else math.inf
-    if winner is not None and winner > peak - _DEPTH * temperature:
-        deeper = min(floor, float(np.float32(winner - _BAND * temperature)))
-        ids = (row >= np.float32(deeper)).nonzero()[0]
-        if len(ids) <= _BAND_MAX:
-            return deeper, ids
-    if depth <= 0.0:
-        return floor, np.array([likeliest])
-    return floor, (row >= np.float32(floor)).nonzero()[0]
+def _set_near(best: Best, row: FloatArray, likeliest: int, deeper: float, ids: IdArray) -> None:
+    """Let near_ids be these, whose logits are at least `deeper`, unless that is deeper than need be and they are many;
+    and set the floor to match."""
+    if len(ids) <= _BAND_MAX:
+        best.floor = deeper
+    elif deeper < best.floor:
+        ids = ids[row[ids] >= np.float32(best.floor)]
+    best.near_ids = ids if len(ids) else np.array([likeliest])
 
 
 @dataclass(frozen=True, slots=True)

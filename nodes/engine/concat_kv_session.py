@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from nodes.engine.block_outputs import BlockOutputs
 from nodes.engine.graph import LOGITS_TO_KEEP, POSITION_IDS, DecoderGraph
 from nodes.engine.kv_slots import BLOCK_TOKENS
 from nodes.engine.shared_kv_session import as_float
@@ -49,7 +50,17 @@ class ConcatKvSession:
     overwrites.
     """
 
-    def __init__(self, session: Any, graph: DecoderGraph, slots: int, capacity: int, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        session: Any,
+        graph: DecoderGraph,
+        slots: int,
+        capacity: int,
+        device: str = "cpu",
+        *,
+        is_extended: bool = False,
+    ) -> None:
+        """is_extended: the graph has the outputs of nodes.engine.graph_extension."""
         self.slots = slots
         self.capacity = capacity
         self.vocabulary_size = graph.vocabulary_size
@@ -67,6 +78,8 @@ class ConcatKvSession:
         self._ids: IntArray = np.zeros((slots, 1), np.int64)
         self._positions: IntArray = np.zeros((slots, 1), np.int64)
         self._logits = np.empty((slots, 1, graph.vocabulary_size), graph.logits_type)
+        self._block_outputs = BlockOutputs(self._logits) if is_extended else None
+        self.logit_blocks = None if self._block_outputs is None else self._block_outputs.blocks
         self._one: IntArray = np.ones((), np.int64)
         chunk_rows = 1 if graph.is_pruned else PREFILL_TOKENS_MAX
         self._chunk_logits = np.empty((1, chunk_rows, graph.vocabulary_size), graph.logits_type)
@@ -294,6 +307,8 @@ class ConcatKvSession:
         self._bind(binding, self._graph.names.attention_mask, (count, self.width + 1), self._mask)
         self._bind_extra(binding, (count, 1), self._positions)
         self._bind_logits(binding, (count, 1, self.vocabulary_size), self._logits)
+        if self._block_outputs is not None:
+            self._block_outputs.bind(binding, count)
         return binding
 
     def _bind_kv(self, binding: Any, rows: npt.NDArray[Any], count: int, width: int, columns: int) -> None:

@@ -22,6 +22,7 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 
 from nodes.engine.best_scores import ROUNDING, Best, find_best
+from nodes.engine.logit_rows import LogitRows
 from nodes.engine.noise import DoubleArray, DrawsNoise, IdArray, KeyNoise
 from nodes.engine.nucleus import FloatArray, Nucleus, distances, exact_masses, total_mass
 from nodes.engine.sampling import SamplingParams
@@ -33,46 +34,52 @@ _BAND_WIDTHS = (4.0, 8.0, 16.0)  # below the peak, in units of the temperature: 
 
 
 def draw(
-    rows: SequenceOf[FloatArray], likeliest: SequenceOf[int], params: SequenceOf[SamplingParams], noise: DrawsNoise
+    logits: LogitRows, likeliest: SequenceOf[int], params: SequenceOf[SamplingParams], noise: DrawsNoise
 ) -> list[int]:
     """A token id of each row, the same beside others as alone.
 
-    rows: each [vocabulary], of one length. likeliest: the lowest id of each row's largest value, which is finite.
-    params: each with a positive temperature. noise: of as many draws, at most DRAWS_AT_ONCE."""
+    likeliest: the lowest id of each row's largest value, which is finite. params: each with a positive temperature.
+    noise: of as many draws, at most DRAWS_AT_ONCE."""
+    rows = logits.rows
     token_ids = [0] * len(rows)
-    wide, wide_rows = [], []  # of which more than a few tokens are left
+    wide: list[int] = []  # of which more than a few tokens are left
+    cut: dict[int, FloatArray] = {}  # those of them that are not left whole
     for index, (row, best, each) in enumerate(zip(rows, likeliest, params, strict=True)):
-        ids = _allowed(row, float(row[best]), each)
+        ids = _allowed(logits, index, float(row[best]), each)
         if ids is not None and len(ids) <= _FEW:
             token_ids[index] = _draw_few(row, ids, float(row[best]), each, noise.one(index))
             continue
         wide.append(index)
         if ids is not None:
-            kept = np.full(len(row), -np.inf, np.float32)
-            kept[ids] = row[ids]
-            wide_rows.append(kept)
-        else:
-            wide_rows.append(row)
+            cut[index] = np.full(len(row), -np.inf, np.float32)
+            cut[index][ids] = row[ids]
     if not wide:
         return token_ids
     if len(wide) < len(rows):
         noise, likeliest, params = noise.some(wide), [likeliest[index] for index in wide], [params[i] for i in wide]
-    for index, found in enumerate(find_best(wide_rows, likeliest, params, noise)):
+    if len(wide) < len(rows) or cut:
+        logits = logits.some(wide, cut)
+    for index, found in enumerate(find_best(logits, likeliest, params, noise)):
         token_id = found.token_id
         if not found.is_kept:
-            token_id = _draw_nucleus(wide_rows[index], params[index], found, noise.one(index))
+            token_id = _draw_nucleus(logits.rows[index], params[index], found, noise.one(index))
         token_ids[wide[index]] = token_id
     return token_ids
 
 
-def _allowed(row: FloatArray, peak: float, params: SamplingParams) -> IdArray | None:
-    """Ids, ascending, that top_k and min_p leave of the row; None for all of a long one."""
+def _allowed(logits: LogitRows, index: int, peak: float, params: SamplingParams) -> IdArray | None:
+    """Ids, ascending, that top_k and min_p leave of a row; None for all of a long one."""
+    row = logits.rows[index]
     ids: IdArray | None = None
     if 0 < params.top_k < len(row):
-        ids = largest(row, peak, params.top_k, params.temperature)
+        holding = logits.holding(index, params.top_k)
+        if holding is None:
+            ids = largest(row, peak, params.top_k, params.temperature)
+        else:
+            ids = _largest_of(row, holding, params.top_k)
     if params.min_p > 0.0:
         floor = np.float32(peak + params.temperature * math.log(min(params.min_p, 1.0)))
-        return np.flatnonzero(row >= floor) if ids is None else ids[row[ids] >= floor]
+        return logits.reaching(index, float(floor)) if ids is None else ids[row[ids] >= floor]
     return np.arange(len(row)) if ids is None and len(row) <= _FEW else ids
 
 
@@ -85,7 +92,11 @@ def largest(row: FloatArray, peak: float, count: int, unit: float) -> IdArray:
             break
     else:
         is_near = row > -np.inf
-    ids = np.flatnonzero(is_near)
+    return _largest_of(row, np.flatnonzero(is_near), count)
+
+
+def _largest_of(row: FloatArray, ids: IdArray, count: int) -> IdArray:
+    """largest(), where it is known to be among these ids, which are ascending."""
     if len(ids) <= count:
         return ids
     values = row[ids]

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from nodes.engine.grammar import MaskWorker
 from nodes.engine.kv_slots import CopyRows, KvSlots, Move, SwapRows
+from nodes.engine.logit_rows import LogitBlocks
 from nodes.engine.sampler import sample
 from nodes.engine.sampling import Sampled
 from nodes.engine.scheduler import Plan, PrefillChunk
@@ -55,6 +56,11 @@ class Session(Protocol):
 
     def decode(self, token_ids: IntArray, lengths: IntArray) -> FloatArray:
         """Feed token_ids[i] to slot i at row lengths[i]. Returns float32 [k, vocabulary], valid until the next call."""
+        ...
+
+    @property
+    def logit_blocks(self) -> LogitBlocks | None:
+        """Of what decode() returns, always of the last call; None where the graph does not tell."""
         ...
 
     def prefill(self, slot: int, token_ids: IntArray, start: int) -> FloatArray:
@@ -140,7 +146,7 @@ class Executor:
         logits = self._session.decode(kv.next_ids[:rows], kv.lengths[:rows])
         seconds = time.perf_counter() - started
         self._masks.wait()
-        return sample(logits[:count], states), seconds
+        return sample(logits[:count], states, self._session.logit_blocks), seconds
 
     def _prefill(self, chunk: PrefillChunk) -> tuple[Sampled | None, float]:
         """The answer's first token after the last chunk, and the seconds that the session took."""

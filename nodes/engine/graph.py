@@ -63,7 +63,8 @@ class DecoderGraph:
 
     kv_bytes_per_row: of one token in one slot, all layers and both sides. is_pruned: gives logits of the last position
     only. is_exact: every weight and activation is float32. steady_rows_min: the fewest rows of a decode step from which
-    a row's logits do not depend on how many there are. total_length_shape: of that input, () or (1,).
+    a row's logits do not depend on how many there are. total_length_shape: of that input, () or (1,). opset: the
+    version of ONNX's own operators, 0 where it is not known.
     """
 
     kind: KvKind
@@ -80,6 +81,7 @@ class DecoderGraph:
     has_mask: bool
     extra_inputs: frozenset[str]
     total_length_shape: tuple[int, ...] = ()
+    opset: int = 0
 
     @property
     def kv_bytes_per_row(self) -> int:
@@ -203,6 +205,7 @@ class _Description:
             has_mask=has_mask,
             extra_inputs=extra,
             total_length_shape=(1,) if total is not None and len(total.shape) == 1 else (),
+            opset=self._graph.opset,
         )
 
     def _kind(self) -> KvKind:

@@ -24,6 +24,7 @@ VARINT, FIXED_64, LENGTH_DELIMITED, FIXED_32 = 0, 1, 2, 5
 # onnx.TensorProto.DataType
 FLOAT, UINT8, INT8, INT32, INT64, FLOAT16, BFLOAT16, UINT4, INT4 = 1, 2, 3, 6, 7, 10, 16, 21, 22
 EXTERNAL = 1  # TensorProto.data_location
+OWN_DOMAINS = ("", "ai.onnx")  # ONNX's own operators
 
 
 class OnnxFileInvalid(Exception):
@@ -46,13 +47,15 @@ class OnnxFile:
 
     operators: how often each is used; one that is not ONNX's own as `domain.Operator`. element_types: of the
     constants and weights. integers: the values that attributes of operators have, by `Operator.attribute`.
-    external_files: locations as they are written, relative to the file's folder if the file is an honest one.
+    external_files: locations as they are written, relative to the file's folder if the file is an honest one. opset:
+    the version of ONNX's own operators, 0 where it is not said.
     """
 
     operators: Counter[str] = field(default_factory=Counter)
     element_types: set[int] = field(default_factory=set)
     integers: dict[str, set[int]] = field(default_factory=dict)
     external_files: set[str] = field(default_factory=set)
+    opset: int = 0
     inputs: dict[str, OnnxValue] = field(default_factory=dict)
     outputs: dict[str, OnnxValue] = field(default_factory=dict)
 
@@ -88,11 +91,23 @@ class _Walk:
             if number == 7 and wire == LENGTH_DELIMITED:
                 has_graph = True
                 self._graph(start, end, depth=0)
+            elif number == 8 and wire == LENGTH_DELIMITED:
+                self._opset(start, end)
             elif number == 25 and wire == LENGTH_DELIMITED:
                 self._function(start, end)
         if not has_graph:
             raise OnnxFileInvalid("it holds no graph")
         return self._file
+
+    def _opset(self, start: int, end: int) -> None:
+        domain, version = "", 0
+        for number, wire, begin, stop in self._message(start, end):
+            if number == 1 and wire == LENGTH_DELIMITED:
+                domain = self._text(begin, stop)
+            elif number == 2 and wire == VARINT:
+                version = begin
+        if domain in OWN_DOMAINS:
+            self._file.opset = version
 
     def _graph(self, start: int, end: int, depth: int) -> None:
         if depth > DEPTH_MAX:
@@ -135,7 +150,7 @@ class _Walk:
                 domain = self._text(begin, stop)
             elif number == 5:
                 attributes.append((begin, stop))
-        self._file.operators[f"{domain}.{operator}" if domain not in ("", "ai.onnx") else operator] += 1
+        self._file.operators[f"{domain}.{operator}" if domain not in OWN_DOMAINS else operator] += 1
         for begin, stop in attributes:
             self._attribute(operator, begin, stop, depth)
 

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nodes.engine.draw import DRAWS_AT_ONCE, draw
+from nodes.engine.logit_rows import LogitBlocks, LogitRows
 from nodes.engine.logprobs import RowLogprobs
 from nodes.engine.noise import noise_key, noise_of
 from nodes.engine.sampling import Sampled, SamplingState
@@ -37,16 +38,17 @@ FloatArray = npt.NDArray[np.float32]
 INVALID = -1  # instead of a token: the row's largest logit is not a finite number, or the grammar failed
 
 
-def sample(logits: FloatArray, states: SequenceOf[SamplingState]) -> list[Sampled]:
+def sample(logits: FloatArray, states: SequenceOf[SamplingState], blocks: LogitBlocks | None = None) -> list[Sampled]:
     """One token, or INVALID, per row; state.error says why where the fault is not the logits'.
 
-    logits: float32 [rows, vocabulary], may be overwritten. A grammar's mask is computed here where it was not before.
+    logits: float32 [rows, vocabulary], may be overwritten. blocks: of these rows, and of more after them maybe. A
+    grammar's mask is computed here where it was not before.
     """
     found: list[Sampled] = []
     drawing: list[int] = []  # rows
     logprobs: dict[int, RowLogprobs] = {}
     for index, (row, state) in enumerate(zip(logits, states, strict=True)):
-        token_id = _likeliest(row)
+        token_id = _likeliest(row, None if blocks is None else blocks.likeliest(index))
         if token_id != INVALID and state.params.logprobs is not None:
             is_row_kept = not state.changes_logits
             logprobs[index] = RowLogprobs(row, float(row[token_id]), state.params.logprobs, is_row_kept=is_row_kept)
@@ -56,27 +58,35 @@ def sample(logits: FloatArray, states: SequenceOf[SamplingState]) -> list[Sample
         if state.draws and token_id != INVALID:
             drawing.append(index)
     for start in range(0, len(drawing), DRAWS_AT_ONCE):
-        _draw(logits, states, drawing[start : start + DRAWS_AT_ONCE], found)
+        _draw(logits, blocks, states, drawing[start : start + DRAWS_AT_ONCE], found)
     for index, row_logprobs in logprobs.items():
         if found[index].token_id != INVALID:
             found[index].logprobs = row_logprobs.token(found[index].token_id)
     return found
 
 
-def _likeliest(row: FloatArray) -> int:
-    """The lowest id of the largest logit, or INVALID where that is not a finite number."""
-    best = int(row.argmax())
+def _likeliest(row: FloatArray, known: int | None = None) -> int:
+    """The lowest id of the largest logit, which may be known, or INVALID where that is not a finite number."""
+    best = int(row.argmax()) if known is None else known
     return best if math.isfinite(row[best]) else INVALID
 
 
-def _draw(logits: FloatArray, states: SequenceOf[SamplingState], drawing: list[int], found: list[Sampled]) -> None:
+def _draw(
+    logits: FloatArray,
+    blocks: LogitBlocks | None,
+    states: SequenceOf[SamplingState],
+    drawing: list[int],
+    found: list[Sampled],
+) -> None:
     """Replace the likeliest token of these rows by one that is drawn."""
     some = [states[index] for index in drawing]
     keys = [noise_key(state.params.seed, state.position, state.params.choice) for state in some]
     noise = noise_of(logits.shape[1]).of_keys(keys)
     likeliest = [found[index].token_id for index in drawing]
     params = [state.params for state in some]
-    token_ids = draw([logits[index] for index in drawing], likeliest, params, noise)
+    places = [None if states[index].changes_logits else index for index in drawing]
+    rows = LogitRows([logits[index] for index in drawing], blocks, places)
+    token_ids = draw(rows, likeliest, params, noise)
     for index, token_id in zip(drawing, token_ids, strict=True):
         found[index].token_id = token_id
 

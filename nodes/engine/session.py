@@ -27,6 +27,7 @@ from nodes.engine.cuda import (
 )
 from nodes.engine.devices import Provider
 from nodes.engine.graph import DecoderGraph, describe_graph
+from nodes.engine.graph_extension import extension
 from nodes.engine.huge_pages import collapse_new, private_regions
 from nodes.engine.kv_buffers import CudaKv, HostKv, KvBuffers, KvShape
 from nodes.engine.memory import KvNeeds, KvPlan, MemoryTooSmall
@@ -44,6 +45,8 @@ OnnxSession = SharedKvSession | ConcatKvSession
 KvFactory = Callable[[int, KvShape, Any], KvBuffers]
 
 CPU = "CPUExecutionProvider"
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # of a graph given as bytes
+EXTENDED_BYTES_MAX = 64 * 1024 * 1024  # of a graph's file: a larger one has its weights in it and stays out of memory
 COMPLAINT_CHARS_MAX = 200
 OUT_OF_MEMORY = re.compile(
     r"failed to allocate|bad[_ ]alloc|out of memory|OOM|cudaErrorMemoryAllocation", re.IGNORECASE
@@ -130,9 +133,9 @@ class _Loader:
         try:
             plan = self._plan(memory.available_host_bytes())
             regions = private_regions()
-            session = self._open([CPU], [{}])
+            session, is_extended = self._open_on_cpu()
             self._huge_page_bytes = collapse_new(regions)
-            return self._start(session, plan, HostKv)
+            return self._start(session, plan, HostKv, is_extended=is_extended)
         except MemoryTooSmall as exc:
             raise ModelFolderInvalid(folder.path, f"it does not fit into memory: {exc.reason}", exc.fix) from exc
         except ModelFolderInvalid:
@@ -145,7 +148,9 @@ class _Loader:
         runtime = prepare_cuda(device_index)
         try:
             plan = self._plan(runtime.free_bytes())
-            session = self._open([CUDA, CPU], [provider_options(device_index, self._limit_bytes), {}])
+            session = self._open(
+                str(self._folder.graph_file), [CUDA, CPU], [provider_options(device_index, self._limit_bytes), {}]
+            )
             if CUDA not in session.get_providers():
                 raise DeviceUnavailable(f"ONNX Runtime could not load its CUDA provider; {INSTALL_FIX}")
             return self._start(session, plan, partial(CudaKv, runtime=runtime))
@@ -165,30 +170,44 @@ class _Loader:
             limit_bytes=self._limit_bytes,
         )
 
-    def _open(self, providers: list[str], provider_settings: list[dict[str, str]]) -> Any:
+    def _open_on_cpu(self) -> tuple[Any, bool]:
+        """The session, and if its graph is extended: as a rule, where that serves."""
+        added, file = extension(self._graph), self._folder.graph_file
+        if added is not None and file.stat().st_size <= EXTENDED_BYTES_MAX:
+            try:
+                return self._open(file.read_bytes() + added, [CPU], [{}]), True
+            except Exception as exc:  # ONNX Runtime has no common root for what it raises
+                extra = {"graph": self._folder.graph_name, "reason": _first_line(exc)}
+                logger.info("the graph cannot be extended", extra=extra)
+        return self._open(str(file), [CPU], [{}]), False
+
+    def _open(self, graph: str | bytes, providers: list[str], provider_settings: list[dict[str, str]]) -> Any:
+        """graph: a path, or a file's content."""
         options = onnxruntime.SessionOptions()
+        if isinstance(graph, bytes):
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(self._folder.graph_file.parent))
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self._spinning else "0")
         options.log_severity_level = LOG_FATAL_ONLY
         return onnxruntime.InferenceSession(
-            str(self._folder.graph_file),
+            graph,
             options,
             providers=providers,
             provider_options=provider_settings,
             enable_fallback=0,
         )
 
-    def _start(self, session: Any, plan: KvPlan, kv: KvFactory) -> OnnxSession:
+    def _start(self, session: Any, plan: KvPlan, kv: KvFactory, *, is_extended: bool = False) -> OnnxSession:
         graph = self._graph
         loaded: OnnxSession
         if graph.kind == "shared":
             shape = (plan.slots, graph.kv_heads, plan.capacity, graph.head_size)
             buffers = kv(2 * graph.layers, shape, graph.kv_type)
-            loaded = SharedKvSession(session, graph, plan.slots, plan.capacity, buffers)
+            loaded = SharedKvSession(session, graph, plan.slots, plan.capacity, buffers, is_extended=is_extended)
         else:
             device = "cuda" if CUDA in session.get_providers() else "cpu"
-            loaded = ConcatKvSession(session, graph, plan.slots, plan.capacity, device)
+            loaded = ConcatKvSession(session, graph, plan.slots, plan.capacity, device, is_extended=is_extended)
         # One chunk and one decode step, so that the first request pays for no allocation and a graph that cannot run is
         # found now.
         loaded.prefill(0, np.zeros(min(2, plan.capacity), np.int64), 0)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from nodes.engine.block_outputs import BlockOutputs
 from nodes.engine.graph import LOGITS_TO_KEEP, NEWEST_KEYS, POSITION_IDS, TOTAL_LENGTH, DecoderGraph
 from nodes.engine.kv_buffers import KvBuffers
 from nodes.engine.kv_slots import BLOCK_TOKENS
@@ -38,8 +39,18 @@ class SharedKvSession:
     overwrites.
     """
 
-    def __init__(self, session: Any, graph: DecoderGraph, slots: int, capacity: int, kv: KvBuffers) -> None:
-        """kv: 2 x layers buffers of `slots` slots of `capacity` tokens."""
+    def __init__(
+        self,
+        session: Any,
+        graph: DecoderGraph,
+        slots: int,
+        capacity: int,
+        kv: KvBuffers,
+        *,
+        is_extended: bool = False,
+    ) -> None:
+        """kv: 2 x layers buffers of `slots` slots of `capacity` tokens. is_extended: the graph has the outputs of
+        nodes.engine.graph_extension."""
         self.slots = slots
         self.capacity = capacity
         self.vocabulary_size = graph.vocabulary_size
@@ -63,6 +74,8 @@ class SharedKvSession:
         self._newest: npt.NDArray[np.int32] = np.zeros(slots, np.int32)
         self._total: npt.NDArray[np.int32] = np.full(graph.total_length_shape, capacity, np.int32)
         self._logits = np.empty((slots, 1, graph.vocabulary_size), graph.logits_type)
+        self._block_outputs = BlockOutputs(self._logits) if is_extended else None
+        self.logit_blocks = None if self._block_outputs is None else self._block_outputs.blocks
 
         # Of one chunk.
         self._one: IntArray = np.ones((), np.int64)
@@ -158,6 +171,8 @@ class SharedKvSession:
             self._bind(binding, self._graph.names.attention_mask, (count, self.capacity), self._mask)
         self._bind_extra(binding, count, 1, self._positions, self._newest, self._total)
         self._bind_logits(binding, (count, 1, self.vocabulary_size), self._logits)
+        if self._block_outputs is not None:
+            self._block_outputs.bind(binding, count)
         return binding
 
     def _bind_kv(self, binding: Any, slot: int, count: int) -> None:

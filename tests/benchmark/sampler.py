@@ -1,9 +1,10 @@
 """Microseconds that the sampler takes for a row of logits, by vocabulary, shape of the logits and what is asked for.
 
 `python -m tests.benchmark.sampler [--rounds 300] [--only TEXT]` prints one JSON line per case: the median and the least
-over the rounds, a row, where one row is sampled and where 16 are together. Time is that of the processor on the one
-thread, so that others' load counts little: what remains of it is cold caches. Shapes: `peaked` is a trained model's row
-(a few likely tokens above N(0, 2)), `flat` is N(0, 3), that of a random model.
+over the rounds, a row, where one row is sampled and where 16 are together; `blocks` is true where the largest logit of
+each block is known (nodes.engine.logit_rows). Time is that of the processor on the one thread, so that others' load
+counts little: what remains of it is cold caches. Shapes: `peaked` is a trained model's row (a few likely tokens above
+N(0, 2)), `flat` is N(0, 3), that of a random model.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import json
 import statistics
 import time
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
 
+from nodes.engine.logit_rows import BLOCK_LOGITS, LogitBlocks
 from nodes.engine.sampler import sample
 from nodes.engine.sampling import SamplingParams, SamplingState
 
@@ -49,8 +52,11 @@ def rows(vocabulary: int, shape: str) -> npt.NDArray[np.float32]:
     return logits
 
 
-def measure(logits: npt.NDArray[np.float32], params: SamplingParams, count: int, rounds: int) -> tuple[float, float]:
+def measure(
+    logits: npt.NDArray[np.float32], params: SamplingParams, count: int, rounds: int, *, has_blocks: bool
+) -> tuple[float, float]:
     """Median and least microseconds a row, of `count` rows together."""
+    maxima, sums = logits.reshape(len(logits), -1, BLOCK_LOGITS).max(axis=2), logits.sum(axis=1)
     states = [SamplingState(replace(params, seed=seed), PROMPT, frozenset({2})) for seed in range(count)]
     changes = params.presence_penalty != 0.0
     seconds = []
@@ -58,8 +64,9 @@ def measure(logits: npt.NDArray[np.float32], params: SamplingParams, count: int,
         at = number * count % len(logits)
         rows = logits[at : at + count]
         rows = rows.copy() if changes else rows
+        blocks = LogitBlocks(rows, maxima[at : at + count], sums[at : at + count]) if has_blocks else None
         started = time.thread_time()
-        sampled = sample(rows, states)
+        sampled = sample(rows, states, blocks)
         seconds.append((time.thread_time() - started) / count)
         for state, each in zip(states, sampled, strict=True):
             state.accept(each.token_id)
@@ -75,9 +82,10 @@ def main() -> None:
         for shape in ("peaked", "flat"):
             logits = rows(vocabulary, shape)
             for name, params in CASES.items():
-                for count in (1, ROWS) if options.only in name else ():
-                    median, least = measure(logits, params, count, options.rounds)
-                    figures = {"rows": count, "median_us": round(median, 1), "least_us": round(least, 1)}
+                for count, has_blocks in product((1, ROWS), (False, True)) if options.only in name else ():
+                    median, least = measure(logits, params, count, options.rounds, has_blocks=has_blocks)
+                    figures: dict[str, float] = {"rows": count, "blocks": has_blocks}
+                    figures |= {"median_us": round(median, 1), "least_us": round(least, 1)}
                     print(json.dumps({"vocabulary": vocabulary, "logits": shape, "case": name} | figures), flush=True)
 
 

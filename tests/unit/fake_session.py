@@ -16,6 +16,7 @@ import trio.testing
 from nodes.engine.chat_template import ChatTemplate
 from nodes.engine.engine import Engine
 from nodes.engine.kv_slots import BLOCK_TOKENS
+from nodes.engine.logit_rows import LogitBlocks
 from nodes.engine.model_loader import LoadedModel
 from nodes.engine.sampling import SamplingParams
 from nodes.engine.sequence import EngineEvent
@@ -50,6 +51,7 @@ class FakeSession:
         self.prefill_tokens_max = chunk_blocks_max * BLOCK_TOKENS
         self.steady_rows_min = 1 if is_exact else 2
         self.vocabulary_size = VOCABULARY
+        self.logit_blocks: LogitBlocks | None = None
         self.recoveries = 0
         self.entered = 0  # decode and prefill calls begun
         self.prefilled = 0  # tokens computed by prefill

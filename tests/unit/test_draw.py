@@ -11,6 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from nodes.engine.draw import DRAWS_AT_ONCE, draw, largest
+from nodes.engine.logit_rows import LogitRows
 from nodes.engine.noise import DoubleArray, DrawsNoise, noise_key, noise_of
 from nodes.engine.sampling import SamplingParams
 
@@ -29,7 +30,7 @@ def naive_nucleus(scores: npt.NDArray[np.float64], is_kept: npt.NDArray[np.bool_
 
 
 def drawn(row: FloatArray, params: SamplingParams, key: int) -> int:
-    return draw([row], [int(row.argmax())], [params], noise_of(len(row)).of_keys([key]))[0]
+    return draw(LogitRows([row]), [int(row.argmax())], [params], noise_of(len(row)).of_keys([key]))[0]
 
 
 def naive_draw(row: FloatArray, params: SamplingParams, key: int) -> int:
@@ -172,7 +173,8 @@ def test_a_draw_gives_the_same_token_beside_others_as_alone(
     rows = [random_row(seed + index, size, spread) for index, (spread, _) in enumerate(spreads)]
     params = [each for _, each in spreads]
     keys = [noise_key(2, position) for position in range(len(rows))]
-    together = draw(rows, [int(row.argmax()) for row in rows], params, noise_of(size).of_keys(keys))
+    likeliest = [int(row.argmax()) for row in rows]
+    together = draw(LogitRows(rows), likeliest, params, noise_of(size).of_keys(keys))
     assert together == [drawn(row, each, key) for row, each, key in zip(rows, params, keys, strict=True)]
 
 

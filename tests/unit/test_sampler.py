@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nodes.engine import sampler
+from nodes.engine.logit_rows import BLOCK_LOGITS, LogitBlocks
 from nodes.engine.noise import noise_key, noise_of
 from nodes.engine.sampler import INVALID
-from nodes.engine.sampling import TOP_LOGPROBS_MAX, SamplingParams, SamplingState
+from nodes.engine.sampling import TOP_LOGPROBS_MAX, Sampled, SamplingParams, SamplingState
 
 VOCABULARY = 50
 
@@ -229,6 +230,48 @@ def test_logprobs_are_the_models_own_whatever_the_request_changes() -> None:
     assert sampled.logprobs.logprob == pytest.approx(expected[7], abs=1e-5)
     assert [token_id for token_id, _ in sampled.logprobs.top] == best.tolist()
     assert [logprob for _, logprob in sampled.logprobs.top] == pytest.approx(expected[best].tolist(), abs=1e-5)
+
+
+ASKED = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.7, 1.0, 1.5]),
+    top_p=st.sampled_from([1.0, 0.95, 0.3]),
+    top_k=st.sampled_from([0, 0, 1, 40, 700]),
+    min_p=st.sampled_from([0.0, 0.0, 0.05]),
+    seed=st.integers(0, 2**16),
+    presence_penalty=st.sampled_from([0.0, 0.0, 5.0]),
+    logit_bias=st.sampled_from([(), (), ((3, 100.0),)]),
+    logprobs=st.sampled_from([None, None, 3]),
+)
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    asked=st.lists(ASKED, min_size=1, max_size=20),
+    blocks=st.integers(1, 90),
+    spread=st.sampled_from([0.0, 0.1, 3.0, 30.0]),
+    broken=st.sampled_from([None, None, np.nan, np.inf, -np.inf]),
+)
+@settings(deadline=None, max_examples=200)
+def test_what_is_known_of_blocks_changes_no_token(
+    seed: int, asked: list[SamplingParams], blocks: int, spread: float, broken: float | None
+) -> None:
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(0, spread, (len(asked), blocks * BLOCK_LOGITS)).astype(np.float32)
+    if broken is not None:
+        rows[rng.integers(len(rows)), rng.integers(rows.shape[1])] = broken
+
+    def chosen(logits: npt.NDArray[np.float32], known: LogitBlocks | None) -> list[Sampled]:
+        states = [SamplingState(params, [1], EOS) for params in asked]
+        for state in states:
+            state.accept(2)
+        return sampler.sample(logits, states, known)
+
+    together = rows.copy()
+    with np.errstate(invalid="ignore"):
+        maxima = together.reshape(len(rows), -1, BLOCK_LOGITS).max(axis=2)
+        known = LogitBlocks(together, maxima, together.sum(axis=1))
+    assert chosen(together, known) == chosen(rows.copy(), None)
 
 
 @given(seed=st.integers(0, 2**32), top=st.integers(0, 25), spread=st.floats(0.01, 30))

@@ -15,7 +15,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from nodes.engine import devices, memory
+from nodes.engine import devices, graph_extension, memory
 from nodes.engine import session as session_module
 from nodes.engine.concat_kv_session import ConcatKvSession
 from nodes.engine.cuda import DeviceUnavailable
@@ -59,9 +59,16 @@ def session(request: pytest.FixtureRequest, folder: ModelFolder, optimum: ModelF
     return load(folder if request.param == "onnx" else optimum)
 
 
-@pytest.fixture(params=["onnx", "optimum"])
-def real(request: pytest.FixtureRequest, folder: ModelFolder, optimum: ModelFolder) -> OnnxSession:
-    return load(folder if request.param == "onnx" else optimum)
+@pytest.fixture(params=["onnx", "optimum", "onnx, extended", "optimum, extended"])
+def real(
+    request: pytest.FixtureRequest, folder: ModelFolder, optimum: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> OnnxSession:
+    kind, _, extended = request.param.partition(", ")
+    if extended:
+        monkeypatch.setattr(graph_extension, "VOCABULARY_MIN", 0)
+    loaded = load(folder if kind == "onnx" else optimum)
+    assert (loaded.logit_blocks is not None) == bool(extended)
+    return loaded
 
 
 def prefill(session: Session, slot: int, prompt: list[int]) -> Logits:
@@ -168,6 +175,73 @@ def test_a_slot_can_be_filled_to_its_last_row(session: Session) -> None:
     expected = prefill(session, 1, [*prompt, 9])
     prefill(session, 0, prompt)
     np.testing.assert_allclose(session.decode(np.array([9]), np.array([CAPACITY - 1]))[0], expected, atol=1e-4)
+
+
+def test_blocks_tell_of_the_logits_of_the_last_step(real: OnnxSession) -> None:
+    tokens = [int(prefill(real, slot, prompt).argmax()) for slot, prompt in enumerate(PROMPTS)]
+    lengths = np.array([len(prompt) for prompt in PROMPTS])
+    for count in (len(PROMPTS), 2, 1):
+        logits = real.decode(np.array(tokens[:count]), lengths[:count])
+        if (blocks := real.logit_blocks) is not None:
+            assert [blocks.likeliest(row) for row in range(count)] == logits.argmax(axis=1).tolist()
+            floors = np.sort(logits, axis=1)[:, -20]
+            for row, floor in enumerate(floors.tolist()):
+                assert blocks.reaching(row, floor).tolist() == np.flatnonzero(logits[row] >= floor).tolist()
+
+
+def test_extended_graphs_give_the_same_bits(
+    folder: ModelFolder, optimum: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for model in (folder, optimum):
+        plain = load(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(graph_extension, "VOCABULARY_MIN", 0)
+            extended = load(model)
+        for slot, prompt in enumerate(PROMPTS):
+            assert (prefill(plain, slot, prompt) == prefill(extended, slot, prompt)).all()
+        lengths = np.array([len(prompt) for prompt in PROMPTS])
+        for token in range(3, 12):
+            fed = np.full(len(PROMPTS), token)
+            assert (plain.decode(fed, lengths) == extended.decode(fed, lengths)).all()
+            lengths += 1
+
+
+def test_a_graph_that_cannot_be_extended_is_run_as_it_is(
+    folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(session_module, "extension", lambda graph: b"no protobuf")
+    with caplog.at_level(logging.INFO):
+        assert load(folder).logit_blocks is None
+    assert "the graph cannot be extended" in caplog.text
+
+
+def test_a_file_with_its_weights_in_it_is_not_read_into_memory(
+    folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_extension, "VOCABULARY_MIN", 0)
+    monkeypatch.setattr(session_module, "EXTENDED_BYTES_MAX", folder.graph_file.stat().st_size - 1)
+    assert load(folder).logit_blocks is None
+
+
+def test_weights_behind_the_links_of_a_hub_cache_are_found_though_the_graph_cannot_be_extended(
+    folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(graph_extension, "VOCABULARY_MIN", 0)
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "revision"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    model = onnx.load(str(folder.graph_file))
+    onnx.save(model, str(blobs / "model.onnx"), save_as_external_data=True, location="weights")
+    for file in folder.path.iterdir():
+        if file.name != "model.onnx":
+            shutil.copy(file, blobs / file.name)
+    for number, file in enumerate(sorted(blobs.iterdir())):
+        target = file.rename(blobs / f"{number:064x}")
+        (snapshot / file.name).symlink_to(Path("../../blobs") / target.name)
+    with caplog.at_level(logging.INFO):
+        session = load(read_model_folder(snapshot))
+    assert "the graph cannot be extended" in caplog.text
+    assert (prefill(session, 0, PROMPTS[0]) == prefill(load(folder), 0, PROMPTS[0])).all()
 
 
 def go_on(session: Session, slot_tokens: list[int], lengths: list[int], steps: int) -> list[list[int]]:
