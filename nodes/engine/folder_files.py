@@ -110,7 +110,14 @@ def _chat_template(path: Path, tokenizer_config: dict[str, Any]) -> str:
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
     if not isinstance(template, str):
-        raise ModelFolderInvalid(path, "it has no chat template", f"add the model's template as {TEMPLATE_FILE}")
+        where = (
+            ""
+            if (path / TOKENIZER_CONFIG_FILE).exists()
+            else f": neither {TEMPLATE_FILE} nor {TOKENIZER_CONFIG_FILE} is there"
+        )
+        raise ModelFolderInvalid(
+            path, f"it has no chat template{where}", f"add the model's template as {TEMPLATE_FILE}"
+        )
     return template
 
 

@@ -61,7 +61,7 @@ def read_model_folder(path: Path, variant: str | None = None, provider: Provider
     the provider runs best (nodes.engine.model_variants says what that is)."""
     if not path.is_dir():
         reason = "it is a file, not a folder" if path.exists() else "there is no such folder"
-        raise ModelFolderInvalid(path, reason, "pass the folder of a model with --model FOLDER")
+        raise ModelFolderInvalid(path, reason, "give the path of a model's folder")
     folder = _read_configuration(path, variant, provider)
     for file in (folder.graph_file, path / TOKENIZER_FILE):
         if not file.is_file():
