@@ -1,8 +1,8 @@
 """The token with the best score of each of several rows of logits, and whether it surely is of the nucleus.
 
-Several at once, because a call of numpy takes about as long as its work on one row. Two passes read whole rows, seldom
-three: the argmax that the caller has done, and a comparison with a floor, down to which tokens are looked at. Scores,
-noise and how few tokens can have the best one: nodes.engine.draw.
+Several at once, because a call of numpy takes about as long as its work on one row. Whole rows are read once, where
+nothing is known of their blocks: for a comparison with a floor, down to which tokens are looked at. Scores, noise and
+how few tokens can have the best one: nodes.engine.draw.
 
 Who wins a draw mostly lies well within the nucleus. To prove that, the tokens a little below it suffice: if they alone
 are more than what top_p may leave out beside those above it, it is of the nucleus.

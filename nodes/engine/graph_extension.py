@@ -15,7 +15,7 @@ from nodes.engine.graph import DecoderGraph
 from nodes.engine.logit_rows import BLOCK_LOGITS
 from nodes.engine.onnx_file import FLOAT, INT64, LENGTH_DELIMITED, VARINT
 
-# int32-like names of the outputs: [batch, tokens, blocks] and [batch, tokens], float32.
+# Names of the outputs: [batch, tokens, blocks] and [batch, tokens], float32.
 MAXIMA = "ai_cluster/block_maxima"
 SUMS = "ai_cluster/logit_sums"
 

@@ -26,9 +26,9 @@ class LogitBlocks:
     def __init__(self, logits: FloatArray, maxima: FloatArray, sums: FloatArray) -> None:
         """logits: [rows, vocabulary], one after the other in memory, the vocabulary a multiple of BLOCK_LOGITS. maxima:
         [rows, blocks]. sums: [rows], of all logits of a row: no number where one of these is none, and then the maxima
-        mean nothing."""
-        self._blocks = logits.view()
-        self._blocks.shape = (-1, BLOCK_LOGITS)  # raises where reshape() would copy
+        mean nothing. All are looked at when something is asked."""
+        assert logits.flags.c_contiguous, "blocks would be a copy"
+        self._blocks = logits.reshape(-1, BLOCK_LOGITS)
         self._maxima = maxima
         self._sums = sums
 
@@ -57,7 +57,7 @@ class LogitBlocks:
         if count > len(maxima):
             return None
         floor = float(np.partition(maxima, len(maxima) - count)[len(maxima) - count])
-        return self.reaching(row, floor) if floor > -math.inf else None
+        return self.reaching(row, floor) if floor > -math.inf else None  # else all of the row would be
 
 
 class LogitRows:

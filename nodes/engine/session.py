@@ -46,7 +46,8 @@ KvFactory = Callable[[int, KvShape, Any], KvBuffers]
 
 CPU = "CPUExecutionProvider"
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # of a graph given as bytes
-EXTENDED_BYTES_MAX = 64 * 1024 * 1024  # of a graph's file: a larger one has its weights in it and stays out of memory
+# Of a graph's file, which ONNX Runtime's Python layer keeps as long as the session: a larger one has its weights in it.
+EXTENDED_BYTES_MAX = 8 * 1024 * 1024
 COMPLAINT_CHARS_MAX = 200
 OUT_OF_MEMORY = re.compile(
     r"failed to allocate|bad[_ ]alloc|out of memory|OOM|cudaErrorMemoryAllocation", re.IGNORECASE
@@ -171,14 +172,14 @@ class _Loader:
         )
 
     def _open_on_cpu(self) -> tuple[Any, bool]:
-        """The session, and if its graph is extended: as a rule, where that serves."""
+        """The session, and whether its graph is extended."""
         added, file = extension(self._graph), self._folder.graph_file
         if added is not None and file.stat().st_size <= EXTENDED_BYTES_MAX:
             try:
                 return self._open(file.read_bytes() + added, [CPU], [{}]), True
             except Exception as exc:  # ONNX Runtime has no common root for what it raises
                 extra = {"graph": self._folder.graph_name, "reason": _first_line(exc)}
-                logger.info("the graph cannot be extended", extra=extra)
+                logger.info("the graph is loaded without what would be added to it", extra=extra)
         return self._open(str(file), [CPU], [{}]), False
 
     def _open(self, graph: str | bytes, providers: list[str], provider_settings: list[dict[str, str]]) -> Any:
@@ -227,6 +228,7 @@ class _Loader:
             "graph_reason": _graph_reason(self._folder),
             "precision": str(self._folder.precision),
             "kv": graph.kind,
+            "is_graph_extended": is_extended,
             "slots": plan.slots,
             "capacity": plan.capacity,
             "kv_bytes": plan.kv_bytes,

@@ -16,7 +16,7 @@ import trio.testing
 from nodes.engine.chat_template import ChatTemplate
 from nodes.engine.engine import Engine
 from nodes.engine.kv_slots import BLOCK_TOKENS
-from nodes.engine.logit_rows import LogitBlocks
+from nodes.engine.logit_rows import BLOCK_LOGITS, LogitBlocks
 from nodes.engine.model_loader import LoadedModel
 from nodes.engine.sampling import SamplingParams
 from nodes.engine.sequence import EngineEvent
@@ -42,7 +42,13 @@ class FakeSession:
     """
 
     def __init__(
-        self, slots: int = 4, capacity: int = CAPACITY, *, is_exact: bool = True, chunk_blocks_max: int = 1
+        self,
+        slots: int = 4,
+        capacity: int = CAPACITY,
+        *,
+        is_exact: bool = True,
+        chunk_blocks_max: int = 1,
+        has_blocks: bool = False,
     ) -> None:
         self.slots = slots
         self.capacity = capacity
@@ -51,7 +57,8 @@ class FakeSession:
         self.prefill_tokens_max = chunk_blocks_max * BLOCK_TOKENS
         self.steady_rows_min = 1 if is_exact else 2
         self.vocabulary_size = VOCABULARY
-        self.logit_blocks: LogitBlocks | None = None
+        self.logit_blocks: LogitBlocks | None = None  # of each decode() with has_blocks
+        self._has_blocks = has_blocks
         self.recoveries = 0
         self.entered = 0  # decode and prefill calls begun
         self.prefilled = 0  # tokens computed by prefill
@@ -79,7 +86,14 @@ class FakeSession:
         self._enter()
         self.batches.append(len(token_ids))
         self._rows[np.arange(len(token_ids)), lengths] = token_ids
-        return np.stack([self._logits(slot, int(length) + 1) for slot, length in enumerate(lengths)])
+        logits = np.stack([self._logits(slot, int(length) + 1) for slot, length in enumerate(lengths)])
+        if self._has_blocks:
+            self.logit_blocks = self._blocks_of(logits)
+        return logits
+
+    def _blocks_of(self, logits: FloatArray) -> LogitBlocks:
+        maxima = logits.reshape(len(logits), -1, BLOCK_LOGITS).max(axis=2)
+        return LogitBlocks(logits, maxima, logits.sum(axis=1))
 
     def prefill(self, slot: int, token_ids: IntArray, start: int) -> FloatArray:
         self._enter()

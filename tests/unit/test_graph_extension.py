@@ -27,15 +27,15 @@ def described(tmp_path_factory: pytest.TempPathFactory) -> DecoderGraph:
     return replace(graph, vocabulary_size=VOCABULARY)
 
 
-def graph_of_logits(opset: int) -> onnx.ModelProto:
-    """logits = input."""
+def graph_of_logits(opset: int, domain: str = "", *, is_first: bool = False) -> onnx.ModelProto:
+    """logits = input. domain: as which the opset of ONNX's own operators is written, before that of others or after."""
     values = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "tokens", VOCABULARY])
         for name in ("given", "logits")
     ]
     graph = helper.make_graph([helper.make_node("Identity", ["given"], ["logits"])], "main", values[:1], values[1:])
-    versions = [helper.make_opsetid("com.microsoft", 1), helper.make_opsetid("", opset)]
-    return helper.make_model(graph, opset_imports=versions, ir_version=8)
+    versions = [helper.make_opsetid("com.microsoft", 1), helper.make_opsetid(domain, opset)]
+    return helper.make_model(graph, opset_imports=versions[::-1] if is_first else versions, ir_version=8)
 
 
 @pytest.mark.parametrize("opset", [13, 17, 18, 21])
@@ -79,6 +79,9 @@ def test_a_graph_that_it_would_not_serve_is_left_alone(described: DecoderGraph, 
     assert extension(replace(described, **{"opset": 21} | change)) is None  # type: ignore[arg-type]
 
 
-def test_the_opset_is_that_of_onnx_itself(tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(graph_of_logits(17).SerializeToString())
+@pytest.mark.parametrize("domain", ["", "ai.onnx"])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_the_opset_is_that_of_onnx_itself(tmp_path: Path, domain: str, is_first: bool) -> None:
+    graph = graph_of_logits(17, domain, is_first=is_first)
+    (tmp_path / "model.onnx").write_bytes(graph.SerializeToString())
     assert read_onnx_file(tmp_path / "model.onnx").opset == 17

@@ -102,5 +102,5 @@ def test_a_row_that_was_changed_is_read() -> None:
 def test_rows_that_are_not_one_after_the_other_are_refused() -> None:
     """They would be copied, and the copy not follow the next step."""
     logits = random_logits(3, 4, 4, has_ties=False)
-    with pytest.raises(AttributeError):
+    with pytest.raises(AssertionError):
         LogitBlocks(logits[:, : 2 * BLOCK_LOGITS], np.zeros((4, 2), np.float32), np.zeros(4, np.float32))

@@ -10,6 +10,8 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,10 +19,11 @@ from hypothesis import strategies as st
 from nodes.engine.errors import EngineFault
 from nodes.engine.executor import Executor
 from nodes.engine.kv_slots import BLOCK_TOKENS
+from nodes.engine.logit_rows import BLOCK_LOGITS, LogitBlocks
 from nodes.engine.sampling import SamplingParams
 from nodes.engine.scheduler import Scheduler
 from nodes.engine.sequence import Phase, Sequence
-from tests.unit.fake_session import CAPACITY, FakeSession
+from tests.unit.fake_session import CAPACITY, VOCABULARY, FakeSession
 from tests.unit.test_sequence import LetterDecoder
 
 REQUESTS = 12
@@ -30,8 +33,9 @@ TICKS_MAX = 20_000
 class Traffic:
     """A scheduler, its executor and the session that they run."""
 
-    def __init__(self, slots: int, *, is_exact: bool, chunk_blocks_max: int = 1) -> None:
-        self.session = FakeSession(slots, is_exact=is_exact, chunk_blocks_max=chunk_blocks_max)
+    def __init__(self, session: FakeSession) -> None:
+        self.session = session
+        slots, is_exact = session.slots, session.is_exact
         chunk_tokens_max = self.session.prefill_tokens_max
         self.scheduler = Scheduler(slots, REQUESTS, mixes_rows=is_exact, chunk_tokens_max=chunk_tokens_max)
         self.executor = Executor(self.session)
@@ -70,7 +74,7 @@ def request(ids: list[int], params: SamplingParams, generated: list[int], *, rep
 
 
 def alone(ids: list[int], params: SamplingParams) -> list[int]:
-    traffic = Traffic(1, is_exact=True)
+    traffic = Traffic(FakeSession(1))
     one = request(ids, params, [], replays=False)
     traffic.scheduler.submit(one)
     while traffic.tick():
@@ -79,12 +83,33 @@ def alone(ids: list[int], params: SamplingParams) -> list[int]:
     return one.generated_ids
 
 
+class MisleadingSession(FakeSession):
+    """Says that the largest logit is one of the last block."""
+
+    def _blocks_of(self, logits: npt.NDArray[np.float32]) -> LogitBlocks:
+        maxima = np.zeros((len(logits), VOCABULARY // BLOCK_LOGITS), np.float32)
+        maxima[:, -1] = 1.0
+        return LogitBlocks(logits, maxima, logits.sum(axis=1))
+
+
+def test_tokens_are_looked_for_where_the_session_says_that_they_are() -> None:
+    traffic = Traffic(MisleadingSession(1, has_blocks=True))
+    one = request([3, 4], SamplingParams(temperature=0.0, max_tokens=5), [], replays=False)
+    traffic.scheduler.submit(one)
+    while traffic.tick():
+        pass
+    traffic.executor.close()
+    assert len(one.generated_ids) == 5
+    assert min(one.generated_ids[1:]) >= VOCABULARY - BLOCK_LOGITS  # the first is of the prompt's last chunk
+
+
 @settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), slots=st.integers(1, 4), is_exact=st.booleans(), is_calm=st.booleans())
 def test_every_request_gets_what_it_gets_alone(seed: int, slots: int, is_exact: bool, is_calm: bool) -> None:
     """is_calm: nobody leaves early and no step breaks, so that every answer is whole."""
     rng = random.Random(seed)
-    traffic = Traffic(slots, is_exact=is_exact, chunk_blocks_max=rng.choice([1, 2, 4]))
+    blocks_max, has_blocks = rng.choice([1, 2, 4]), rng.random() < 0.5
+    traffic = Traffic(FakeSession(slots, is_exact=is_exact, chunk_blocks_max=blocks_max, has_blocks=has_blocks))
     scheduler = traffic.scheduler
     beginnings = [[rng.randrange(3, 500) for _ in range(250)] for _ in range(2)]
     waiting: list[tuple[Sequence, list[int]]] = []

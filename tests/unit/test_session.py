@@ -189,6 +189,27 @@ def test_blocks_tell_of_the_logits_of_the_last_step(real: OnnxSession) -> None:
                 assert blocks.reaching(row, floor).tolist() == np.flatnonzero(logits[row] >= floor).tolist()
 
 
+def with_a_token_that_is_no_number(model: onnx.ModelProto) -> None:
+    """The logit of one token is none, whatever the context."""
+    for value in model.graph.initializer:
+        if value.name.startswith("lm_head"):
+            weights = numpy_helper.to_array(value).copy()
+            weights[..., 300] = np.nan
+            value.CopyFrom(numpy_helper.from_array(weights, value.name))
+
+
+def test_blocks_tell_of_a_single_logit_that_is_no_number(
+    folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_extension, "VOCABULARY_MIN", 0)
+    session = load(changed(folder, tmp_path, with_a_token_that_is_no_number))
+    token = int(np.nanargmax(prefill(session, 0, PROMPTS[0])))
+    logits = session.decode(np.array([token]), np.array([len(PROMPTS[0])]))
+    assert np.flatnonzero(np.isnan(logits[0])).tolist() == [300]
+    assert session.logit_blocks is not None
+    assert session.logit_blocks.likeliest(0) is None
+
+
 def test_extended_graphs_give_the_same_bits(
     folder: ModelFolder, optimum: ModelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,7 +233,7 @@ def test_a_graph_that_cannot_be_extended_is_run_as_it_is(
     monkeypatch.setattr(session_module, "extension", lambda graph: b"no protobuf")
     with caplog.at_level(logging.INFO):
         assert load(folder).logit_blocks is None
-    assert "the graph cannot be extended" in caplog.text
+    assert "the graph is loaded without" in caplog.text
 
 
 def test_a_file_with_its_weights_in_it_is_not_read_into_memory(
@@ -223,24 +244,37 @@ def test_a_file_with_its_weights_in_it_is_not_read_into_memory(
     assert load(folder).logit_blocks is None
 
 
+def with_weights_beside(folder: ModelFolder, out: Path) -> None:
+    """The same folder with its weights in a file of their own."""
+    shutil.copytree(folder.path, out, ignore=shutil.ignore_patterns("model.onnx"))
+    onnx.save(
+        onnx.load(str(folder.graph_file)), str(out / "model.onnx"), save_as_external_data=True, location="weights"
+    )
+
+
+def test_an_extended_graph_finds_its_weights_beside_it(
+    folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_extension, "VOCABULARY_MIN", 0)
+    with_weights_beside(folder, tmp_path / "beside")
+    session = load(read_model_folder(tmp_path / "beside"))
+    assert session.logit_blocks is not None
+    assert (prefill(session, 0, PROMPTS[0]) == prefill(load(folder), 0, PROMPTS[0])).all()
+
+
 def test_weights_behind_the_links_of_a_hub_cache_are_found_though_the_graph_cannot_be_extended(
     folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(graph_extension, "VOCABULARY_MIN", 0)
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "revision"
-    blobs.mkdir()
     snapshot.mkdir(parents=True)
-    model = onnx.load(str(folder.graph_file))
-    onnx.save(model, str(blobs / "model.onnx"), save_as_external_data=True, location="weights")
-    for file in folder.path.iterdir():
-        if file.name != "model.onnx":
-            shutil.copy(file, blobs / file.name)
+    with_weights_beside(folder, blobs)
     for number, file in enumerate(sorted(blobs.iterdir())):
         target = file.rename(blobs / f"{number:064x}")
         (snapshot / file.name).symlink_to(Path("../../blobs") / target.name)
     with caplog.at_level(logging.INFO):
         session = load(read_model_folder(snapshot))
-    assert "the graph cannot be extended" in caplog.text
+    assert "the graph is loaded without" in caplog.text
     assert (prefill(session, 0, PROMPTS[0]) == prefill(load(folder), 0, PROMPTS[0])).all()
 
 

@@ -98,7 +98,7 @@ class Contestant:
         """
         engine = await self.engine(slots)
         params = [SamplingParams(temperature, top_p, index, tokens + 2 * n, ignore_eos=True) for index in range(n)]
-        batch = Batch(engine, seed, params, SHORT_PROMPT_TOKENS - n // 2)
+        batch = Batch(engine, seed, params, SHORT_PROMPT_TOKENS - (n - 1) // 2)
         self._clock.runs.clear()
         self._clock.is_on = True
         async with trio.open_nursery() as nursery:
