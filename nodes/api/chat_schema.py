@@ -10,7 +10,7 @@ from pydantic import Field
 
 from nodes.api.constraints import CONSTRAINT_FAULTS, Constraint, ConstraintFields, ResponseFormat, constraint_of
 from nodes.api.forced_calls import calls_grammar
-from nodes.api.schema import CHARS_SHOWN, TOKENS_MAX, Body, GenerationBody, parse
+from nodes.api.schema import CHARS_SHOWN, TOKENS_MAX, VLLM_NOT_SERVED, Body, GenerationBody, parse
 from nodes.api.tool_schema import OfferedTools, ToolChoice, ToolList, choice_fault, offered_tools
 from nodes.generation import GenerateRequest, RequestInvalid
 
@@ -20,7 +20,10 @@ CALLS_MAX = 128  # of tools, in one message
 TOP_LOGPROBS_MAX = 20  # as OpenAI's API
 METADATA_MAX = 16
 
-NOT_SERVED: dict[str, tuple[Any, ...]] = {
+NOT_SERVED: dict[str, tuple[Any, ...]] = VLLM_NOT_SERVED | {
+    "add_special_tokens": (False,),
+    "best_of": (1,),
+    "echo": (False,),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from nodes.api.answering import Asked
 from nodes.api.constraints import CONSTRAINT_FAULTS, ConstraintFields, constraint_of
-from nodes.api.schema import TOKENS_MAX, GenerationBody, parse
+from nodes.api.schema import TOKENS_MAX, VLLM_NOT_SERVED, GenerationBody, parse
 from nodes.api.texts_or_ids import texts_or_ids_fault
 from nodes.generation import GenerateRequest, RequestInvalid
 
@@ -20,7 +20,7 @@ PROMPT_IDS_MAX = 2**20  # more than the context of any model
 LOGPROBS_MAX = 5  # as OpenAI's API
 MAX_TOKENS_DEFAULT = 16  # as OpenAI's API, which differs here from chat completions
 
-NOT_SERVED: dict[str, tuple[Any, ...]] = {"suffix": ("",)}
+NOT_SERVED: dict[str, tuple[Any, ...]] = VLLM_NOT_SERVED | {"add_special_tokens": (True,), "suffix": ("",)}
 
 PromptId = Annotated[int, Field(ge=0, le=TOKENS_MAX)]
 PromptIds = Annotated[list[PromptId], Field(fail_fast=True, min_length=1, max_length=PROMPT_IDS_MAX)]

@@ -105,6 +105,29 @@ class GenerationBody(Body):
         )
 
 
+# What vLLM documents beyond OpenAI's fields, that would change the answer and is not honoured, with the values that ask
+# for nothing.
+VLLM_NOT_SERVED: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "stop_token_ids": ([],),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+}
+
 BodyType = TypeVar("BodyType", bound=Body)
 
 

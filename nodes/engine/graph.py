@@ -110,17 +110,23 @@ def read_graph_file(folder: GraphPlace) -> OnnxFile:
 
 
 def check_external_files(folder: GraphPlace, graph: OnnxFile) -> tuple[Path, ...]:
-    """The files in which the graph has its weights, by name. Raises ModelFolderInvalid for one that is missing or that
-    leads out of the folder: a graph is foreign, and what it names is read into memory."""
+    """The files in which the graph has its weights, by name. Raises ModelFolderInvalid for one that is missing or cut
+    off, or that leads out of the folder: a graph is foreign, and what it names is read into memory."""
     files = []
-    for location in sorted(graph.external_files):
+    for location, needed_bytes in sorted(graph.external_files.items()):
         file = folder.graph_file.parent / location
         if Path(location).is_absolute() or "\0" in location or not _is_inside(file, folder.path):
             reason = f"{folder.graph_name} has weights in {location[:200]!r}, which is outside the folder"
-            raise ModelFolderInvalid(folder.path, reason, "do not use this model: an honest one has them beside it")
+            raise ModelFolderInvalid(
+                folder.path, reason, "copy them beside it if they are yours, else do not use this model"
+            )
         if not file.is_file():
             reason = f"{location} is missing, in which {folder.graph_name} has its weights"
             raise ModelFolderInvalid(folder.path, reason, BUILD_FIX)
+        if (found_bytes := file.stat().st_size) < needed_bytes:
+            needs = f"{folder.graph_name} needs {needed_bytes} bytes of it"
+            reason = f"{location} is cut off: {needs}, and {found_bytes} are there"
+            raise ModelFolderInvalid(folder.path, reason, "copy or download it again")
         files.append(file)
     return tuple(files)
 

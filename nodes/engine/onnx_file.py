@@ -8,6 +8,7 @@ their meaning.
 from __future__ import annotations
 
 import mmap
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ VARINT, FIXED_64, LENGTH_DELIMITED, FIXED_32 = 0, 1, 2, 5
 # onnx.TensorProto.DataType
 FLOAT, UINT8, INT8, INT32, INT64, FLOAT16, BFLOAT16, UINT4, INT4 = 1, 2, 3, 6, 7, 10, 16, 21, 22
 EXTERNAL = 1  # TensorProto.data_location
+DIGITS = re.compile(r"[0-9]{1,18}")  # of a place in a file
 OWN_DOMAINS = ("", "ai.onnx")  # ONNX's own operators
 
 
@@ -47,14 +49,15 @@ class OnnxFile:
 
     operators: how often each is used; one that is not ONNX's own as `domain.Operator`. element_types: of the
     constants and weights. integers: the values that attributes of operators have, by `Operator.attribute`.
-    external_files: locations as they are written, relative to the file's folder if the file is an honest one. opset:
-    the version of ONNX's own operators, 0 where it is not said.
+    external_files: locations as they are written, relative to the file's folder if the file is an honest one, and how
+    many bytes each has at least, as far as the graph says. opset: the version of ONNX's own operators, 0 where it is
+    not said.
     """
 
     operators: Counter[str] = field(default_factory=Counter)
     element_types: set[int] = field(default_factory=set)
     integers: dict[str, set[int]] = field(default_factory=dict)
-    external_files: set[str] = field(default_factory=set)
+    external_files: dict[str, int] = field(default_factory=dict)
     opset: int = 0
     inputs: dict[str, OnnxValue] = field(default_factory=dict)
     outputs: dict[str, OnnxValue] = field(default_factory=dict)
@@ -172,29 +175,34 @@ class _Walk:
 
     def _tensor(self, start: int, end: int) -> str:
         """Its name, which may be empty."""
-        name, locations, is_external = "", set(), False
+        name, is_external = "", False
+        place: dict[str, str] = {}  # location, offset and length, as texts
         for number, wire, begin, stop in self._message(start, end):
             if number == 2 and wire == VARINT:
                 self._file.element_types.add(begin)
             elif number == 8 and wire == LENGTH_DELIMITED:
                 name = self._text(begin, stop)
             elif number == 13 and wire == LENGTH_DELIMITED:
-                locations |= self._location(begin, stop)
+                place |= self._entry(begin, stop)
             elif number == 14 and wire == VARINT:
                 is_external = begin == EXTERNAL
-        if is_external and not locations:
+        location = place.get("location")
+        if is_external and location is None:
             raise OnnxFileInvalid(f"tensor {name[:100]} has its data in a file that is not named")
-        self._file.external_files |= locations
+        if location is not None:
+            needed = sum(int(digits) for key in ("offset", "length") if DIGITS.fullmatch(digits := place.get(key, "")))
+            self._file.external_files[location] = max(needed, self._file.external_files.get(location, 0))
         return name
 
-    def _location(self, start: int, end: int) -> set[str]:
+    def _entry(self, start: int, end: int) -> dict[str, str]:
+        """Of external_data."""
         key = value = ""
         for number, wire, begin, stop in self._message(start, end):
             if number == 1 and wire == LENGTH_DELIMITED:
                 key = self._text(begin, stop)
             elif number == 2 and wire == LENGTH_DELIMITED:
                 value = self._text(begin, stop)
-        return {value} if key == "location" else set()
+        return {key: value}
 
     def _sparse_tensor(self, start: int, end: int) -> None:
         for number, wire, begin, stop in self._message(start, end):

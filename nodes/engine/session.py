@@ -179,7 +179,7 @@ class _Loader:
                 return self._open(file.read_bytes() + added, [CPU], [{}]), True
             except Exception as exc:  # ONNX Runtime has no common root for what it raises
                 extra = {"graph": self._folder.graph_name, "reason": _first_line(exc)}
-                logger.info("the graph is loaded without what would be added to it", extra=extra)
+                logger.info("the graph cannot tell where its logits are large: all are read", extra=extra)
         return self._open(str(file), [CPU], [{}]), False
 
     def _open(self, graph: str | bytes, providers: list[str], provider_settings: list[dict[str, str]]) -> Any:

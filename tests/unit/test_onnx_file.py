@@ -28,7 +28,7 @@ def test_it_says_what_onnx_says(graph_file: Path) -> None:
     assert dict(found.operators) == {name: names.count(name) for name in set(names)}
     assert found.element_types == {constant.data_type for constant in graph.initializer}
     assert found.integers == {"Cast.to": {TensorProto.INT32}}
-    assert found.external_files == set()
+    assert found.external_files == {}
     assert list(found.inputs) == [value.name for value in graph.input]
     assert list(found.outputs) == [value.name for value in graph.output]
     assert found.inputs["past_key_values.1.value"] == OnnxValue(
@@ -41,7 +41,8 @@ def test_external_files_are_found_wherever_a_tensor_may_be(tmp_path: Path) -> No
     def tensor(name: str) -> onnx.TensorProto:
         made = helper.make_tensor(name, TensorProto.FLOAT16, [0], b"", raw=True)
         made.data_location = TensorProto.EXTERNAL
-        made.external_data.add(key="offset", value="0")
+        made.external_data.add(key="offset", value="4096")
+        made.external_data.add(key="length", value=str(len(name)))
         made.external_data.add(key="location", value=f"{name}.bin")
         return made
 
@@ -60,7 +61,7 @@ def test_external_files_are_found_wherever_a_tensor_may_be(tmp_path: Path) -> No
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
     found = read_onnx_file(tmp_path / "model.onnx")
     places = ("attribute", "function", "graph", "indices", "sparse", "subgraph")
-    assert sorted(found.external_files) == [f"in_{place}.bin" for place in places]
+    assert found.external_files == {f"in_{place}.bin": 4096 + len(f"in_{place}") for place in places}
     assert found.element_types == {TensorProto.FLOAT16}
     assert found.operators["Constant"] == 2
 

@@ -66,6 +66,13 @@ def test_fields_that_ask_for_nothing_are_accepted() -> None:
         "safety_identifier": "x",
         "prompt_cache_key": "y",
         "parallel_tool_calls": True,
+        "stop_token_ids": [],
+        "allowed_token_ids": None,
+        "chat_template_kwargs": {},
+        "skip_special_tokens": True,
+        "use_beam_search": False,
+        "length_penalty": 1.0,
+        "best_of": 1,
     }
     assert generate(**nothing).sampling == generate().sampling
     assert generate(**nothing).tools == ""
@@ -252,6 +259,12 @@ def test_a_schema_and_tools_together_allow_either() -> None:
         ({"store": True}, "store"),
         ({"service_tier": "flex"}, "service_tier"),
         ({"metadata": {"k": 5}}, "metadata"),
+        ({"stop_token_ids": [5]}, "stop_token_ids"),
+        ({"allowed_token_ids": [5, 6]}, "allowed_token_ids"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+        ({"skip_special_tokens": False}, "skip_special_tokens"),
+        ({"use_beam_search": True}, "use_beam_search"),
+        ({"best_of": 3}, "best_of"),
         ({"metadata": {str(i): "v" for i in range(17)}}, "metadata"),
         ({"top_k": -2}, "top_k"),
         ({"min_p": 2}, "min_p"),

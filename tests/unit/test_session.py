@@ -233,7 +233,7 @@ def test_a_graph_that_cannot_be_extended_is_run_as_it_is(
     monkeypatch.setattr(session_module, "extension", lambda graph: b"no protobuf")
     with caplog.at_level(logging.INFO):
         assert load(folder).logit_blocks is None
-    assert "the graph is loaded without" in caplog.text
+    assert "the graph cannot tell" in caplog.text
 
 
 def test_a_file_with_its_weights_in_it_is_not_read_into_memory(
@@ -274,7 +274,7 @@ def test_weights_behind_the_links_of_a_hub_cache_are_found_though_the_graph_cann
         (snapshot / file.name).symlink_to(Path("../../blobs") / target.name)
     with caplog.at_level(logging.INFO):
         session = load(read_model_folder(snapshot))
-    assert "the graph is loaded without" in caplog.text
+    assert "the graph cannot tell" in caplog.text
     assert (prefill(session, 0, PROMPTS[0]) == prefill(load(folder), 0, PROMPTS[0])).all()
 
 
@@ -643,6 +643,16 @@ def test_a_graph_that_cannot_be_loaded_is_named_in_one_line(
         load(broken)
     assert "\n" not in str(raised.value)
     assert capfd.readouterr() == ("", "")
+
+
+def test_external_weights_that_are_cut_off_are_told_before_they_are_loaded(folder: ModelFolder, tmp_path: Path) -> None:
+    with_weights_beside(folder, tmp_path / "beside")
+    weights = tmp_path / "beside" / "weights"
+    size = weights.stat().st_size
+    with weights.open("r+b") as stream:
+        stream.truncate(size - 1)
+    with pytest.raises(ModelFolderInvalid, match=rf"weights is cut off.* {size} bytes of it, and {size - 1} are there"):
+        read_model_folder(tmp_path / "beside")
 
 
 def test_external_weights_that_are_missing_are_named(folder: ModelFolder, tmp_path: Path) -> None:
