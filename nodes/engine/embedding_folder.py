@@ -189,7 +189,8 @@ def load_embedding_model(folder: EmbeddingFolder) -> LoadedEmbeddingModel:
         fingerprint = fingerprint_of_parts(files, (repr(decides).encode(),))
     except OSError as exc:
         reason = f"{Path(str(exc.filename)).name} cannot be read ({exc.strerror})"
-        raise ModelFolderInvalid(folder.path, reason, "copy the folder again") from exc
+        fix = "make it readable" if isinstance(exc, PermissionError) else "copy the folder again"
+        raise ModelFolderInvalid(folder.path, reason, fix) from exc
     return LoadedEmbeddingModel(
         fingerprint, tokenizer, vocabulary_size, folder.context_length, folder.is_lower_case, weight_bytes
     )

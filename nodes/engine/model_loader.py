@@ -116,7 +116,8 @@ def load_model(folder: ModelFolder) -> LoadedModel:
         fingerprint = fingerprint_of(folder)
     except OSError as exc:
         reason = f"{Path(str(exc.filename)).name} cannot be read ({exc.strerror})"
-        raise ModelFolderInvalid(folder.path, reason, BUILD_FIX) from exc
+        fix = "make it readable" if isinstance(exc, PermissionError) else BUILD_FIX
+        raise ModelFolderInvalid(folder.path, reason, fix) from exc
     return LoadedModel(fingerprint, folder.eos_ids, tokenizer, template, weight_bytes, folder.temperature, folder.top_p)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import onnx
 import pytest
 
+from nodes.engine import model_loader
 from nodes.engine.model_loader import (
     ModelFolderInvalid,
     TensorNames,
@@ -120,6 +121,19 @@ def test_a_broken_folder_is_one_line_that_names_the_thing_and_the_fix(
     message = str(raised.value)
     assert [word for word in [str(folder), raised.value.fix, *words] if word not in message] == []
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(("fault", "fix"), [(PermissionError, "make it readable"), (OSError, "copy it again")])
+def test_weights_that_cannot_be_read_are_told_with_what_helps(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, fault: type[OSError], fix: str
+) -> None:
+    def refuse(folder: object) -> str:
+        raise fault(5, "it does not want to", "/somewhere/model.onnx.data")
+
+    read = read_model_folder(folder)
+    monkeypatch.setattr(model_loader, "fingerprint_of", refuse)
+    with pytest.raises(ModelFolderInvalid, match=rf"model.onnx.data cannot be read \(it does not want to\).*{fix}"):
+        load_model(read)
 
 
 def test_a_file_is_no_folder(folder: Path) -> None:
