@@ -64,7 +64,7 @@ def find_best(
         row.take(ids, out=values, mode="clip")  # all are valid; other modes copy once more
     hit_scores = distances(hit_values, peaks[:, None], temperatures[:, None])
     hit_scores += noise.hit_noise
-    found, best_scores, deeper = [], [], []
+    found, best_scores = [], []
     for draw, hit in enumerate(_best_hits(hit_scores, noise.hit_ids)):
         score, own = float(hit_scores[draw, hit]), noise.own_of(draw, likeliest[draw]) - ROUNDING
         least, peak, temperature = max(score, own), float(peaks[draw]), params[draw].temperature
@@ -72,14 +72,12 @@ def find_best(
         # not positive.
         depth = noise.level + ROUNDING - least
         floor = float(np.float32(peak - temperature * depth)) if depth > 0.0 else math.inf
-        found.append(Best(int(noise.hit_ids[draw, hit]), peak, least, floor, _NONE))
-        best_scores.append(score)
         winner = float(hit_values[draw, hit])
         is_band_useful = score >= own and params[draw].top_p < 1.0 and winner > peak - _DEPTH * temperature
-        deeper.append(min(floor, float(np.float32(winner - _BAND * temperature))) if is_band_useful else floor)
-    for draw, best in enumerate(found):
-        ids = logits.reaching(draw, deeper[draw]) if deeper[draw] < math.inf else _NONE
-        _set_near(best, rows[draw], likeliest[draw], deeper[draw], ids)
+        deeper = min(floor, float(np.float32(winner - _BAND * temperature))) if is_band_useful else floor
+        floor, near_ids = _look(logits, draw, likeliest[draw], floor, deeper)
+        found.append(Best(int(noise.hit_ids[draw, hit]), peak, least, floor, near_ids))
+        best_scores.append(score)
 
     near = _near(rows, found, peaks, temperatures)
     near_scores = near.distances + noise.own(np.concatenate([best.near_ids for best in found]), near.draws)
@@ -104,14 +102,13 @@ def _best_hits(scores: DoubleArray, ids: IdArray) -> list[int]:
     return [int(at) for at in best]
 
 
-def _set_near(best: Best, row: FloatArray, likeliest: int, deeper: float, ids: IdArray) -> None:
-    """Let near_ids be these, whose logits are at least `deeper`, unless that is deeper than need be and they are many;
-    and set the floor to match."""
-    if len(ids) <= _BAND_MAX:
-        best.floor = deeper
-    elif deeper < best.floor:
-        ids = ids[row[ids] >= np.float32(best.floor)]
-    best.near_ids = ids if len(ids) else np.array([likeliest])
+def _look(logits: LogitRows, draw: int, likeliest: int, floor: float, deeper: float) -> tuple[float, IdArray]:
+    """Best.floor and near_ids: down to `deeper`, or to `floor`, which suffices, where they would be many. Infinity for
+    either: no token is needed."""
+    ids = logits.reaching(draw, deeper) if deeper < math.inf else _NONE
+    if len(ids) > _BAND_MAX and deeper < floor:
+        deeper, ids = floor, ids[logits.rows[draw][ids] >= np.float32(floor)]
+    return deeper, ids if len(ids) else np.array([likeliest])
 
 
 @dataclass(frozen=True, slots=True)

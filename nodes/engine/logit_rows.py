@@ -52,12 +52,13 @@ class LogitBlocks:
 
     def holding(self, row: int, count: int) -> IdArray | None:
         """Ids, ascending, among which the row's `count` largest logits are: no fewer than that many blocks have one
-        that is as large as the least of these blocks' maxima. None where there are not so many blocks."""
+        that is as large as the least of these blocks' maxima. None where there are not so many blocks with a finite
+        logit: they would be all ids."""
         maxima = self._maxima[row]
         if count > len(maxima):
             return None
         floor = float(np.partition(maxima, len(maxima) - count)[len(maxima) - count])
-        return self.reaching(row, floor) if floor > -math.inf else None  # else all of the row would be
+        return self.reaching(row, floor) if floor > -math.inf else None
 
 
 class LogitRows:
